@@ -1,0 +1,51 @@
+# Works from a clean clone: each target creates .venv and installs what it needs,
+# and installs again only when pyproject.toml has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint parity slow clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/with-plot  ## encode and decode the bundled speech: a table, demo.wav and demo.png
+	$(BIN)/mimi-jax roundtrip mimi_jax/samples/speech.flac -o demo.wav
+
+test: .venv/with-dev lint  ## lint, then run the tests (no torch, no network, no GPU)
+	$(BIN)/python -m pytest
+
+lint: .venv/with-dev  ## check format, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+parity: .venv/with-dev .venv/with-parity .venv/with-moshi  ## compare with transformers and moshi
+	$(BIN)/python -m pytest -m parity
+
+slow: .venv/with-dev  ## run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+clean:  ## remove .venv, caches and what the demo wrote
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist demo.wav demo.png
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "mimi_jax needs Python 3.11 or newer, $(PYTHON) is not; name one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
+	  exit 1; }
+	@echo "creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/with-moshi: pyproject.toml .venv/created
+	@echo "installing moshi"
+	@$(PIP_INSTALL) --no-deps moshi==0.2.13
+	@touch $@
+
+.venv/with-%: pyproject.toml .venv/created
+	@echo "installing mimi_jax[$*] (minutes the first time: it downloads what is missing)"
+	@$(PIP_INSTALL) --editable '.[$*]'
+	@touch $@

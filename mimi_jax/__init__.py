@@ -1,0 +1,37 @@
+"""Mimi, Kyutai's streaming neural audio codec, in JAX.
+
+Names are imported when they are first used: `import mimi_jax` alone loads neither JAX nor Flax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mimi_jax.config import MimiConfig as MimiConfig
+    from mimi_jax.model import Mimi as Mimi
+    from mimi_jax.model import decode as decode
+    from mimi_jax.model import decode_step as decode_step
+    from mimi_jax.model import encode as encode
+    from mimi_jax.model import encode_step as encode_step
+    from mimi_jax.model import pad_to_frame as pad_to_frame
+    from mimi_jax.streaming import reset_rows as reset_rows
+
+_MODULES = {
+    "config": ("MimiConfig",),
+    "model": ("Mimi", "decode", "decode_step", "encode", "encode_step", "pad_to_frame"),
+    "streaming": ("reset_rows",),
+}
+_HOMES = {name: f"mimi_jax.{module}" for module, names in _MODULES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mimi_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,306 @@
+"""Load and save models, strictly and bit for bit.
+
+A model is a folder with a `config.json` and its parameters in one of three layouts: `model.safetensors`
+as `transformers` or as Kyutai names them, or an Orbax folder `params/` with this model's own arrays,
+which restores sharded.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mimi_jax.atomic import atomic_path
+from mimi_jax.config import MimiConfig
+from mimi_jax.model import Mimi
+from mimi_jax.quantizer import Codebook
+from mimi_jax.weight_names import (
+    Arrays,
+    Place,
+    Weight,
+    canonical_name,
+    fold_weight_norm,
+    to_arrays,
+    to_tensors,
+    weight_table,
+)
+
+BUNDLED = Path(__file__).parent / "models"
+LAYOUTS = ("flax", "transformers", "kyutai")
+
+LazyTensors = Mapping[str, Callable[[], np.ndarray]]
+
+
+def bundled_models() -> list[str]:
+    """The names of the models that come with this package."""
+    return sorted(file.parent.name for file in BUNDLED.glob("*/config.json"))
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: DTypeLike | None = jnp.float32,
+    precision: str = "highest",
+    attention: str | None = None,
+    encoder: bool = True,
+    decoder: bool = True,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Mimi:
+    """`Mimi.from_pretrained`, which documents the arguments."""
+    path = find(name)
+    config, halves = _read_config(path, encoder, decoder)
+    model = abstract_model(config, precision=precision, attention=attention, **halves)
+    if (path / "params").is_dir():
+        arrays = _restore(path / "params", model, sharding)
+    else:
+        file = path / "model.safetensors" if path.is_dir() else path
+        arrays = read_tensors(_open_safetensors(file), model, source=str(file))
+    return fill(model, arrays, dtype, sharding)
+
+
+def find(name: str | Path) -> Path:
+    """Where a model is: a bundled one, a folder or file here, or the Hugging Face Hub's copy of one.
+
+    Raises:
+        FileNotFoundError: nothing of that name is found, or the Hub cannot be reached.
+    """
+    if str(name) in bundled_models():
+        return BUNDLED / name
+    path = Path(name)
+    if path.exists():
+        if path.is_dir() and not ((path / "params").is_dir() or (path / "model.safetensors").is_file()):
+            raise FileNotFoundError(
+                f"{path}: a model folder holds model.safetensors or params/, found neither"
+            )
+        return path
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        return _download(str(name))
+    raise FileNotFoundError(
+        f"unknown model {str(name)!r}: give a bundled model ({', '.join(bundled_models())}), a folder, a"
+        " .safetensors file, or a Hugging Face repository such as kyutai/mimi"
+    )
+
+
+def _download(repository: str) -> Path:
+    """Fetch a model from the Hugging Face Hub, or its cache, and return the folder it lies in."""
+    import huggingface_hub
+
+    try:
+        config = huggingface_hub.hf_hub_download(repository, "config.json")
+        huggingface_hub.hf_hub_download(repository, "model.safetensors")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"cannot get model {repository!r} from the Hugging Face Hub: {reason} (check the name and the"
+            " connection, or give a local folder)"
+        ) from error
+    return Path(config).parent
+
+
+def _read_config(path: Path, encoder: bool, decoder: bool) -> tuple[MimiConfig, dict[str, bool]]:
+    """The configuration beside the weights, for a lone file the published one; and the halves to load."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        if path.is_dir():
+            raise FileNotFoundError(f"{path}: a model folder holds a config.json, found none")
+        return MimiConfig(), {"encoder": encoder, "decoder": decoder}
+    config = MimiConfig.from_json(file)
+    fields = json.loads(file.read_text())
+    # null marks a half that was dropped before saving, here and in `transformers`.
+    return config, {
+        "encoder": encoder and fields.get("encoder_config", "") is not None,
+        "decoder": decoder and fields.get("decoder_config", "") is not None,
+    }
+
+
+def _open_safetensors(path: Path) -> LazyTensors:
+    try:
+        file = safetensors.safe_open(path, framework="np")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+class _OneKey:
+    """Stands in for `nnx.Rngs` where no number will ever be drawn: tracing the real one takes seconds."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def abstract_model(config: MimiConfig, **options: Any) -> Mimi:
+    """A model whose parameters have shapes but no values yet; options as for `Mimi`."""
+    return nnx.eval_shape(lambda: Mimi(config, rngs=cast(nnx.Rngs, _OneKey()), **options))
+
+
+def _rows(model: Mimi) -> list[Weight]:
+    return weight_table(model.config, model.encoder is not None, model.decoder is not None)
+
+
+def _variables(model: Mimi) -> dict[Place, nnx.Variable]:
+    """What a checkpoint holds of a model, by place; the rest is derived from it."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {path: variable for path, variable in flat if not isinstance(variable, Codebook)}
+
+
+def _compare(
+    found: Mapping[str, Any], expected: Mapping[str, Any], known: Collection[str], source: str
+) -> None:
+    """Refuse tensors that are missing, unexpected or of another shape, naming all of them at once."""
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - set(known))]
+    problems += [
+        f"{name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{source}: the tensors do not fit the configuration: {'; '.join(problems)}")
+
+
+def read_tensors(tensors: LazyTensors, model: Mimi, source: str) -> Arrays:
+    """A PyTorch checkpoint, in any of its layouts, as the arrays of a model.
+
+    Args:
+        tensors: by name, each a function that reads it. The half that `model` lacks is not read.
+        model: from `abstract_model`; its parameters' shapes are used, not their values.
+        source: what to call the checkpoint in errors.
+
+    Raises:
+        ValueError: naming every tensor that is missing, unexpected or of another shape.
+    """
+    layout = "kyutai" if any(name.startswith("quantizer.rvq_") for name in tensors) else "transformers"
+    rows, config = _rows(model), model.config
+    shapes = {path: np.broadcast_to(np.int8(0), v.shape) for path, v in _variables(model).items()}
+    expected = to_tensors(shapes, rows, config, layout)
+    known = {getattr(row, layout) for row in weight_table(config)}
+    parts: dict[str, dict[str, Callable[[], np.ndarray]]] = {}
+    for name, read in tensors.items():
+        name, role = canonical_name(name)
+        parts.setdefault(name, {})[role] = read
+    found = {}
+    for name, part in parts.items():
+        if name in known and name not in expected:
+            continue
+        if part.keys() == {"g", "v"}:
+            found[name] = fold_weight_norm(part["g"](), part["v"]())
+        elif part.keys() == {""}:
+            found[name] = part[""]()
+        else:
+            raise ValueError(f"{source}: {name} needs one tensor or a weight-norm pair, got {len(part)}")
+    _compare(found, expected, known, source)
+    return to_arrays(found, rows, config, layout)
+
+
+def fill(
+    model: Mimi,
+    arrays: Mapping[Place, Any],
+    dtype: DTypeLike | None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Mimi:
+    """Give an abstract model its values.
+
+    Args:
+        arrays: NumPy or JAX arrays by place in the model.
+        dtype: of all but the quantizer, which is float32; None keeps what is stored.
+        sharding: where to put every array; None for the default device.
+    """
+    graph, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    for place, array in arrays.items():
+        wanted = jnp.float32 if place[0] == "quantizer" else dtype
+        array = array if wanted is None else array.astype(wanted)
+        flat[place] = flat[place].replace(jax.device_put(array, sharding))
+    model = nnx.merge(graph, nnx.from_flat_state(flat))
+    model.quantizer.derive()
+    return model
+
+
+def _restore(folder: Path, model: Mimi, sharding: jax.sharding.Sharding | None) -> dict[Place, jax.Array]:
+    """An Orbax folder's arrays, each read straight to where `sharding` puts it."""
+    import orbax.checkpoint as ocp
+
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    expected = {".".join(map(str, place)): place for place in _variables(model)}
+    shapes = {name: _variables(model)[place] for name, place in expected.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            metadata = checkpointer.metadata(folder.absolute()).item_metadata
+            found = dict(metadata.tree if hasattr(metadata, "tree") else metadata)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder}: not a readable Orbax checkpoint ({error})") from None
+        full = abstract_model(model.config)
+        known = {".".join(map(str, place)) for place in _variables(full)}
+        _compare(found, shapes, known, str(folder))
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in found.items()
+        }
+        restored = checkpointer.restore(folder.absolute(), target)
+    return {place: restored[name] for name, place in expected.items()}
+
+
+def save(model: Mimi, folder: str | Path, layout: str = "transformers") -> None:
+    """Write a model folder that `load` reads back bit for bit.
+
+    Args:
+        layout: "transformers" or "kyutai" for a `model.safetensors` that they read too, or "flax" for an
+            Orbax folder.
+
+    Raises:
+        ValueError: for another layout, or where Kyutai's cannot hold the model.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    folder = Path(folder)
+    variables = _variables(model)
+    fields = model.config.to_dict()
+    for half in ("encoder", "decoder"):
+        if getattr(model, half) is None:
+            fields[f"{half}_config"] = None
+    if layout == "flax":
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_orbax(folder / "params", {".".join(map(str, p)): v[...] for p, v in variables.items()})
+    else:
+        arrays = {place: np.asarray(variable[...]) for place, variable in variables.items()}
+        tensors = to_tensors(arrays, _rows(model), model.config, layout)
+        # Strided views would be stored in their memory order.
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "model.safetensors") as file:
+            # transformers loads only files that name their framework
+            safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    with atomic_path(folder / "config.json") as file:
+        file.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _save_orbax(folder: Path, arrays: dict[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp
+
+    with atomic_path(folder) as temporary, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(temporary.absolute(), arrays)
+
+
+def model_id(model: Mimi) -> str:
+    """16 hexadecimal digits that name what the model's codes mean: a hash of its quantizer's weights.
+
+    The encoder and the decoder do not enter, so either half of a model has the identity of the whole,
+    and a decoder that was fine-tuned on frozen codes keeps it.
+    """
+    digest = hashlib.sha256()
+    for place, variable in sorted(_variables(model).items(), key=lambda item: str(item[0])):
+        if place[0] == "quantizer":
+            array = np.ascontiguousarray(variable[...])
+            digest.update(f"{place} {array.dtype} {array.shape}".encode())
+            digest.update(array.data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,201 @@
+"""The architecture of a Mimi codec, in the field names of `transformers.MimiConfig` (5.23)."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+PAD_MODES = ("constant", "replicate")  # the others would look ahead
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
+
+# Bookkeeping that every `transformers` configuration may carry, and no Mimi computation reads.
+# fmt: off
+_IGNORED_FIELDS = {
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype",
+    "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
+    "problem_type", "return_dict", "torch_dtype", "transformers_version",
+}
+# fmt: on
+
+# Left over from EnCodec in some published files; Mimi has neither, so only "off" is accepted.
+_LEFTOVER_FIELDS = {"normalize": False, "chunk_length_s": None, "chunk_in_sec": None}
+
+
+def _is_count(value: object) -> bool:
+    return all(map(_is_count, value)) if isinstance(value, tuple) else type(value) is int and value > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MimiConfig:
+    """Everything that decides the shapes and the arithmetic of a Mimi codec.
+
+    Names, meanings and defaults are those of `transformers.MimiConfig`, with two additions for its
+    older releases: `rope_theta` (now inside `rope_parameters`) and `frame_rate` (now derived; give it
+    only for a codec whose latents are resampled by another factor than 2).
+
+    The fields in the last group change no number here. They are kept so that a configuration
+    survives the way through this package.
+    """
+
+    sampling_rate: int = 24_000  # Hz
+    frame_rate: float | None = None  # frames of codes per second; None: half the SEANet's rate
+    audio_channels: int = 1  # 1 mono, 2 stereo
+    hidden_size: int = 512
+    num_filters: int = 64  # channels after the first convolution, doubled at every ratio
+    num_residual_layers: int = 1
+    upsampling_ratios: tuple[int, ...] = (8, 6, 5, 4)  # decoder order; the encoder reverses it
+    kernel_size: int = 7
+    last_kernel_size: int = 3
+    residual_kernel_size: int = 3
+    dilation_growth_rate: int = 2
+    use_causal_conv: bool = True  # False: looks ahead, so it works on whole clips only
+    pad_mode: str = "constant"  # or "replicate"
+    compress: int = 2  # residual blocks are `compress` times narrower inside
+    trim_right_ratio: float = 1.0
+    use_conv_shortcut: bool = False
+    codebook_size: int = 2048
+    codebook_dim: int = 256
+    num_quantizers: int = 32
+    num_semantic_quantizers: int = 1
+    vector_quantization_hidden_dimension: int = 256
+    upsample_groups: int = 512
+    num_hidden_layers: int = 8
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "gelu"  # exact (erf) GELU
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    sliding_window: int = 250  # steps a query sees, itself included
+    layer_scale_initial_scale: float = 0.01
+    attention_bias: bool = False
+
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 8000
+    tie_word_embeddings: bool = True
+    use_cache: bool = False
+    use_streaming: bool = False
+
+    def __post_init__(self) -> None:
+        # Lists come from JSON; a tuple keeps the configuration hashable, as jit's static data must be.
+        object.__setattr__(self, "upsampling_ratios", tuple(self.upsampling_ratios))
+        counts = ["upsampling_ratios", *(f.name for f in dataclasses.fields(self) if f.type is int)]
+        self._check([(name, _is_count(getattr(self, name)), "must be positive and whole") for name in counts])
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        self._check(self._rules())
+
+    def _check(self, rules: list[tuple[str, bool, str]]) -> None:
+        broken = [f"{f} {rule}, got {getattr(self, f)!r}" for f, holds, rule in rules if not holds]
+        if broken:
+            raise ValueError(f"unsupported Mimi configuration: {'; '.join(broken)}")
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        """What must hold: the field, whether it does, and the rule in words."""
+        heads, size, vq_size = self.num_attention_heads, self.hidden_size, self.codebook_size
+        vq_dim = self.vector_quantization_hidden_dimension
+        trims_right = self.trim_right_ratio == 1 or self.use_causal_conv
+        return [
+            ("audio_channels", self.audio_channels <= 2, "must be 1 or 2"),
+            ("pad_mode", self.pad_mode in PAD_MODES, f"must be one of {', '.join(PAD_MODES)}"),
+            ("hidden_act", self.hidden_act in ACTIVATIONS, f"must be one of {', '.join(ACTIVATIONS)}"),
+            ("hidden_size", size % heads == 0, f"must be a multiple of num_attention_heads={heads}"),
+            ("num_key_value_heads", heads % self.num_key_value_heads == 0, f"must divide {heads} heads"),
+            ("head_dim", (self.head_dim or 1) % 2 == 0, "must be even, since RoPE rotates pairs"),
+            ("codebook_size", vq_size & (vq_size - 1) == 0, "must be a power of 2"),
+            (
+                "num_semantic_quantizers",
+                self.num_semantic_quantizers < self.num_quantizers,
+                f"must be lower than num_quantizers={self.num_quantizers}",
+            ),
+            (
+                "codebook_dim",
+                self.codebook_dim == vq_dim,
+                f"must equal vector_quantization_hidden_dimension={vq_dim}",
+            ),
+            ("upsample_groups", size % self.upsample_groups == 0, f"must divide hidden_size={size}"),
+            ("trim_right_ratio", 0 <= self.trim_right_ratio <= 1, "must lie in [0, 1]"),
+            ("trim_right_ratio", trims_right, "must be 1 where use_causal_conv is false"),
+            (
+                "frame_rate",
+                self.latent_stride >= 2,
+                f"must be at most half of the {self.encodec_frame_rate} steps a second",
+            ),
+            ("attention_dropout", self.attention_dropout == 0, "must be 0, since none is implemented"),
+        ]
+
+    @property
+    def encodec_frame_rate(self) -> int:
+        """Steps per second, rounded up: what the SEANet encoder emits and the Transformers see."""
+        return math.ceil(self.sampling_rate / math.prod(self.upsampling_ratios))
+
+    @property
+    def latent_stride(self) -> int:
+        """Steps per frame: how much the latents are downsampled before quantization."""
+        return 2 if self.frame_rate is None else int(self.encodec_frame_rate / self.frame_rate)
+
+    @property
+    def frame_size(self) -> int:
+        """Samples per frame of codes: 1920, that is 80 ms, by default."""
+        return math.prod(self.upsampling_ratios) * self.latent_stride
+
+    @property
+    def is_streamable(self) -> bool:
+        """Whether no layer looks ahead, so that a stream can be coded frame by frame."""
+        return self.use_causal_conv and self.trim_right_ratio == 1.0
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "MimiConfig":
+        """Read the fields of a `transformers` Mimi configuration, of any release.
+
+        Raises:
+            ValueError: naming every unknown field, and every field whose value is not supported.
+        """
+        values = {k: v for k, v in fields.items() if k not in _IGNORED_FIELDS}
+        problems = []
+        for half in ("encoder_config", "decoder_config"):  # null marks a half that was not saved
+            if values.pop(half, None) is not None:
+                problems.append(f"{half} must be null or absent")
+        for name, off in _LEFTOVER_FIELDS.items():
+            if (value := values.pop(name, off)) != off:
+                problems.append(f"{name} must be {json.dumps(off)}, got {json.dumps(value)}")
+        rope = values.pop("rope_parameters", None) or {}
+        if (rope_type := rope.get("rope_type", "default")) != "default":
+            problems.append(f"rope_type must be 'default', got {rope_type!r}")
+        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
+        # 5.x writes `_frame_rate`, null where it is derived.
+        values["frame_rate"] = values.pop("_frame_rate", values.get("frame_rate"))
+        if (codebooks := values.pop("num_codebooks", None)) is not None:
+            values["num_quantizers"] = codebooks
+        if values.get("codebook_dim", 0) is None:
+            values["codebook_dim"] = values.get("hidden_size", cls.hidden_size)
+        if not values.get("upsampling_ratios", True):
+            del values["upsampling_ratios"]
+        known = {field.name for field in dataclasses.fields(cls)}
+        problems += [f"unknown field {name!r}" for name in sorted(values.keys() - known)]
+        if problems:
+            raise ValueError(f"unsupported Mimi configuration: {'; '.join(problems)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "MimiConfig":
+        """Read a `config.json`, of the oldest and of the newest `transformers` release."""
+        try:
+            fields = json.loads(Path(path).read_text())
+            if not isinstance(fields, dict):
+                raise ValueError("it must hold one JSON object")
+            return cls.from_dict(fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `transformers` reads them, in its newest and its older releases."""
+        fields = dataclasses.asdict(self)
+        if self.frame_rate is None:
+            del fields["frame_rate"]
+        fields["upsampling_ratios"] = list(self.upsampling_ratios)
+        fields["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        return {"architectures": ["MimiModel"], "model_type": "mimi", **fields}

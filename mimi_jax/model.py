@@ -1,0 +1,429 @@
+"""Mimi: waveform -> latents -> codes -> latents -> waveform, of whole clips and of streams.
+
+The codec of Moshi (arXiv 2410.00037, section 3.3). The oracle for every number is
+`transformers.MimiModel` 5.23; on whole frames it agrees with Kyutai's own `moshi`.
+
+Inside, arrays are channels last. Here, at the boundary, they are as everywhere in this field: audio
+[batch, channels, samples] and codes [batch, codebooks, frames].
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+
+from mimi_jax.config import MimiConfig
+from mimi_jax.conv import Conv1d, ConvTranspose1d
+from mimi_jax.quantizer import SplitResidualQuantizer
+from mimi_jax.seanet import Decoder, Encoder
+from mimi_jax.streaming import StreamingLayer, ceil_div, is_real, select_rows, step_all
+from mimi_jax.transformer import Transformer
+
+
+class EncoderOutput(NamedTuple):
+    audio_codes: jax.Array  # int32 [batch, codebooks, frames], semantic first, 0 outside the mask
+    audio_codes_mask: jax.Array  # bool [batch, frames]
+
+
+class DecoderOutput(NamedTuple):
+    audio_values: jax.Array  # [batch, channels, samples]
+
+
+class MimiOutput(NamedTuple):
+    audio_codes: jax.Array  # int32 [batch, codebooks, frames]
+    audio_codes_mask: jax.Array  # bool [batch, frames]
+    audio_values: jax.Array  # [batch, channels, samples], as long as the input
+
+
+def _at_its_precision(method):
+    """Run a method of `Mimi` with every matrix product at `self.precision`.
+
+    Without it float32 means TF32 on NVIDIA GPUs and bfloat16 passes on TPUs, and codes change.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: "Mimi", *args, **kwargs):
+        with jax.default_matmul_precision(self.precision):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+class Mimi(nnx.Module):
+    """The Mimi codec: parameters and nothing else, a JAX pytree like any other.
+
+    Args:
+        config: the architecture.
+        rngs: for the random initial parameters.
+        precision: of matrix products, as in `jax.default_matmul_precision`; "highest" is exact float32
+            on every backend.
+        attention: a name in `mimi_jax.attention.BACKENDS`; None chooses by the length of the input.
+        encoder, decoder: False leaves out that half. The quantizer is always there.
+    """
+
+    def __init__(
+        self,
+        config: MimiConfig,
+        *,
+        rngs: nnx.Rngs,
+        precision: str = "highest",
+        attention: str | None = None,
+        encoder: bool = True,
+        decoder: bool = True,
+    ):
+        if not (encoder or decoder):
+            raise ValueError("a model needs its encoder, its decoder or both, got neither")
+        self.config, self.precision = config, precision
+        size, stride, causal = config.hidden_size, config.latent_stride, config.use_causal_conv
+        transformer = functools.partial(Transformer, config, attention=attention, rngs=rngs)
+        resampling = {"stride": stride, "causal": causal, "use_bias": False, "rngs": rngs}
+        self.encoder = Encoder(config, rngs=rngs) if encoder else None
+        self.encoder_transformer = transformer() if encoder else None
+        self.downsample = (
+            Conv1d(size, size, 2 * stride, pad_mode="replicate", **resampling) if encoder else None
+        )
+        self.quantizer = SplitResidualQuantizer(config, rngs=rngs)
+        groups, ratio = config.upsample_groups, config.trim_right_ratio
+        self.upsample = (
+            ConvTranspose1d(size, size, groups=groups, trim_right_ratio=ratio, **resampling)
+            if decoder
+            else None
+        )
+        self.decoder_transformer = transformer() if decoder else None
+        self.decoder = Decoder(config, rngs=rngs) if decoder else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: DTypeLike | None = jnp.float32,
+        precision: str = "highest",
+        attention: str | None = None,
+        encoder: bool = True,
+        decoder: bool = True,
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> "Mimi":
+        """Load a model.
+
+        Args:
+            name: a bundled model ("mini"), a folder with `config.json` and weights, a `.safetensors` file in
+                the layout of `transformers` or of Kyutai, or a Hugging Face repository ("kyutai/mimi").
+            dtype: of weights and activations, such as bfloat16; the quantizer is always float32. None keeps
+                each tensor's stored dtype.
+            precision, attention: as for `Mimi`.
+            encoder, decoder: False leaves out that half.
+            sharding: where to put every parameter; None for the default device.
+
+        Raises:
+            FileNotFoundError: no such model, or the Hub cannot be reached.
+            ValueError: naming every tensor that is missing, unexpected or of another shape, and every
+                unknown or unsupported field of the configuration.
+        """
+        from mimi_jax import checkpoint  # which builds on this module
+
+        return checkpoint.load(
+            name,
+            dtype=dtype,
+            precision=precision,
+            attention=attention,
+            encoder=encoder,
+            decoder=decoder,
+            sharding=sharding,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, which `transformers` loads too, bit for bit."""
+        from mimi_jax import checkpoint
+
+        checkpoint.save(self, folder)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What activations are computed in; the quantizer always uses float32."""
+        layer = self.downsample if self.upsample is None else self.upsample
+        assert layer is not None
+        return layer.kernel.dtype
+
+    def astype(self, dtype: DTypeLike) -> "Mimi":
+        """The same model with other weights and activations, such as bfloat16; the quantizer stays float32."""
+        graph, quantizer, rest = nnx.split(self, nnx.PathContains("quantizer"), ...)
+        return nnx.merge(graph, quantizer, jax.tree.map(lambda x: x.astype(dtype), rest))
+
+    def encoded_length(self, num_samples):
+        """How many frames a clip of `num_samples` (an integer, or an array of them) has."""
+        return ceil_div(num_samples, self.config.frame_size)
+
+    def _encoder_layers(self) -> tuple[StreamingLayer, StreamingLayer, StreamingLayer]:
+        if self.encoder is None or self.encoder_transformer is None or self.downsample is None:
+            raise ValueError("this model has no encoder; load it without encoder=False to encode")
+        return self.encoder, self.encoder_transformer, self.downsample
+
+    def _decoder_layers(self) -> tuple[StreamingLayer, StreamingLayer, StreamingLayer]:
+        if self.decoder is None or self.decoder_transformer is None or self.upsample is None:
+            raise ValueError("this model has no decoder; load it without decoder=False to decode")
+        return self.upsample, self.decoder_transformer, self.decoder
+
+    @_at_its_precision
+    def _encode_latents(
+        self, state: Any, audio: ArrayLike, padding_mask: ArrayLike | None
+    ) -> tuple[Any, jax.Array, jax.Array | None]:
+        """Step the encoder half; also returns how many frames of each row are real, None for all."""
+        audio, lengths = check_audio(self.config, audio, padding_mask)
+        num_samples = audio.shape[2]
+        audio = pad_to_frame(audio, self.config)
+        if lengths is None and audio.shape[2] > num_samples:
+            lengths = jnp.full(audio.shape[0], num_samples)
+        x = jnp.swapaxes(audio, 1, 2).astype(self.dtype)
+        state, latents = step_all(self._encoder_layers(), state, x, lengths)
+        return state, latents, None if lengths is None else self.encoded_length(lengths)
+
+    def encode_latents(self, audio: ArrayLike, padding_mask: ArrayLike | None = None) -> jax.Array:
+        """The latents before quantization: `encode` without its last part, and differentiable.
+
+        Args:
+            audio: float [batch, channels, samples] in [-1, 1], at `config.sampling_rate`.
+            padding_mask: bool or int [batch, samples] or [batch, 1, samples], 1 where a sample is real.
+
+        Returns:
+            [batch, frames, hidden_size]; frames outside the mask mean nothing.
+        """
+        return self._encode_latents(None, audio, padding_mask)[1]
+
+    @_at_its_precision
+    def quantize(self, latents: jax.Array, num_quantizers: int | None = None) -> jax.Array:
+        """Latents [batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames].
+
+        Args:
+            num_quantizers: how many codebooks to use, the first ones; None for all.
+        """
+        return self.quantizer.encode(latents, num_quantizers)
+
+    @_at_its_precision
+    def dequantize(self, codes: ArrayLike) -> jax.Array:
+        """Codes [batch, codebooks, frames], of all or the first codebooks -> [batch, frames, hidden_size].
+
+        A code outside [0, codebook_size) gives NaN.
+        """
+        codes = jnp.asarray(codes)
+        if codes.ndim != 3 or not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise ValueError(
+                f"codes must be integers [batch, codebooks, frames], got {codes.dtype} {list(codes.shape)}"
+            )
+        return self.quantizer.decode(codes)
+
+    @_at_its_precision
+    def _decode_latents(
+        self, state: Any, latents: ArrayLike, lengths: jax.Array | None
+    ) -> tuple[Any, jax.Array]:
+        x = jnp.asarray(latents).astype(self.dtype)
+        state, x = step_all(self._decoder_layers(), state, x, lengths)
+        return state, jnp.swapaxes(x, 1, 2)
+
+    def decode_latents(self, latents: ArrayLike) -> jax.Array:
+        """Latents [batch, frames, hidden_size] -> audio [batch, channels, samples]; differentiable."""
+        return self._decode_latents(None, latents, None)[1]
+
+    def _check_streamable(self) -> None:
+        if not self.config.is_streamable:
+            raise ValueError(
+                "a model with use_causal_conv=False or trim_right_ratio other than 1 looks ahead and cannot"
+                " stream; use encode and decode on whole clips"
+            )
+
+    def init_encoder_state(self, batch_size: int) -> Any:
+        """The state of `batch_size` fresh streams, for `encode_step`."""
+        self._check_streamable()
+        return tuple(layer.init_state(batch_size, self.dtype) for layer in self._encoder_layers())
+
+    def init_decoder_state(self, batch_size: int) -> Any:
+        """The state of `batch_size` fresh streams, for `decode_step`."""
+        self._check_streamable()
+        return tuple(layer.init_state(batch_size, self.dtype) for layer in self._decoder_layers())
+
+    def __call__(
+        self, audio: ArrayLike, padding_mask: ArrayLike | None = None, num_quantizers: int | None = None
+    ) -> MimiOutput:
+        """Encode and decode; arguments as in `encode`, the audio that comes back as long as the input."""
+        codes, codes_mask = encode(self, audio, padding_mask, num_quantizers)
+        if padding_mask is None:
+            padding_mask = jnp.ones((codes.shape[0], jnp.shape(audio)[2]), bool)
+        return MimiOutput(codes, codes_mask, decode(self, codes, padding_mask).audio_values)
+
+
+def check_audio(
+    config: MimiConfig, audio: ArrayLike, padding_mask: ArrayLike | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Refuse audio that is not what the model takes, and silence what its mask leaves out.
+
+    Returns:
+        The audio, and the length of each row, int32 [batch]: up to its last real sample. None for all.
+    """
+    audio = jnp.asarray(audio)
+    channels = config.audio_channels
+    if audio.ndim != 3 or audio.shape[1] != channels or audio.shape[2] == 0:
+        raise ValueError(f"audio must be [batch, channels={channels}, samples > 0], got {list(audio.shape)}")
+    if not jnp.issubdtype(audio.dtype, jnp.floating):
+        raise ValueError(f"audio must be floating point in [-1, 1], got {audio.dtype}; scale integers down")
+    if padding_mask is None:
+        return audio, None
+    mask, lengths = check_mask(padding_mask, audio.shape[0])
+    if mask.shape[1] != audio.shape[2]:
+        raise ValueError(f"padding_mask must cover {audio.shape[2]} samples, got {mask.shape[1]}")
+    # `where`, since zero times NaN is NaN, and padding may hold anything.
+    return jnp.where(mask[:, None, :], audio, 0), lengths
+
+
+def check_mask(padding_mask: ArrayLike, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """A mask as bool [batch, samples], and the length of each row, up to its last real sample."""
+    mask = jnp.asarray(padding_mask) != 0
+    if mask.ndim == 3 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if mask.ndim != 2 or mask.shape[0] != batch_size:
+        raise ValueError(
+            f"padding_mask must be [batch={batch_size}, samples] or [batch, 1, samples], got {list(mask.shape)}"
+        )
+    return mask, jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
+
+
+def pad_to_frame(audio: jax.Array, config: MimiConfig) -> jax.Array:
+    """Append zeros to audio [..., samples] up to a whole number of frames, as Kyutai's codec does.
+
+    `encode` needs no such help: by itself it pads each convolution, as `transformers` does, which gives
+    other codes in the last frame of a clip that is no whole number of frames.
+    """
+    missing = -audio.shape[-1] % config.frame_size
+    return jnp.pad(audio, [(0, 0)] * (audio.ndim - 1) + [(0, missing)]) if missing else audio
+
+
+@functools.partial(jax.jit, static_argnames="num_quantizers")
+def encode(
+    model: Mimi,
+    audio: ArrayLike,
+    padding_mask: ArrayLike | None = None,
+    num_quantizers: int | None = None,
+) -> EncoderOutput:
+    """Encode clips.
+
+    The codes of a row do not depend on the other rows or on what stands in its padding, NaN included: it
+    gets the codes it would get alone, which `transformers` (5.23) gives for the clip alone.
+
+    Args:
+        audio: float [batch, channels, samples] in [-1, 1], at `config.sampling_rate`, of any length.
+        padding_mask: bool or int [batch, samples] or [batch, 1, samples], 1 where a sample is real. A row
+            ends with its last real sample; what is masked before that counts as silence.
+        num_quantizers: how many codebooks to use, the first ones; None for all.
+
+    Returns:
+        `audio_codes` int32 [batch, codebooks, frames], semantic first and 0 outside the mask, and
+        `audio_codes_mask` bool [batch, frames], with frames = ceil(samples / frame_size).
+
+    Raises:
+        ValueError: for other shapes or dtypes, and for codebooks the model does not have.
+    """
+    _, latents, lengths = model._encode_latents(None, audio, padding_mask)
+    codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
+    return EncoderOutput(codes, mask)
+
+
+def _quantize_real(
+    model: Mimi, latents: jax.Array, lengths: jax.Array | None, num_quantizers: int | None
+) -> tuple[jax.Array, jax.Array]:
+    codes = model.quantize(latents, num_quantizers)
+    batch, _, frames = codes.shape
+    if lengths is None:
+        return codes, jnp.ones((batch, frames), bool)
+    mask = is_real(lengths, frames)
+    return jnp.where(mask[:, None, :], codes, 0), mask
+
+
+@jax.jit
+def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None = None) -> DecoderOutput:
+    """Decode codes to audio.
+
+    Args:
+        audio_codes: int [batch, codebooks, frames], of all or the first codebooks. A code outside
+            [0, codebook_size) turns the audio of its row into NaN.
+        padding_mask: of the audio that was encoded, as for `encode`. The audio is cut to its width, is
+            zero beyond the end of each row, and codes beyond it are ignored.
+
+    Returns:
+        `audio_values` [batch, channels, samples], frame_size samples a frame.
+    """
+    audio_codes = jnp.asarray(audio_codes)
+    if padding_mask is None:
+        return DecoderOutput(model.decode_latents(model.dequantize(audio_codes)))
+    mask, lengths = check_mask(padding_mask, audio_codes.shape[0])
+    frames = model.encoded_length(lengths)
+    codes = jnp.where(is_real(frames, audio_codes.shape[2])[:, None, :], audio_codes, 0)
+    _, audio = model._decode_latents(None, model.dequantize(codes), frames)
+    audio = audio[:, :, : mask.shape[1]]
+    return DecoderOutput(jnp.where(is_real(lengths, audio.shape[2])[:, None, :], audio, 0))
+
+
+@functools.partial(jax.jit, static_argnames="num_quantizers")
+def encode_step(
+    model: Mimi,
+    state: Any,
+    audio: ArrayLike,
+    padding_mask: ArrayLike | None = None,
+    num_quantizers: int | None = None,
+    active: ArrayLike | None = None,
+) -> tuple[Any, jax.Array]:
+    """Encode the next whole frames of a batch of streams.
+
+    Whatever the sizes of the steps, the codes are those of `encode` on the whole clip.
+
+    Args:
+        state: from `init_encoder_state`, then from the step before.
+        audio: float [batch, channels, samples]; samples a positive multiple of `config.frame_size`.
+        padding_mask: as for `encode`. A row whose mask ends inside the step ends its stream there, with
+            exactly `encode`'s last frame; reset the row before it is used again.
+        num_quantizers: how many codebooks to use, the first ones; None for all.
+        active: bool [batch]; rows that are False, or that have no real sample in this step, keep their
+            state, and their codes are 0.
+
+    Returns:
+        The state for the next step, and int32 codes [batch, codebooks, samples / frame_size].
+    """
+    num_samples, frame_size = jnp.shape(audio)[-1], model.config.frame_size
+    if num_samples % frame_size:
+        raise ValueError(
+            f"samples must be a positive multiple of frame_size={frame_size}, got {num_samples};"
+            " pad the last frame and mark it in padding_mask"
+        )
+    new_state, latents, lengths = model._encode_latents(state, audio, padding_mask)
+    codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
+    rows = mask[:, 0]
+    if active is not None:
+        rows = rows & jnp.asarray(active, bool)
+    elif padding_mask is None:
+        return new_state, codes
+    return select_rows(rows, new_state, state), jnp.where(rows[:, None, None], codes, 0)
+
+
+@jax.jit
+def decode_step(
+    model: Mimi, state: Any, audio_codes: ArrayLike, active: ArrayLike | None = None
+) -> tuple[Any, jax.Array]:
+    """Decode the next frames of a batch of streams.
+
+    Whatever the sizes of the steps, the audio is that of `decode` on the whole clip.
+
+    Args:
+        state: from `init_decoder_state`, then from the step before.
+        audio_codes: int [batch, codebooks, frames], of all or the first codebooks.
+        active: bool [batch]; rows that are False keep their state, and their audio is 0.
+
+    Returns:
+        The state for the next step, and audio [batch, channels, frames * frame_size].
+    """
+    new_state, audio = model._decode_latents(state, model.dequantize(audio_codes), None)
+    if active is None:
+        return new_state, audio
+    rows = jnp.asarray(active, bool)
+    return select_rows(rows, new_state, state), jnp.where(rows[:, None, None], audio, 0)

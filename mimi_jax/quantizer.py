@@ -1,0 +1,124 @@
+"""Split residual vector quantization (reference: `MimiSplitResidualVectorQuantizer`).
+
+Two quantizers see the same latents: the semantic one, whose first codebook was trained to follow a
+speech model (Moshi, arXiv 2410.00037, section 3.3.2), and the acoustic one. Their outputs are added.
+
+Everything here is float32, whatever the rest computes in: in bfloat16 codes would change with the batch
+shape alone.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mimi_jax.config import MimiConfig
+
+EPSILON = 1e-5  # the smallest cluster usage that an embedding is divided by, as in the references
+
+
+class CodebookStatistic(nnx.Variable):
+    """What the training of a codebook accumulates; no gradient reaches it."""
+
+
+class Codebook(nnx.Variable):
+    """What is derived from the statistics, once, and read by every call."""
+
+
+class ResidualQuantizer(nnx.Module):
+    """Codebooks applied one after the other, each to what the ones before it left.
+
+    Checkpoints hold `embedding_sum` and `cluster_usage`; their ratio is the embedding, and `derive` brings
+    it up to date after they change.
+    """
+
+    def __init__(self, config: MimiConfig, num_levels: int, *, rngs: nnx.Rngs):
+        size, dim, features = config.codebook_size, config.codebook_dim, config.hidden_size
+        projects = dim != features
+        self.input_proj = nnx.Linear(features, dim, use_bias=False, rngs=rngs) if projects else None
+        self.output_proj = nnx.Linear(dim, features, use_bias=False, rngs=rngs) if projects else None
+        self.initialized = CodebookStatistic(jnp.ones(num_levels))
+        self.cluster_usage = CodebookStatistic(jnp.ones((num_levels, size)))
+        self.embedding_sum = CodebookStatistic(jax.random.normal(rngs.params(), (num_levels, size, dim)))
+        self.embedding = Codebook(jnp.zeros((num_levels, size, dim)))
+        self.half_square = Codebook(jnp.zeros((num_levels, size)))
+        self.derive()
+
+    def derive(self) -> None:
+        """Compute the embeddings and half their squared norms from the statistics."""
+        usage = jnp.maximum(self.cluster_usage[...], EPSILON)
+        embedding = self.embedding_sum[...] / usage[..., None]
+        self.embedding.set_value(embedding)
+        self.half_square.set_value(jnp.sum(embedding**2, axis=-1) / 2)
+
+    def encode(self, latents: jax.Array, num_levels: int) -> jax.Array:
+        """The codes of the first levels: [batch, frames, hidden_size] -> int32 [batch, levels, frames]."""
+        x = latents.astype(jnp.float32)
+        residual = x if self.input_proj is None else self.input_proj(x)
+
+        def level(residual: jax.Array, codebook: tuple[jax.Array, jax.Array]):
+            embedding, half_square = codebook
+            # |r - e|^2 / 2 without the part that is the same for every e, and negated.
+            nearness = residual @ embedding.T - half_square
+            codes = jnp.argmax(nearness, axis=-1).astype(jnp.int32)
+            return residual - embedding[codes], codes
+
+        codebooks = self.embedding[:num_levels], self.half_square[:num_levels]
+        return jnp.moveaxis(lax.scan(level, residual, codebooks)[1], 0, 1)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """The sum of the codes' embeddings: int [batch, levels, frames] -> [batch, frames, hidden_size]."""
+        batch, num_levels, frames = codes.shape
+        _, size, dim = self.embedding.shape
+
+        def level(total: jax.Array, codebook: tuple[jax.Array, jax.Array]):
+            embedding, codes = codebook
+            # No exception can leave a compiled function, so a code that is none becomes NaN, never a sound.
+            codes = jnp.where(codes < 0, size, codes)
+            return total + jnp.take(embedding, codes, axis=0, mode="fill", fill_value=jnp.nan), None
+
+        levels = self.embedding[:num_levels], jnp.moveaxis(codes, 1, 0)
+        total, _ = lax.scan(level, jnp.zeros((batch, frames, dim)), levels)
+        return total if self.output_proj is None else self.output_proj(total)
+
+
+class SplitResidualQuantizer(nnx.Module):
+    """The semantic and the acoustic quantizer side by side; semantic codes come first."""
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        self.num_quantizers, self.num_semantic = config.num_quantizers, config.num_semantic_quantizers
+        self.semantic = ResidualQuantizer(config, self.num_semantic, rngs=rngs)
+        self.acoustic = ResidualQuantizer(config, self.num_quantizers - self.num_semantic, rngs=rngs)
+
+    def derive(self) -> None:
+        self.semantic.derive()
+        self.acoustic.derive()
+
+    def check_count(self, num_quantizers: int) -> int:
+        """Refuse a number of codebooks that this quantizer cannot use."""
+        if type(num_quantizers) is not int or not (
+            self.num_semantic <= num_quantizers <= self.num_quantizers
+        ):
+            raise ValueError(
+                f"num_quantizers must be an integer from {self.num_semantic} to {self.num_quantizers},"
+                f" the codebooks of this model, got {num_quantizers!r}"
+            )
+        return num_quantizers
+
+    def encode(self, latents: jax.Array, num_quantizers: int | None = None) -> jax.Array:
+        """[batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames]; None for all codebooks."""
+        if num_quantizers is None:
+            num_quantizers = self.num_quantizers
+        num_acoustic = self.check_count(num_quantizers) - self.num_semantic
+        codes = self.semantic.encode(latents, self.num_semantic)
+        if num_acoustic == 0:
+            return codes
+        return jnp.concatenate([codes, self.acoustic.encode(latents, num_acoustic)], axis=1)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """int codes [batch, codebooks, frames], of some or all codebooks -> [batch, frames, hidden_size]."""
+        self.check_count(codes.shape[1])
+        latents = self.semantic.decode(codes[:, : self.num_semantic])
+        if codes.shape[1] == self.num_semantic:
+            return latents
+        return latents + self.acoustic.decode(codes[:, self.num_semantic :])

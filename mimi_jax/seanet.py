@@ -1,0 +1,110 @@
+"""The convolutional encoder and decoder (SEANet; references: `MimiEncoder`, `MimiDecoder`)."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from mimi_jax.config import MimiConfig
+from mimi_jax.conv import Conv1d, ConvTranspose1d
+from mimi_jax.streaming import Chain, StreamingLayer
+
+
+def _conv(config: MimiConfig, *sizes: int, rngs: nnx.Rngs, **kwargs) -> Conv1d:
+    """A convolution as this configuration pads all of them."""
+    return Conv1d(*sizes, pad_mode=config.pad_mode, causal=config.use_causal_conv, rngs=rngs, **kwargs)
+
+
+class ResidualBlock(Chain):
+    """Two activated convolutions around a bottleneck, added to the input or to a 1x1 convolution of it."""
+
+    def __init__(self, config: MimiConfig, channels: int, dilation: int, *, rngs: nnx.Rngs):
+        conv = functools.partial(_conv, config, rngs=rngs)
+        hidden, kernel_size = channels // config.compress, config.residual_kernel_size
+        self.conv1 = conv(channels, hidden, kernel_size, dilation=dilation, activation=jax.nn.elu)
+        self.conv2 = conv(hidden, channels, 1, activation=jax.nn.elu)
+        self.shortcut = conv(channels, channels, 1) if config.use_conv_shortcut else None
+
+    def layers(self) -> Sequence[StreamingLayer]:
+        return self.conv1, self.conv2
+
+    def step(
+        self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[tuple, jax.Array]:
+        state, y = super().step(state, x, lengths)
+        # A 1x1 convolution has no past, so the shortcut needs no state.
+        return state, y + (x if self.shortcut is None else self.shortcut(x))
+
+
+def _residual_blocks(config: MimiConfig, channels: int, rngs: nnx.Rngs) -> nnx.List[ResidualBlock]:
+    dilations = [config.dilation_growth_rate**i for i in range(config.num_residual_layers)]
+    return nnx.List(ResidualBlock(config, channels, dilation, rngs=rngs) for dilation in dilations)
+
+
+class EncoderStage(Chain):
+    """Residual blocks, then `ratio` times fewer steps of twice as many channels."""
+
+    def __init__(self, config: MimiConfig, channels: int, ratio: int, *, rngs: nnx.Rngs):
+        self.blocks = _residual_blocks(config, channels, rngs)
+        self.downsample = _conv(
+            config, channels, 2 * channels, 2 * ratio, stride=ratio, activation=jax.nn.elu, rngs=rngs
+        )
+
+    def layers(self) -> Sequence[StreamingLayer]:
+        return *self.blocks, self.downsample
+
+
+class Encoder(Chain):
+    """Waveform [batch, samples, audio_channels] -> [batch, steps, hidden_size]."""
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        channels, stages = config.num_filters, nnx.List([])
+        self.first = _conv(config, config.audio_channels, channels, config.kernel_size, rngs=rngs)
+        for ratio in reversed(config.upsampling_ratios):
+            stages.append(EncoderStage(config, channels, ratio, rngs=rngs))
+            channels *= 2
+        self.stages = stages
+        self.last = _conv(
+            config, channels, config.hidden_size, config.last_kernel_size, activation=jax.nn.elu, rngs=rngs
+        )
+
+    def layers(self) -> Sequence[StreamingLayer]:
+        return self.first, *self.stages, self.last
+
+
+class DecoderStage(Chain):
+    """`ratio` times more steps of half as many channels, then residual blocks."""
+
+    def __init__(self, config: MimiConfig, channels: int, ratio: int, *, rngs: nnx.Rngs):
+        self.upsample = ConvTranspose1d(
+            channels,
+            channels // 2,
+            ratio,
+            activation=jax.nn.elu,
+            causal=config.use_causal_conv,
+            trim_right_ratio=config.trim_right_ratio,
+            rngs=rngs,
+        )
+        self.blocks = _residual_blocks(config, channels // 2, rngs)
+
+    def layers(self) -> Sequence[StreamingLayer]:
+        return self.upsample, *self.blocks
+
+
+class Decoder(Chain):
+    """[batch, steps, hidden_size] -> waveform [batch, samples, audio_channels]."""
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        channels, stages = config.num_filters * 2 ** len(config.upsampling_ratios), nnx.List([])
+        self.first = _conv(config, config.hidden_size, channels, config.kernel_size, rngs=rngs)
+        for ratio in config.upsampling_ratios:
+            stages.append(DecoderStage(config, channels, ratio, rngs=rngs))
+            channels //= 2
+        self.stages = stages
+        self.last = _conv(
+            config, channels, config.audio_channels, config.last_kernel_size, activation=jax.nn.elu, rngs=rngs
+        )
+
+    def layers(self) -> Sequence[StreamingLayer]:
+        return self.first, *self.stages, self.last

@@ -1,0 +1,30 @@
+"""Settings and fixtures for every test; pytest reads this before any JAX computation runs."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A [time] mask that broadcasts against [batch, time] by accident is an error, not a wrong result.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Sharding tests need several devices; single-device tests run as fast as before.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs between runs, in pytest's own cache (`pytest --cache-clear`)."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def shared_speech() -> list[Path]:
+    """Clips of real speech, sorted; they are not part of the repository, so the test may skip."""
+    folder = Path(os.environ.get("MIMI_JAX_SPEECH", ROOT.parent / "shared" / "speech"))
+    clips = sorted(folder.rglob("*.flac"))
+    if not clips:
+        pytest.skip(f"needs real speech: no .flac file under {folder}; set MIMI_JAX_SPEECH")
+    return clips
