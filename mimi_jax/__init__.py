@@ -7,6 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mimi_jax.audio import load_audio as load_audio
+    from mimi_jax.audio import pad_batch as pad_batch
+    from mimi_jax.audio import save_audio as save_audio
+    from mimi_jax.codes import CodeFile as CodeFile
+    from mimi_jax.codes import load_codes as load_codes
+    from mimi_jax.codes import save_codes as save_codes
     from mimi_jax.config import MimiConfig as MimiConfig
     from mimi_jax.model import Mimi as Mimi
     from mimi_jax.model import decode as decode
@@ -17,6 +23,8 @@ if TYPE_CHECKING:
     from mimi_jax.streaming import reset_rows as reset_rows
 
 _MODULES = {
+    "audio": ("load_audio", "pad_batch", "save_audio"),
+    "codes": ("CodeFile", "load_codes", "save_codes"),
     "config": ("MimiConfig",),
     "model": ("Mimi", "decode", "decode_step", "encode", "encode_step", "pad_to_frame"),
     "streaming": ("reset_rows",),

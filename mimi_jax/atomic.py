@@ -15,10 +15,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with atomic_path("codes.bin") as temporary:
             temporary.write_bytes(data)
 
-    The block may write a file or make a folder. If it raises, KeyboardInterrupt included, what it wrote
-    is removed and `path` stays as it was. Readers see the old file or the new one, never a part; a
-    folder that replaces another is missing for the moment between two renames. A symbolic link stays,
-    and what it points to is replaced.
+    The block may write a file or make a folder. If it raises, KeyboardInterrupt included, what it
+    wrote is removed and `path` stays as it was. Readers see the old file or the new one, never a
+    part; a folder that replaces another is missing for the moment between two renames. A symbolic
+    link stays, and what it points to is replaced.
 
     Args:
         path: where the file or folder is to stand. Its parent folder must exist. A file replaces a

@@ -1,12 +1,12 @@
 """Audio files in and out, and clips into batches. NumPy only; a file is whole or it is refused.
 
-libsndfile plays what it finds of a WAV or Ogg file that was cut short, and only the first of several
-streams in one file. Neither may pass for a whole clip here, so both are looked for.
+libsndfile plays what it finds of a file that was cut short, and only the first of several streams in
+one file. Neither may pass for a whole clip here, so both are looked for.
 """
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -29,6 +29,7 @@ MIN_SAMPLING_RATE = 1000  # Hz; less is a broken header, and would resample to a
 BLOCK = 65_536  # samples a read or write; libsndfile crashes on minutes of Vorbis in one write
 MAX_TRAILING = 4096  # bytes of tags that may follow the last audio of a file
 MAX_OGG_PAGE = 65_307  # bytes
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of samples of a FLAC file that was written to a pipe
 
 
 def load_audio(path: str | os.PathLike[str], sampling_rate: int = 24_000, channels: int = 1) -> np.ndarray:
@@ -41,8 +42,8 @@ def load_audio(path: str | os.PathLike[str], sampling_rate: int = 24_000, channe
             number that the file has.
 
     Returns:
-        float32 [channels, samples], at least one sample, all finite. Samples of integer formats lie in
-        [-1, 1]; those of float formats are not clipped.
+        float32 [channels, samples], at least one sample, all finite. Nothing is clipped: float files,
+        lossy ones and resampled audio may go beyond [-1, 1].
 
     Raises:
         OSError: the file is missing (FileNotFoundError), a folder, or may not be read.
@@ -86,36 +87,44 @@ class _ForwardReader(soundfile.SoundFile):
         return False
 
 
+def _blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """float32 [samples, channels] pieces up to the announced length or, if that comes first, the end."""
+    left = sound.frames
+    while len(block := sound.read(min(BLOCK, left), dtype="float32", always_2d=True)):
+        left -= len(block)
+        yield block
+
+
 def _decode(file: BinaryIO, name: str) -> tuple[np.ndarray, int]:
     """float32 [samples, channels] and the sampling rate of a whole file."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if size == 0:
         raise ValueError(f"{name} is empty (0 bytes)")
-    blocks = []
     try:
         with _ForwardReader(file) as sound:
-            while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
-                blocks.append(block)
-            rate, form, channels = sound.samplerate, sound.format, sound.channels
+            samples = np.concatenate([np.zeros((0, sound.channels), np.float32), *_blocks(sound)])
+            trailing = size - file.tell()
     except soundfile.LibsndfileError as error:
-        reason = error.error_string
-        raise ValueError(f"{name} is not a whole WAV, FLAC, OGG or MP3 file: {reason}") from error
+        raise ValueError(
+            f"{name} is not a WAV, FLAC, OGG or MP3 file, or it is damaged or cut short"
+        ) from error
     except TypeError as error:  # soundfile's answer to a name that ends in .raw
         raise ValueError(f"{name} is raw audio, which does not tell its format") from error
-    trailing = size - file.tell()
-    if form in ("FLAC", "MP3", "OGG") and trailing > MAX_TRAILING:
+    # libFLAC reports an end inside a frame, but not one between two frames.
+    is_short_flac = sound.format == "FLAC" and len(samples) < sound.frames != UNKNOWN_LENGTH
+    if is_short_flac or _is_cut_short(file, size):
+        raise ValueError(f"{name} is cut short: it ends before its header says, at {size} bytes")
+    if sound.format in ("FLAC", "MP3", "OGG") and trailing > MAX_TRAILING:
         raise ValueError(
             f"{name} goes on for {trailing} bytes after the length that its header tells: several "
             "streams in one file, or a wrong header; convert it to WAV or FLAC"
         )
-    if _is_cut_short(file, size):
-        raise ValueError(f"{name} is cut short: it ends before its header says, at {size} bytes")
-    return np.concatenate([np.zeros((0, channels), np.float32), *blocks]), rate
+    return samples, sound.samplerate
 
 
 def _is_cut_short(file: BinaryIO, size: int) -> bool:
-    """Whether a file of one of the formats that libsndfile does not check ends too early."""
+    """Whether a file ends too early, in formats whose headers tell and libsndfile does not."""
     file.seek(0)
     match file.read(12)[:4]:
         case b"RIFF" | b"RF64":
@@ -137,7 +146,7 @@ def _chunk_is_cut_short(file: BinaryIO, size: int, byteorder: Literal["little", 
             rf64_length = int.from_bytes(file.read(16)[8:], byteorder)
         if name in (b"data", b"SSND"):
             # A program that writes to a pipe cannot know the length; it leaves about 2 or 4 GiB.
-            if rf64_length is None and min(abs(length - 2**31), abs(length - 2**32)) <= 8192:
+            if not rf64_length and min(abs(length - 2**31), abs(length - 2**32)) <= 8192:
                 return False
             return start + (rf64_length or length) > size
         file.seek(start + length + length % 2)

@@ -102,7 +102,7 @@ def _download(repository: str) -> Path:
         raise FileNotFoundError(
             f"cannot get model {repository!r} from the Hugging Face Hub: {reason} (check the name and the"
             " connection, or give a local folder)"
-        ) from error
+        ) from None
     return Path(config).parent
 
 
@@ -156,7 +156,8 @@ def _compare(
     found: Mapping[str, Any], expected: Mapping[str, Any], known: Collection[str], source: str
 ) -> None:
     """Refuse tensors that are missing, unexpected or of another shape, naming all of them at once."""
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    missing = sorted(expected.keys() - found.keys())
+    problems = [f"missing {name} {list(expected[name].shape)}" for name in missing]
     problems += [f"unexpected {name}" for name in sorted(found.keys() - set(known))]
     problems += [
         f"{name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"

@@ -14,11 +14,11 @@ and the header (JSON), and its metadata are strings:
     num_frames     ceil(num_samples / frame_size)
 
 It holds one tensor, `audio_codes`, uint8 [ceil(num_frames * num_codebooks * bits / 8)], where `bits` is
-the width of codebook_size - 1 in binary: 11 for 2048 codes. The bytes are one stream of bits, the most
-significant bit of each byte first. In it stand all codes as unsigned numbers of `bits` bits, most
-significant bit first, without gaps: the codes of frame 0 from the first codebook to the last, those of
-frame 1, and so on. So code k of frame t begins at bit (t * num_codebooks + k) * bits. Zeros fill the
-last byte.
+the width of codebook_size - 1 in binary and at least 1: 11 for 2048 codes. The bytes are one stream of
+bits, the most significant bit of each byte first. In it stand all codes as unsigned numbers of `bits`
+bits, most significant bit first, without gaps: the codes of frame 0 from the first codebook to the last,
+those of frame 1, and so on. So code k of frame t begins at bit (t * num_codebooks + k) * bits. Zeros
+fill the last byte.
 """
 
 import dataclasses
@@ -73,8 +73,8 @@ class CodeFile:
         num_frames = -(-int(self.num_samples) // int(self.frame_size))
         if codes.ndim != 2 or len(codes) == 0 or codes.shape[1] != num_frames:
             raise ValueError(
-                f"audio_codes must be [codebooks, {num_frames} frames] for {self.num_samples} samples "
-                f"in frames of {self.frame_size}, got {list(codes.shape)}"
+                f"audio_codes must be [codebooks, {num_frames}], as {self.num_samples} samples are "
+                f"{num_frames} frames of {self.frame_size}, got {list(codes.shape)}"
             )
         _check_range(codes, self.codebook_size)
         object.__setattr__(self, "audio_codes", codes.astype(np.int32))

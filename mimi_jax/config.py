@@ -39,7 +39,7 @@ class MimiConfig:
     """
 
     sampling_rate: int = 24_000  # Hz
-    frame_rate: float | None = None  # frames of codes per second; None: half the SEANet's rate
+    frame_rate: float | None = None  # frames of codes per second; None: half the steps, 12.5 Hz
     audio_channels: int = 1  # 1 mono, 2 stereo
     hidden_size: int = 512
     num_filters: int = 64  # channels after the first convolution, doubled at every ratio
@@ -86,6 +86,9 @@ class MimiConfig:
         self._check([(name, _is_count(getattr(self, name)), "must be positive and whole") for name in counts])
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.frame_rate is None:
+            samples = 2 * math.prod(self.upsampling_ratios)
+            object.__setattr__(self, "frame_rate", self.sampling_rate / samples)
         self._check(self._rules())
 
     def _check(self, rules: list[tuple[str, bool, str]]) -> None:
@@ -135,7 +138,7 @@ class MimiConfig:
     @property
     def latent_stride(self) -> int:
         """Steps per frame: how much the latents are downsampled before quantization."""
-        return 2 if self.frame_rate is None else int(self.encodec_frame_rate / self.frame_rate)
+        return int(self.encodec_frame_rate / (self.frame_rate or math.inf))
 
     @property
     def frame_size(self) -> int:
@@ -194,8 +197,6 @@ class MimiConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as `transformers` reads them, in its newest and its older releases."""
         fields = dataclasses.asdict(self)
-        if self.frame_rate is None:
-            del fields["frame_rate"]
         fields["upsampling_ratios"] = list(self.upsampling_ratios)
         fields["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default"}
         return {"architectures": ["MimiModel"], "model_type": "mimi", **fields}

@@ -8,8 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A [time] mask that broadcasts against [batch, time] by accident is an error, not a wrong result.
-jax.config.update("jax_numpy_rank_promotion", "raise")
 # Sharding tests need several devices; single-device tests run as fast as before.
 jax.config.update("jax_num_cpu_devices", 8)
 
