@@ -1,12 +1,19 @@
 """Windowed self-attention with rotary positions (reference: `MimiAttention`).
 
-One rule says which key a query sees, offline and in a stream: `visible`. A backend is a function
-`(query, key, value, *, window, num_past) -> output` in the table `BACKENDS`; all give the same numbers,
-and "reference" is the one to read.
+One rule says which key a query sees, offline and in a stream: `visible`. The table `BACKENDS` holds
+functions that all give the same numbers, of which "reference" is the one to read. Each takes
+
+    query       [batch, time, heads, head_dim]
+    key, value  [batch, past + time, key_value_heads, head_dim], the last `time` those of the queries
+    window      how many keys a query sees, its own included
+    num_past    int [batch], how many of the past keys are real, the newest ones; None for all
+
+and returns [batch, time, heads, head_dim].
 """
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,33 +48,8 @@ def visible(
     return (distance >= 0) & (distance < window) & (key_positions >= first_position)
 
 
-class Backend(Protocol):
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        window: int,
-        num_past: jax.Array | None = None,
-    ) -> jax.Array:
-        """Attend.
-
-        Args:
-            query: [batch, time, heads, head_dim].
-            key, value: [batch, past + time, key_value_heads, head_dim]; the last `time` belong to the
-                queries, the ones before to the steps before them.
-            window: how many keys a query sees, its own included.
-            num_past: int [batch], how many of the past keys are real, the newest ones; None for all.
-
-        Returns:
-            [batch, time, heads, head_dim].
-        """
-        ...
-
-
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention, [..., time, heads, head_dim], under a mask that broadcasts to [..., queries, keys]."""
+    """Softmax attention of [..., time, heads, head_dim] under a mask [..., queries, keys]."""
     *rest, heads, head_dim = query.shape
     key_value_heads = key.shape[-2]
     grouped = query.reshape(*rest, key_value_heads, heads // key_value_heads, head_dim)
@@ -108,7 +90,7 @@ def banded_attention(query, key, value, *, window, num_past=None):
     return out.reshape(batch, num_blocks * window, heads, head_dim)[:, :time]
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference_attention, "banded": banded_attention}
+BACKENDS: dict[str, Callable[..., jax.Array]] = {"reference": reference_attention, "banded": banded_attention}
 
 
 def choose_backend(time: int, window: int) -> str:

@@ -149,7 +149,7 @@ def _rows(model: Mimi) -> list[Weight]:
 def _variables(model: Mimi) -> dict[Place, nnx.Variable]:
     """What a checkpoint holds of a model, by place; the rest is derived from it."""
     flat = nnx.to_flat_state(nnx.state(model))
-    return {path: variable for path, variable in flat if not isinstance(variable, Codebook)}
+    return {cast(Place, place): leaf for place, leaf in flat if not isinstance(leaf, Codebook)}
 
 
 def _compare(

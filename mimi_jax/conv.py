@@ -81,7 +81,7 @@ class Conv1d(StreamingLayer):
         # Without stride or lookahead no real output sees anything beyond the end: save the pass.
         if self.stride > 1 or self.lookahead:
             x = fill_beyond(x, lengths, self.pad_mode)
-        if started is not None:
+        if past is not None and started is not None:
             past = jnp.where(started[:, None, None], past, x[:, :1])
             started = jnp.ones_like(started)
         if past is not None:

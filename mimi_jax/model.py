@@ -150,7 +150,7 @@ class Mimi(nnx.Module):
         return layer.kernel.dtype
 
     def astype(self, dtype: DTypeLike) -> "Mimi":
-        """The same model with other weights and activations, such as bfloat16; the quantizer stays float32."""
+        """The same model in another dtype, such as bfloat16; the quantizer stays float32."""
         graph, quantizer, rest = nnx.split(self, nnx.PathContains("quantizer"), ...)
         return nnx.merge(graph, quantizer, jax.tree.map(lambda x: x.astype(dtype), rest))
 
@@ -158,15 +158,17 @@ class Mimi(nnx.Module):
         """How many frames a clip of `num_samples` (an integer, or an array of them) has."""
         return ceil_div(num_samples, self.config.frame_size)
 
-    def _encoder_layers(self) -> tuple[StreamingLayer, StreamingLayer, StreamingLayer]:
-        if self.encoder is None or self.encoder_transformer is None or self.downsample is None:
-            raise ValueError("this model has no encoder; load it without encoder=False to encode")
-        return self.encoder, self.encoder_transformer, self.downsample
+    def _half(self, name: str, *layers: StreamingLayer | None) -> list[StreamingLayer]:
+        present = [layer for layer in layers if layer is not None]
+        if len(present) < len(layers):
+            raise ValueError(f"this model has no {name}; load it without {name}=False")
+        return present
 
-    def _decoder_layers(self) -> tuple[StreamingLayer, StreamingLayer, StreamingLayer]:
-        if self.decoder is None or self.decoder_transformer is None or self.upsample is None:
-            raise ValueError("this model has no decoder; load it without decoder=False to decode")
-        return self.upsample, self.decoder_transformer, self.decoder
+    def _encoder_layers(self) -> list[StreamingLayer]:
+        return self._half("encoder", self.encoder, self.encoder_transformer, self.downsample)
+
+    def _decoder_layers(self) -> list[StreamingLayer]:
+        return self._half("decoder", self.upsample, self.decoder_transformer, self.decoder)
 
     @_at_its_precision
     def _encode_latents(
@@ -228,22 +230,21 @@ class Mimi(nnx.Module):
         """Latents [batch, frames, hidden_size] -> audio [batch, channels, samples]; differentiable."""
         return self._decode_latents(None, latents, None)[1]
 
-    def _check_streamable(self) -> None:
+    def init_encoder_state(self, batch_size: int) -> Any:
+        """The state of `batch_size` fresh streams, for `encode_step`."""
+        return self._init_state(self._encoder_layers(), batch_size)
+
+    def init_decoder_state(self, batch_size: int) -> Any:
+        """The state of `batch_size` fresh streams, for `decode_step`."""
+        return self._init_state(self._decoder_layers(), batch_size)
+
+    def _init_state(self, layers: list[StreamingLayer], batch_size: int) -> tuple:
         if not self.config.is_streamable:
             raise ValueError(
                 "a model with use_causal_conv=False or trim_right_ratio other than 1 looks ahead and cannot"
                 " stream; use encode and decode on whole clips"
             )
-
-    def init_encoder_state(self, batch_size: int) -> Any:
-        """The state of `batch_size` fresh streams, for `encode_step`."""
-        self._check_streamable()
-        return tuple(layer.init_state(batch_size, self.dtype) for layer in self._encoder_layers())
-
-    def init_decoder_state(self, batch_size: int) -> Any:
-        """The state of `batch_size` fresh streams, for `decode_step`."""
-        self._check_streamable()
-        return tuple(layer.init_state(batch_size, self.dtype) for layer in self._decoder_layers())
+        return tuple(layer.init_state(batch_size, self.dtype) for layer in layers)
 
     def __call__(
         self, audio: ArrayLike, padding_mask: ArrayLike | None = None, num_quantizers: int | None = None
