@@ -6,14 +6,11 @@ The topology is that of the published model (24 kHz, 12.5 frames a second, ratio
 codebooks are fitted to the latents of a synthetic signal, so that codes vary as those of a trained model.
 """
 
-import json
-from pathlib import Path
+import tempfile
 
-from safetensors.numpy import save_file
-
-from convert.reference_models import flat_state, random_transformers_model
+from convert.reference_models import random_transformers_model
+from mimi_jax import Mimi
 from mimi_jax.checkpoint import BUNDLED
-from mimi_jax.config import MimiConfig
 
 MINI = {
     "hidden_size": 64,
@@ -31,12 +28,9 @@ MINI = {
 
 
 def main() -> None:
-    model = random_transformers_model(MINI, seed=0)
-    folder = Path(BUNDLED / "mini")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.numpy() for name, tensor in flat_state(model).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(MimiConfig(**MINI).to_dict(), indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        random_transformers_model(MINI, seed=0).save_pretrained(folder)
+        Mimi.from_pretrained(folder).save_pretrained(BUNDLED / "mini")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ _MODULES = {
 _HOMES = {name: f"mimi_jax.{module}" for module, names in _MODULES.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
@@ -42,4 +41,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*globals(), *_HOMES])

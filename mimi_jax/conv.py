@@ -98,15 +98,16 @@ class Conv1d(StreamingLayer):
 
 
 class ConvTransposeState(NamedTuple):
-    tail: jax.Array  # [batch, stride, out_channels], what the last input adds to the next outputs
+    past: jax.Array  # [batch, 1, in_channels], the last input, which the next block still hears
 
 
 class ConvTranspose1d(StreamingLayer):
     """Transposed convolution with a kernel of two strides: [batch, time, in] -> [batch, time * stride, out].
 
-    An input reaches its own `stride` outputs and the next `stride`: one matrix product gives both, and
-    the second half is added one block later. The reference drops the block after the last input; a
-    stream keeps it as the tail that the next step starts with. `activation` is applied to the inputs.
+    An input reaches its own `stride` outputs and the next `stride`. Seen from the outputs, each block of
+    `stride` is a product of two inputs, its own and the one before: a plain convolution with two taps. The
+    reference drops the block after the last input; in a stream it comes with the next.
+    `activation`, if any, is applied to the inputs first.
     """
 
     def __init__(
@@ -122,12 +123,11 @@ class ConvTranspose1d(StreamingLayer):
         use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
-        self.stride, self.groups, self.out_channels = stride, groups, out_channels
-        self.activation = activation
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.stride, self.groups, self.activation = stride, groups, activation
         trim_right = math.ceil(stride * trim_right_ratio) if causal else stride // 2
         self.lookahead = stride - trim_right  # outputs trimmed on the left
-        # In this order of axes the matrix product reads the kernel as it lies in memory.
-        shape = (groups, in_channels // groups, 2 * stride, out_channels // groups)
+        shape = (2, groups, in_channels // groups, stride, out_channels // groups)
         fan = 2 * stride * out_channels // groups
         self.kernel = nnx.Param(math.sqrt(2 / fan) * jax.random.normal(rngs.params(), shape))
         bound = 1 / math.sqrt(fan)
@@ -135,27 +135,34 @@ class ConvTranspose1d(StreamingLayer):
         self.bias = nnx.Param(bias) if use_bias else None
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> ConvTransposeState:
-        return ConvTransposeState(jnp.zeros((batch_size, self.stride, self.out_channels), dtype))
+        return ConvTransposeState(jnp.zeros((batch_size, 1, self.in_channels), dtype))
 
     def step(
         self, state: ConvTransposeState | None, x: jax.Array, lengths: jax.Array | None = None
     ) -> tuple[ConvTransposeState, jax.Array]:
+        (past,) = state or self.init_state(x.shape[0], x.dtype)
         if self.activation is not None:
             x = self.activation(x)
-        if self.lookahead:  # otherwise what lies beyond a row's end only reaches outputs beyond it
+        if self.lookahead:  # otherwise no real output hears anything beyond the end
             x = fill_beyond(x, lengths, "constant")
-        batch, time, channels = x.shape
-        x = x.reshape(batch, time, self.groups, channels // self.groups)
-        y = jnp.einsum("btgi,giko->btkgo", x, self.kernel[...])
-        y = y.reshape(batch, time, 2, self.stride, self.out_channels)
-        own, following = y[:, :, 0], y[:, :, 1]
-        (before,) = state or self.init_state(batch, x.dtype)
-        following = jnp.concatenate([before[:, None], following], axis=1)
-        tail = following[:, -1]
-        y = (own + following[:, :-1]).reshape(batch, time * self.stride, self.out_channels)
+        batch, time, _ = x.shape
+        x = jnp.concatenate([past, x], axis=1)
+        past = x[:, -1:]
         if self.lookahead:
-            y = jnp.concatenate([y, tail], axis=1)[:, self.lookahead :][:, : y.shape[1]]
-        return ConvTransposeState(tail), y if self.bias is None else y + self.bias[...]
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+        y = self._blocks(x).reshape(batch, -1, self.out_channels)
+        y = y[:, self.lookahead : self.lookahead + time * self.stride]
+        return ConvTransposeState(past), y if self.bias is None else y + self.bias[...]
+
+    def _blocks(self, x: jax.Array) -> jax.Array:
+        """What each two neighbouring inputs give: [batch, 1 + time, in] -> [batch, time, stride, out]."""
+        kernel, groups = self.kernel[...], self.groups
+        if groups == 1:
+            return conv1d(x, kernel.reshape(2, self.in_channels, self.stride * self.out_channels))
+        # A depthwise kernel is a few multiply-adds, for which XLA's grouped convolutions are slow.
+        x = x.reshape(*x.shape[:2], groups, self.in_channels // groups)
+        before = jnp.einsum("btgi,giso->btsgo", x[:, :-1], kernel[0])
+        return before + jnp.einsum("btgi,giso->btsgo", x[:, 1:], kernel[1])
 
     def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
         return None if lengths is None else lengths * self.stride

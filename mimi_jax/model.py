@@ -284,19 +284,21 @@ def check_mask(padding_mask: ArrayLike, batch_size: int) -> tuple[jax.Array, jax
     mask = jnp.asarray(padding_mask) != 0
     if mask.ndim == 3 and mask.shape[1] == 1:
         mask = mask[:, 0]
-    if mask.ndim != 2 or mask.shape[0] != batch_size:
+    if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] == 0:
         raise ValueError(
-            f"padding_mask must be [batch={batch_size}, samples] or [batch, 1, samples], got {list(mask.shape)}"
+            f"padding_mask must be [batch={batch_size}, samples > 0] or [batch, 1, samples],"
+            f" got {list(jnp.shape(padding_mask))}"
         )
     return mask, jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
 
 
-def pad_to_frame(audio: jax.Array, config: MimiConfig) -> jax.Array:
+def pad_to_frame(audio: ArrayLike, config: MimiConfig) -> jax.Array:
     """Append zeros to audio [..., samples] up to a whole number of frames, as Kyutai's codec does.
 
     `encode` needs no such help: by itself it pads each convolution, as `transformers` does, which gives
     other codes in the last frame of a clip that is no whole number of frames.
     """
+    audio = jnp.asarray(audio)
     missing = -audio.shape[-1] % config.frame_size
     return jnp.pad(audio, [(0, 0)] * (audio.ndim - 1) + [(0, missing)]) if missing else audio
 

@@ -31,11 +31,17 @@ PROJECTION = Layout(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None])  # [out, 
 
 
 def conv_transpose(groups: int) -> Layout:
-    """[in, out / groups, k] <-> [groups, in / groups, k, out / groups]."""
-    return Layout(
-        lambda x: x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1, 3, 2),
-        lambda x: x.transpose(0, 1, 3, 2).reshape(-1, x.shape[3], x.shape[2]),
-    )
+    """[in, out / groups, 2 strides] <-> [2, groups, in / groups, stride, out / groups], late taps first."""
+
+    def load(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(groups, -1, x.shape[1], 2, x.shape[2] // 2)
+        return x.transpose(3, 0, 1, 4, 2)[::-1]
+
+    def save(x: np.ndarray) -> np.ndarray:
+        x = x[::-1].transpose(1, 2, 4, 0, 3)
+        return x.reshape(-1, x.shape[2], 2 * x.shape[4])
+
+    return Layout(load, save)
 
 
 class Weight(NamedTuple):

@@ -1,4 +1,4 @@
-"""Full size, live: the codes and the audio of `transformers` and `moshi`, on real speech where it is there."""
+"""Full size, live: codes and audio of `transformers` and `moshi`, on real speech where it is there."""
 
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_pad_to_frame_gives_kyutais_tail(model: Mimi, moshi: Any, audio: np.ndar
 
 
 def test_batched_equals_alone(model: Mimi, audio: np.ndarray):
-    """Rows of a ragged batch, NaN in their padding: every code as if encoded alone, in `encode`'s own words."""
+    """Rows of a ragged batch with NaN in their padding get every code that they get alone."""
     lengths = (48_000, 30_001, 1, 47_999)
     clips = [audio[0, 0, 10_000 * i : 10_000 * i + length] for i, length in enumerate(lengths)]
     batch, mask = mimi_jax.pad_batch(clips)
@@ -105,7 +105,8 @@ def test_weights_return_to_transformers_bit_for_bit(
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
     wave = torch.from_numpy(audio[:, :, :48_000])
-    assert torch.equal(returned.encode(wave).audio_codes, reference.encode(wave).audio_codes)
+    codes = returned.encode(wave).audio_codes
+    assert codes is not None and torch.equal(codes, reference.encode(wave).audio_codes)
 
 
 def test_kyutai_layout_bit_for_bit(model: Mimi, reference: Any, tmp_path: Path):

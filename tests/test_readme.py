@@ -1,0 +1,45 @@
+"""Every snippet of the README runs, in order, as one reader would run them."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mimi_jax import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def beside_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copy(ROOT / "mimi_jax" / "samples" / "speech.flac", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_python():
+    code = "\n".join(snippets("python"))
+    assert code.count("mimi_jax.") > 10
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_command_line():
+    lines = "".join(snippets("sh")).splitlines()
+    commands = [line for line in lines if line.startswith("mimi-jax")]
+    assert len(commands) == 5
+    for command in commands:
+        assert cli.main(shlex.split(command, comments=True)[1:]) == 0, command
+    assert Path("roundtrip.png").stat().st_size > 10_000
+
+
+def test_make_targets():
+    targets = re.findall(r"^make (\w+)", "\n".join(snippets("sh")), re.MULTILINE)
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
