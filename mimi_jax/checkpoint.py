@@ -279,8 +279,8 @@ def save(model: Mimi, folder: str | Path, layout: str = "transformers") -> None:
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / "model.safetensors") as file:
-            # transformers loads only files that name their framework
-            safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+            # transformers loads only files that name their framework. `save_file` would make them private.
+            file.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     with atomic_path(folder / "config.json") as file:
         file.write_text(json.dumps(fields, indent=2) + "\n")
 

@@ -1,0 +1,22 @@
+"""How close decoded audio is to the original. NumPy only."""
+
+import numpy as np
+
+
+def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv 1811.02508).
+
+    Args:
+        reference, estimate: float, of one shape. All channels count as one signal.
+
+    Returns:
+        Higher is better; infinite for a scaled copy, NaN where the reference is silent.
+    """
+    if reference.shape != estimate.shape:
+        raise ValueError(
+            f"reference and estimate must have one shape, got {list(reference.shape)} and {list(estimate.shape)}"
+        )
+    reference, estimate = reference.ravel().astype(np.float64), estimate.ravel().astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        target = reference * (np.dot(estimate, reference) / np.dot(reference, reference))
+        return float(10 * np.log10(np.sum(target**2) / np.sum((estimate - target) ** 2)))

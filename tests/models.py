@@ -1,0 +1,70 @@
+"""Tiny models for tests: the fixtures, with what the references compute from them, and random layers."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import safetensors
+from flax import nnx
+
+from mimi_jax import checkpoint
+from mimi_jax.config import MimiConfig
+from mimi_jax.model import Mimi
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+class Clip(NamedTuple):
+    """Audio and what the reference makes of it, as `convert/make_fixtures.py` describes them."""
+
+    audio: np.ndarray  # [batch, channels, samples]
+    latents: np.ndarray  # [batch, frames, hidden_size]
+    audio_codes: np.ndarray  # [batch, codebooks, frames]
+    audio_values: np.ndarray  # [batch, channels, frames * frame_size]
+
+
+class Fixture(NamedTuple):
+    model: Mimi
+    clips: list[Clip]
+
+
+def fixture_names() -> list[str]:
+    return sorted(path.stem for path in FIXTURES.glob("*.safetensors"))
+
+
+@functools.cache
+def load_fixture(name: str) -> Fixture:
+    with safetensors.safe_open(FIXTURES / f"{name}.safetensors", framework="np") as file:
+        config = MimiConfig.from_dict(json.loads(file.metadata()["config"]))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    prefix = "weights/"
+    readers = {k.removeprefix(prefix): lambda k=k: tensors[k] for k in tensors if k.startswith(prefix)}
+    model = checkpoint.abstract_model(config)
+    model = checkpoint.fill(model, checkpoint.read_tensors(readers, model, name), None)
+    indices = sorted(key.split("/")[1] for key in tensors if key.startswith("audio/"))
+    return Fixture(model, [Clip(*(tensors[f"{field}/{i}"] for field in Clip._fields)) for i in indices])
+
+
+def random_module(build: Callable[[nnx.Rngs], Module], seed: int = 0) -> Module:
+    """A module whose every parameter is random and matters; NumPy draws them, so that nothing compiles."""
+    generator = np.random.default_rng(seed)
+
+    def draw(parameter: jax.ShapeDtypeStruct) -> jax.Array:
+        fan_in = math.prod(parameter.shape[:-1])
+        return jax.numpy.asarray(generator.normal(0, fan_in**-0.5, parameter.shape), parameter.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(lambda: build(nnx.Rngs(0))))
+
+
+def relative_error(actual: jax.typing.ArrayLike, expected: jax.typing.ArrayLike) -> float:
+    """The L2 norm of the difference, in units of that of `expected`."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

@@ -1,0 +1,236 @@
+"""The contract of `mimi_jax.streaming`: one table of all layers, and each test for each of them."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mimi_jax.attention import Attention
+from mimi_jax.config import MimiConfig
+from mimi_jax.conv import Conv1d, ConvTranspose1d
+from mimi_jax.seanet import Decoder, DecoderStage, Encoder, EncoderStage, ResidualBlock
+from mimi_jax.streaming import StreamingLayer, reset_rows, select_rows
+from mimi_jax.transformer import Transformer, TransformerLayer
+from tests.models import random_module, relative_error
+
+BATCH = 3
+STRIDES = 14  # of its layer in every clip: more than three attention windows
+CUTS = [[1] * 14, [2] * 7, [3, 3, 3, 3, 2], [14], [1, 3, 2, 2, 1, 3, 2], [3, 2, 1, 1, 3, 1, 3]]
+TOLERANCE = 1e-5
+
+CONFIG = MimiConfig(
+    hidden_size=8,
+    num_filters=2,
+    upsampling_ratios=(3, 2),
+    num_residual_layers=2,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=12,
+    sliding_window=4,
+    upsample_groups=8,
+)
+SHORTCUT = dataclasses.replace(CONFIG, use_conv_shortcut=True, pad_mode="replicate")
+WINDOW = CONFIG.sliding_window
+
+
+class Row(NamedTuple):
+    build: Callable[[nnx.Rngs], StreamingLayer]
+    channels: int
+    stride: int = 1
+
+
+LAYERS = {
+    "conv": Row(lambda rngs: Conv1d(3, 4, 5, rngs=rngs), 3),
+    "conv of one tap": Row(lambda rngs: Conv1d(3, 4, 1, rngs=rngs), 3),
+    "conv, strided": Row(lambda rngs: Conv1d(3, 4, 6, stride=3, rngs=rngs), 3, 3),
+    "conv, strided without overlap": Row(lambda rngs: Conv1d(3, 4, 2, stride=2, rngs=rngs), 3, 2),
+    "conv, dilated": Row(lambda rngs: Conv1d(3, 4, 3, dilation=4, use_bias=False, rngs=rngs), 3),
+    "conv, activated": Row(lambda rngs: Conv1d(3, 4, 3, activation=jax.nn.elu, rngs=rngs), 3),
+    "conv, replicate": Row(lambda rngs: Conv1d(3, 4, 4, stride=2, pad_mode="replicate", rngs=rngs), 3, 2),
+    "transposed": Row(lambda rngs: ConvTranspose1d(4, 3, 2, activation=jax.nn.elu, rngs=rngs), 4),
+    "transposed, grouped": Row(lambda rngs: ConvTranspose1d(4, 6, 3, groups=2, rngs=rngs), 4),
+    "transposed, depthwise": Row(
+        lambda rngs: ConvTranspose1d(4, 4, 2, groups=4, use_bias=False, rngs=rngs), 4
+    ),
+    "attention, reference": Row(
+        lambda rngs: Attention(6, 2, 2, 4, WINDOW, backend="reference", rngs=rngs), 6
+    ),
+    "attention, banded": Row(lambda rngs: Attention(6, 2, 2, 4, WINDOW, backend="banded", rngs=rngs), 6),
+    "attention, grouped queries": Row(lambda rngs: Attention(6, 4, 2, 4, WINDOW, use_bias=True, rngs=rngs), 6),
+    "attention, window of one": Row(lambda rngs: Attention(6, 2, 1, 4, 1, rngs=rngs), 6),
+    "transformer layer": Row(lambda rngs: TransformerLayer(CONFIG, rngs=rngs), 8),
+    "transformer": Row(lambda rngs: Transformer(CONFIG, rngs=rngs), 8),
+    "residual block": Row(lambda rngs: ResidualBlock(CONFIG, 4, 2, rngs=rngs), 4),
+    "residual block with shortcut": Row(lambda rngs: ResidualBlock(SHORTCUT, 4, 2, rngs=rngs), 4),
+    "encoder stage": Row(lambda rngs: EncoderStage(CONFIG, 4, 3, rngs=rngs), 4, 3),
+    "encoder": Row(lambda rngs: Encoder(CONFIG, rngs=rngs), 1, 6),
+    "encoder with shortcut": Row(lambda rngs: Encoder(SHORTCUT, rngs=rngs), 1, 6),
+    "decoder stage": Row(lambda rngs: DecoderStage(CONFIG, 4, 3, rngs=rngs), 4),
+    "decoder": Row(lambda rngs: Decoder(CONFIG, rngs=rngs), 8),
+}
+
+
+class Case:
+    """A layer with random parameters, a batch of clips, and its compiled functions."""
+
+    def __init__(self, row: Row):
+        self.layer, self.stride = random_module(row.build), row.stride
+        self.time = STRIDES * self.stride
+        generator = np.random.default_rng(1)
+        self.x = generator.normal(size=(BATCH, self.time, row.channels)).astype(np.float32)
+        # Softmax gives what it hides the weight 0, and 0 times NaN is NaN: only attention may see 1e4 instead.
+        has_attention = any(isinstance(part, Attention) for _, part in nnx.iter_modules(self.layer))
+        self.garbage = 1e4 if has_attention else np.nan
+        self.traces = collections.Counter()
+        self.step = functools.partial(jax.jit(self._step), self.layer)
+        self.whole = functools.partial(jax.jit(type(self.layer).__call__), self.layer)
+        self.y = np.asarray(self.whole(self.x))
+
+    def _step(self, layer: StreamingLayer, state: Any, x: jax.Array, active: jax.Array, lengths=None):
+        self.traces[x.shape, lengths is None] += 1
+        new_state, y = layer.step(state, x, lengths)
+        return select_rows(active, new_state, state), y
+
+    def init_state(self) -> Any:
+        return self.layer.init_state(BATCH)
+
+    def pieces(self, cut: list[int]) -> Iterator[slice]:
+        """The times of consecutive pieces of so many strides."""
+        start = 0
+        for strides in cut:
+            yield slice(start, start + strides * self.stride)
+            start += strides * self.stride
+
+    def output_length(self, length: int) -> int:
+        (result,) = self.layer.output_lengths(jnp.array([length]))
+        return int(result)
+
+
+ALL = np.ones(BATCH, bool)
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(LAYERS[request.param])
+
+
+def test_a_fresh_state_is_zero_and_has_the_batch_first(case: Case):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for leaf in jax.tree.leaves(case.layer.init_state(BATCH, dtype)):
+            assert leaf.shape[0] == BATCH
+            assert leaf.dtype in (dtype, jnp.int32, jnp.bool)
+            assert not leaf.any()
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut[:5])))
+def test_pieces_equal_the_whole(case: Case, cut: list[int]):
+    state, outputs = case.init_state(), []
+    before = jax.tree.map(jax.typeof, state)
+    for piece in case.pieces(cut):
+        state, y = case.step(state, case.x[:, piece], ALL)
+        outputs.append(y)
+        assert jax.tree.map(jax.typeof, state) == before
+    assert relative_error(np.concatenate(outputs, axis=1), case.y) < TOLERANCE
+    assert set(case.traces.values()) == {1}  # each size is traced once, however many steps
+
+
+@pytest.mark.parametrize("strides", [1, 6, 13])
+def test_the_future_does_not_reach_the_past(case: Case, strides: int):
+    end = strides * case.stride
+    x = case.x.copy()
+    x[:, end:] = case.garbage
+    past = case.output_length(end)
+    np.testing.assert_array_equal(case.whole(x)[:, :past], case.y[:, :past])
+
+
+def test_rows_are_independent(case: Case):
+    x = case.x.copy()
+    x[1] = np.nan
+    np.testing.assert_array_equal(case.whole(x)[[0, 2]], case.y[[0, 2]])
+
+
+def test_a_ragged_row_equals_the_row_alone(case: Case):
+    for length in range(1, case.time + 1, max(1, case.time // 20)):
+        lengths = np.array([length, case.time, 1 + (length * 7) % case.time])
+        x = case.x.copy()
+        for row, end in enumerate(lengths):
+            x[row, end:] = case.garbage
+        ragged = case.whole(x, lengths)
+        for row, end in enumerate(lengths):
+            clip = np.zeros_like(x)
+            clip[:, :end] = x[row, :end]
+            real = case.output_length(end)
+            alone = case.whole(clip, np.full(BATCH, end))[0, :real]
+            assert relative_error(ragged[row, :real], alone) < TOLERANCE
+            if end % case.stride == 0:
+                assert relative_error(ragged[row, :real], case.y[row, :real]) < TOLERANCE
+
+
+def test_a_row_can_end_inside_a_step(case: Case):
+    for length in range(1, case.time + 1, max(1, case.time // 20)):
+        lengths = np.array([length, case.time, 1 + (length * 7) % case.time])
+        x = case.x.copy()
+        for row, end in enumerate(lengths):
+            x[row, end:] = case.garbage
+        state, outputs = case.init_state(), []
+        for piece in case.pieces([7, 7]):
+            inside = np.clip(lengths - piece.start, 0, piece.stop - piece.start)
+            state, y = case.step(state, x[:, piece], inside > 0, inside)
+            outputs.append(y)
+        stepped, whole = np.concatenate(outputs, axis=1), case.whole(x, lengths)
+        for row, end in enumerate(lengths):
+            real = case.output_length(end)
+            assert relative_error(stepped[row, :real], whole[row, :real]) < TOLERANCE
+
+
+def test_a_reset_row_is_a_fresh_stream(case: Case):
+    rows = np.array([False, True, False])
+    state, x, outputs = case.init_state(), case.x, []
+    for index, piece in enumerate(case.pieces([3, 2, 2, 3])):
+        if index == 2:  # after five strides row 1 starts again
+            state = reset_rows(state, rows)
+            x = np.where(rows[:, None, None], np.roll(x, 5 * case.stride, axis=1), x)
+        state, y = case.step(state, x[:, piece], ALL)
+        outputs.append(y)
+    y, reset = np.concatenate(outputs, axis=1), case.output_length(5 * case.stride)
+    assert relative_error(y[[0, 2]], case.y[[0, 2], : 2 * reset]) < TOLERANCE
+    assert relative_error(y[1, reset:], case.y[1, :reset]) < TOLERANCE
+
+
+def test_an_inactive_row_keeps_its_state(case: Case):
+    """Every other step row 1 waits, and is fed NaN meanwhile."""
+    state, outputs = case.init_state(), []
+    for piece in case.pieces([2] * 7):
+        state, y = case.step(state, case.x[:, piece], ALL)
+        outputs.append(y[1])
+        waiting = case.x[:, piece].copy()
+        waiting[1] = np.nan
+        paused, _ = case.step(state, waiting, np.array([True, False, True]))
+        for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(paused), strict=True):
+            np.testing.assert_array_equal(before[1], after[1])
+        state = paused
+    assert relative_error(np.concatenate(outputs), case.y[1]) < TOLERANCE
+
+
+def test_gradients_of_steps_equal_those_of_the_whole(case: Case):
+    weights = np.random.default_rng(2).normal(size=case.y.shape).astype(np.float32)
+
+    def whole(layer: StreamingLayer, x: jax.Array) -> jax.Array:
+        return jnp.vdot(layer(x), weights)
+
+    def stepped(layer: StreamingLayer, x: jax.Array) -> jax.Array:
+        pieces = jnp.moveaxis(x.reshape(BATCH, 7, 2 * case.stride, -1), 1, 0)
+        _, y = jax.lax.scan(layer.step, layer.init_state(BATCH), pieces)
+        return jnp.vdot(jnp.moveaxis(y, 0, 1).reshape(weights.shape), weights)
+
+    gradients = [jax.jit(jax.grad(f, argnums=(0, 1)))(case.layer, case.x) for f in (stepped, whole)]
+    for actual, expected in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert relative_error(actual, expected) < TOLERANCE
