@@ -23,7 +23,7 @@ lint: .venv/with-dev  ## check format, style and types
 	$(BIN)/pyright
 
 parity: .venv/with-dev .venv/with-parity .venv/with-moshi  ## compare with transformers and moshi
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest -m "parity or network" -rs
 
 slow: .venv/with-dev  ## run the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -46,11 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `mimi-jax`; None for those of this process.
     """
     try:
-        arguments = make_parser().parse_args(argv)
+        arguments, unknown = make_parser().parse_known_args(argv)
     except SystemExit as stop:  # argparse has printed its help or an error
         return int(stop.code or 0)
     _set_environment()
     try:
+        if unknown:
+            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
         with _quiet_libraries():
             arguments.run(arguments)
         return 0
@@ -111,15 +113,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
-    output = arguments.output or arguments.input.with_suffix(".safetensors")
+    from mimi_jax.codes import save_codes
+
     _check_input(arguments.input)
+    output = arguments.output or arguments.input.with_suffix(".safetensors")
     _check_output(output, arguments.input)
     model = _load_model(arguments.model, decoder=False)
     _check_num_quantizers(model, arguments.num_quantizers)
-    from mimi_jax.audio import load_audio
-    from mimi_jax.codes import save_codes
-
-    audio = load_audio(arguments.input, model.config.sampling_rate, model.config.audio_channels)
+    audio = _load_audio(arguments.input, model)
     codes, seconds = _encode(model, audio, arguments.num_quantizers)
     file = _code_file(model, codes, audio.shape[1])
     save_codes(output, file)
@@ -127,12 +128,12 @@ def run_encode(arguments: argparse.Namespace) -> None:
 
 
 def run_decode(arguments: argparse.Namespace) -> None:
-    output = arguments.output or arguments.input.with_suffix(".decoded.wav")
-    _check_input(arguments.input)
-    _check_output(output, arguments.input, is_audio=True)
     from mimi_jax.audio import save_audio
     from mimi_jax.codes import load_codes
 
+    _check_input(arguments.input)
+    output = arguments.output or arguments.input.with_suffix(".decoded.wav")
+    _check_output(output, arguments.input, is_audio=True)
     file = load_codes(arguments.input)
     model = _load_model(arguments.model, encoder=False)
     _check_same_model(arguments.input, file, model, arguments.model)
@@ -142,35 +143,29 @@ def run_decode(arguments: argparse.Namespace) -> None:
 
 
 def run_roundtrip(arguments: argparse.Namespace) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the picture needs matplotlib; install it: pip install 'mimi_jax[plot]'")
-    output, picture = arguments.output, arguments.output.with_suffix(".png")
-    _check_input(arguments.input)
-    _check_output(output, arguments.input, is_audio=True)
-    _check_output(picture, arguments.input)
-    model = _load_model(arguments.model)
-    _check_num_quantizers(model, arguments.num_quantizers)
     from mimi_jax.atomic import atomic_path
-    from mimi_jax.audio import load_audio, save_audio
+    from mimi_jax.audio import save_audio
     from mimi_jax.metrics import si_sdr
     from mimi_jax.picture import draw
 
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the picture needs matplotlib; install it: pip install 'mimi_jax[plot]'")
+    _check_input(arguments.input)
+    output = arguments.output
+    _check_output(output, arguments.input, is_audio=True)
+    picture = output.with_suffix(".png")
+    _check_output(picture, arguments.input)
+    model = _load_model(arguments.model)
+    _check_num_quantizers(model, arguments.num_quantizers)
     config = model.config
-    audio = load_audio(arguments.input, config.sampling_rate, config.audio_channels)
+    audio = _load_audio(arguments.input, model)
     _compile(model, audio, arguments.num_quantizers)
     codes, encode_seconds = _encode(model, audio, arguments.num_quantizers)
     file = _code_file(model, codes, audio.shape[1])
     decoded, decode_seconds = _decode(model, file)
-    png = draw(
-        audio,
-        decoded,
-        codes,
-        sampling_rate=config.sampling_rate,
-        frame_size=config.frame_size,
-        codebook_size=config.codebook_size,
-        title=f"{arguments.input.name} through {arguments.model}: {_summary(file)}",
-    )
-    with atomic_path(picture) as temporary:  # so that there are two new files or none
+    title = f"{arguments.input.name} through {arguments.model}: {_summary(file)}"
+    png = draw(audio, decoded, file, title)
+    with atomic_path(picture) as temporary:  # around the other, so that there are two new files or none
         temporary.write_bytes(png)
         save_audio(output, decoded, config.sampling_rate)
     _print_table(
@@ -182,7 +177,7 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
             "decoding": _speed(file, decode_seconds),
         }
     )
-    print(f"speeds are on {_device()}, after a warm-up, so compilation is not in them")
+    print(f"speeds were measured on {_device()} after a warm-up: compilation is not in them")
     print(f"wrote {output} and {picture}")
 
 
@@ -191,52 +186,50 @@ def run_info(arguments: argparse.Namespace) -> None:
         from mimi_jax.codes import load_codes
 
         file = load_codes(arguments.name)
-        owner = _bundled_with(file.model_id) or "not of a bundled model"
+        owner = _bundled_with(file.model_id) or "not a bundled one"
         _print_table({**_code_rows(file), "model": f"{file.model_id} ({owner})"})
         return
-    from flax import nnx
-
     from mimi_jax.checkpoint import find, model_id
-    from mimi_jax.quantizer import Codebook
 
     path = find(arguments.name)
-    model = _load_model(str(path), dtype=None)
-    config, stored = model.config, nnx.state(model, nnx.Not(nnx.OfType(Codebook)))
-    import jax
-
+    model = _load_model(path, dtype=None)
+    config = model.config
     frame_rate = config.sampling_rate / config.frame_size
     _print_table(
         {
             "model": str(path),
+            "identity": model_id(model),
             "layout": _layout(path),
-            "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(stored)):,}",
-            "sampling rate": f"{config.sampling_rate} Hz, {config.audio_channels} channel(s)",
-            "frame rate": f"{frame_rate:g} Hz, {config.frame_size} samples a frame",
+            "parameters": f"{_num_parameters(model):,}",
+            "audio": f"{config.sampling_rate} Hz, {'mono' if config.audio_channels == 1 else 'stereo'}",
+            "frames": f"{frame_rate:g} Hz, of {config.frame_size} samples",
             "codebooks": f"{config.num_quantizers} x {config.codebook_size} codes",
             "bitrate": f"{_kbits(config.num_quantizers, config.codebook_size, frame_rate):.2f} kbit/s",
-            "identity": model_id(model),
         }
     )
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
+    from mimi_jax.atomic import atomic_path
+
     source, output = arguments.source, arguments.output
     if Path(source).is_file() and source.endswith(PYTORCH_SUFFIXES):
         raise ValueError(f"{source} is a PyTorch file; convert it with convert/convert_checkpoint.py")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"{output} exists; name a new folder")
     _check_folder(output)
-    from mimi_jax.atomic import atomic_path
+    model = _load_model(source, dtype=None)
     from mimi_jax.checkpoint import save
 
-    model = _load_model(source, dtype=None)
     with atomic_path(output) as temporary:
         save(model, temporary, arguments.to)
     print(f"wrote {output}: {source} in the layout {arguments.to}")
 
 
 def _set_environment() -> None:
-    """Defaults for JAX, which reads them when it is imported: quiet, and compiling a program only once."""
+    """Defaults for JAX: it is quiet, and keeps what it compiles for the next time."""
+    if "jax" in sys.modules:  # which has read them already
+        return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "mimi_jax" / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -259,9 +252,10 @@ def _quiet_libraries() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What went wrong, in one line."""
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split("\n")) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.splitlines())
 
 
 def _check_input(path: Path) -> None:
@@ -318,10 +312,31 @@ def _check_same_model(path: Path, file: "CodeFile", model: "Mimi", name: str) ->
             )
 
 
-def _load_model(name: str, **options) -> "Mimi":
+def _load_model(name: str | Path, **options) -> "Mimi":
     from mimi_jax.model import Mimi
 
     return Mimi.from_pretrained(name, **options)
+
+
+def _load_audio(path: Path, model: "Mimi") -> "np.ndarray":
+    from mimi_jax.audio import load_audio
+
+    with _no_stderr():
+        return load_audio(path, model.config.sampling_rate, model.config.audio_channels)
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Keep C libraries off stderr too: the MP3 decoder comments on damaged files there."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 @contextlib.contextmanager
@@ -413,6 +428,16 @@ def _layout(path: Path) -> str:
     return "kyutai" if any(name.startswith("quantizer.rvq_") for name in names) else "transformers"
 
 
+def _num_parameters(model: "Mimi") -> int:
+    """How many numbers a checkpoint of the model holds."""
+    import jax
+    from flax import nnx
+
+    from mimi_jax.quantizer import Codebook
+
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.OfType(Codebook)))))
+
+
 def _device() -> str:
     import jax
 
@@ -427,8 +452,8 @@ def _code_rows(file: "CodeFile") -> dict[str, str]:
     num_codebooks, num_frames = file.audio_codes.shape
     frame_rate = file.sampling_rate / file.frame_size
     return {
-        "duration": f"{file.num_samples / file.sampling_rate:.2f} s ({file.num_samples} samples at {file.sampling_rate} Hz)",
-        "frames": f"{num_frames} ({frame_rate:g} Hz)",
+        "duration": f"{file.num_samples / file.sampling_rate:.2f} s, {file.num_samples} samples",
+        "frames": f"{num_frames}, {frame_rate:g} Hz",
         "codebooks": f"{num_codebooks} x {file.codebook_size} codes",
         "bitrate": f"{_kbits(num_codebooks, file.codebook_size, frame_rate):.2f} kbit/s",
     }

@@ -14,7 +14,8 @@ def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
     """
     if reference.shape != estimate.shape:
         raise ValueError(
-            f"reference and estimate must have one shape, got {list(reference.shape)} and {list(estimate.shape)}"
+            "reference and estimate must have the same shape, got"
+            f" {list(reference.shape)} and {list(estimate.shape)}"
         )
     reference, estimate = reference.ravel().astype(np.float64), estimate.ravel().astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -7,98 +7,75 @@ import io
 
 import numpy as np
 
+from mimi_jax.codes import CodeFile
+
 MAX_COLUMNS = 1500  # about the pixels across; longer clips are drawn, and computed, more coarsely
 NUM_BANDS = 64
 DYNAMIC_RANGE = 80  # dB below the loudest band
 TICKS = (200, 500, 1000, 2000, 4000, 8000, 16_000)  # Hz
 
 
-def draw(
-    original: np.ndarray,
-    decoded: np.ndarray,
-    codes: np.ndarray,
-    *,
-    sampling_rate: int,
-    frame_size: int,
-    codebook_size: int,
-    title: str,
-) -> bytes:
+def draw(original: np.ndarray, decoded: np.ndarray, file: CodeFile, title: str) -> bytes:
     """Draw a clip, what came back of it, and the codes in between.
 
     Args:
         original, decoded: float [channels, samples]; channels are mixed.
-        codes: int [codebooks, frames].
-        sampling_rate: Hz, of both clips.
-        frame_size: samples a frame.
-        codebook_size: codes lie in [0, codebook_size).
+        file: the codes, and the rates of all three.
         title: one line above it all.
 
     Returns:
         A PNG file.
     """
-    from matplotlib.figure import Figure  # not pyplot: no windows and no global state
+    from matplotlib.figure import Figure  # not pyplot: no windows, and no global state
 
+    rate, end = file.sampling_rate, file.audio_codes.shape[1] * file.frame_size / file.sampling_rate
     clips = {"original": original.mean(axis=0), "decoded": decoded.mean(axis=0)}
-    mels = {name: log_mel(clip, sampling_rate) for name, clip in clips.items()}
-    duration = codes.shape[1] * frame_size / sampling_rate
     figure = Figure(figsize=(11, 9), layout="constrained")
     axes = figure.subplots(5, sharex=True, height_ratios=(2, 2, 3, 3, 3))
     figure.suptitle(title)
-    peak = max(float(np.abs(clip).max()) for clip in clips.values()) or 1.0
+    peak = max(np.abs(clip).max() for clip in clips.values()) or 1
     for axis, (name, clip) in zip(axes[:2], clips.items(), strict=True):
-        _draw_waveform(axis, clip, sampling_rate, peak)
-        axis.set_ylabel(f"{name}\namplitude")
-    top = max(float(mel.max()) for mel in mels.values())
+        _draw_waveform(axis, clip, rate)
+        axis.set(ylabel=f"{name}\namplitude", ylim=(-1.05 * peak, 1.05 * peak))
+    mels = {name: log_mel(clip, rate) for name, clip in clips.items()}
+    top = max(mel.max() for mel in mels.values())
     for axis, (name, mel) in zip(axes[2:4], mels.items(), strict=True):
-        extent = (0, len(clips[name]) / sampling_rate, 0, NUM_BANDS)
-        image = axis.imshow(
-            mel.T,
-            aspect="auto",
-            origin="lower",
-            extent=extent,
-            cmap="magma",
-            vmin=top - DYNAMIC_RANGE,
-            vmax=top,
-        )
-        _label_bands(axis, sampling_rate)
+        image = _draw_mel(axis, mel - top, rate, original.shape[1] / rate)
         axis.set_ylabel(f"{name}\nfrequency (kHz)")
     figure.colorbar(image, ax=axes[2:4], label="power (dB, loudest = 0)", pad=0.01)
-    _draw_codes(figure, axes[4], codes, codebook_size, duration)
-    axes[4].set(xlabel="time (s)", xlim=(0, duration))
+    image = _draw_codes(axes[4], file, end)
+    axes[4].set(ylabel="codebook\n(semantic first)", xlabel="time (s)", xlim=(0, end))
+    figure.colorbar(image, ax=axes[4], label="code", pad=0.01)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 
-def _draw_waveform(axis, samples: np.ndarray, sampling_rate: int, peak: float) -> None:
+def _draw_waveform(axis, samples: np.ndarray, sampling_rate: int) -> None:
     """The band between the lowest and the highest sample of each column."""
     starts = np.unique(np.linspace(0, len(samples), MAX_COLUMNS, endpoint=False, dtype=int))
     low, high = np.minimum.reduceat(samples, starts), np.maximum.reduceat(samples, starts)
     axis.fill_between(starts / sampling_rate, low, high, step="post", color="tab:blue", linewidth=0.5)
-    axis.set_ylim(-1.05 * peak, 1.05 * peak)
     axis.grid(alpha=0.3)
 
 
-def _draw_codes(figure, axis, codes: np.ndarray, codebook_size: int, duration: float) -> None:
-    extent = (0, duration, len(codes) + 0.5, 0.5)
-    image = axis.imshow(
-        codes,
-        aspect="auto",
-        interpolation="nearest",
-        extent=extent,
-        cmap="viridis",
-        vmin=0,
-        vmax=codebook_size - 1,
-    )
-    axis.set_ylabel("codebook\n(1 is semantic)")
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axis, label="code", pad=0.01)
-
-
-def _label_bands(axis, sampling_rate: int) -> None:
+def _draw_mel(axis, mel: np.ndarray, sampling_rate: int, duration: float):
+    """An image of [columns, bands] in dB below 0, the bands labelled by their frequencies."""
     ticks = [hertz for hertz in TICKS if hertz <= sampling_rate / 2]
     positions = _to_mel(np.array(ticks)) / _to_mel(sampling_rate / 2) * NUM_BANDS
     axis.set_yticks(positions, [f"{hertz / 1000:g}" for hertz in ticks])
+    extent = (0, duration, 0, NUM_BANDS)
+    return axis.imshow(
+        mel.T, cmap="magma", vmin=-DYNAMIC_RANGE, vmax=0, extent=extent, origin="lower", aspect="auto"
+    )
+
+
+def _draw_codes(axis, file: CodeFile, end: float):
+    """An image of the codes, whose colours say no more than which are equal."""
+    extent = (0, end, len(file.audio_codes) + 0.5, 0.5)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    limits = {"vmin": 0, "vmax": file.codebook_size - 1}
+    return axis.imshow(file.audio_codes, extent=extent, interpolation="nearest", aspect="auto", **limits)
 
 
 def log_mel(samples: np.ndarray, sampling_rate: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mimi_jax"
 CORE = ["config", "streaming", "conv", "attention", "transformer", "seanet", "quantizer", "model"]
 # Reading order is import order: a module imports only modules that stand before it.
-FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes"]
+FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes", "blocks", "metrics", "picture"]
 LAYERS = [*CORE, *FILES, "__init__", "cli"]
 # One step back, inside functions only: `Mimi.from_pretrained` and `Mimi.save_pretrained`.
 BACKWARD = {("model", "checkpoint")}
@@ -18,7 +18,7 @@ FORBIDDEN = {"moshi", "torch", "transformers"}
 LAZY = {"grain", "matplotlib", "optax", "orbax", "ray"}
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_FUNCTION_LINES = 50
-MAX_CORE_LINES = 1300
+MAX_CORE_LINES = 1200  # docstrings count, blank lines do not
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -94,7 +94,8 @@ def test_core_functions_are_short(layer: str):
 
 
 def test_core_reads_in_one_sitting():
-    lines = {layer: len((PACKAGE / f"{layer}.py").read_text().splitlines()) for layer in CORE}
+    sources = {layer: (PACKAGE / f"{layer}.py").read_text() for layer in CORE}
+    lines = {layer: sum(map(bool, map(str.strip, source.splitlines()))) for layer, source in sources.items()}
     assert sum(lines.values()) <= MAX_CORE_LINES, lines
 
 

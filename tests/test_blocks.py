@@ -1,0 +1,160 @@
+"""Blocks give what whole clips give, with one program for every length."""
+
+import numpy as np
+import pytest
+
+import mimi_jax
+from mimi_jax import Mimi, MimiConfig
+from mimi_jax.blocks import BLOCK_FRAMES, decode_in_blocks, encode_in_blocks
+from tests.models import load_fixture, random_module, relative_error
+
+BLOCK = BLOCK_FRAMES * 16  # samples, of the fixtures' 16 samples a frame
+LONGEST = 2 * BLOCK + 107  # no whole number of frames
+LENGTHS = [1, 15, 16, BLOCK - 1, BLOCK, BLOCK + 1, LONGEST]
+
+
+def noise(num_samples: int, channels: int = 1) -> np.ndarray:
+    """float32 [channels, samples]."""
+    return np.random.default_rng(0).normal(0, 0.3, (channels, num_samples)).astype(np.float32)
+
+
+def random_codes(model: Mimi, num_frames: int, num_codebooks: int | None = None) -> np.ndarray:
+    """int32 [codebooks, frames]."""
+    shape = num_codebooks or model.config.num_quantizers, num_frames
+    return np.random.default_rng(0).integers(0, model.config.codebook_size, shape, np.int32)
+
+
+def encode_whole(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
+    """Padded to one length and masked, which is exact (tests of `encode`), so that one program serves."""
+    num_samples = audio.shape[1]
+    padded = np.pad(audio, [(0, 0), (0, LONGEST - num_samples)])
+    out = mimi_jax.encode(model, padded[None], np.arange(LONGEST)[None] < num_samples, num_quantizers)
+    return np.asarray(out.audio_codes[0])[:, : model.encoded_length(num_samples)]
+
+
+@pytest.mark.parametrize("num_samples", LENGTHS)
+def test_codes_are_those_of_the_whole_clip(num_samples: int):
+    model = load_fixture("base").model
+    audio = noise(num_samples)
+    codes = encode_in_blocks(model, audio)
+    assert codes.dtype == np.int32
+    np.testing.assert_array_equal(codes, encode_whole(model, audio))
+
+
+@pytest.mark.parametrize("num_frames", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 2 * BLOCK_FRAMES + 7])
+def test_audio_is_that_of_the_whole_clip(num_frames: int):
+    model = load_fixture("base").model
+    codes = random_codes(model, 2 * BLOCK_FRAMES + 7)
+    whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
+    audio = decode_in_blocks(model, codes[:, :num_frames])
+    assert audio.dtype == np.float32
+    assert relative_error(audio, whole[:, : num_frames * 16]) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "channels"), [("stereo", 2), ("noncausal", 1)])
+def test_other_models(name: str, channels: int):
+    model = load_fixture(name).model
+    audio = noise(LONGEST, channels)
+    codes = encode_in_blocks(model, audio)
+    np.testing.assert_array_equal(codes, mimi_jax.encode(model, audio[None]).audio_codes[0])
+    decoded = decode_in_blocks(model, codes)
+    assert decoded.shape == (channels, codes.shape[1] * model.config.frame_size)
+    whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
+    assert relative_error(decoded, whole) < 1e-6
+
+
+def test_fewer_codebooks():
+    model = load_fixture("base").model
+    audio = noise(BLOCK + 1)
+    codes = encode_in_blocks(model, audio, 2)
+    np.testing.assert_array_equal(codes, encode_in_blocks(model, audio)[:2])
+    whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
+    assert relative_error(decode_in_blocks(model, codes), whole) < 1e-6
+
+
+def test_ten_minutes_and_one_sample_are_the_same_program(monkeypatch: pytest.MonkeyPatch):
+    config = MimiConfig(
+        sampling_rate=2400,
+        upsampling_ratios=(6, 4, 4),
+        num_filters=2,
+        hidden_size=8,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        codebook_size=8,
+        codebook_dim=4,
+        vector_quantization_hidden_dimension=4,
+        num_quantizers=2,
+        upsample_groups=8,
+    )
+    model = random_module(lambda rngs: Mimi(config, rngs=rngs))
+    traced = []
+    for method in ("_encode_latents", "_decode_latents"):
+        original = getattr(Mimi, method)
+
+        def count(self, state, x, extra, method=method, original=original):
+            traced.append((method, x.shape))
+            return original(self, state, x, extra)
+
+        monkeypatch.setattr(Mimi, method, count)
+    audio = np.resize(noise(2400), (1, 600 * 2400))
+    codes = encode_in_blocks(model, audio)
+    assert codes.shape == (2, 7500)
+    assert decode_in_blocks(model, codes).shape == audio.shape
+    assert encode_in_blocks(model, audio[:, :1], 2).shape == (2, 1)
+    assert [name for name, _ in traced] == ["_encode_latents", "_decode_latents"]
+
+
+def test_progress_tells_samples_and_frames():
+    model = load_fixture("base").model
+    counts: list[int] = []
+    codes = encode_in_blocks(model, noise(2 * BLOCK + 107), progress=counts.append)
+    assert counts == [BLOCK, BLOCK, 107]
+    counts.clear()
+    decode_in_blocks(model, codes, progress=counts.append)
+    assert counts == [BLOCK_FRAMES, BLOCK_FRAMES, 7]
+
+
+def test_progress_of_a_model_that_cannot_stream():
+    model = load_fixture("noncausal").model
+    counts: list[int] = []
+    codes = encode_in_blocks(model, noise(LONGEST), progress=counts.append)
+    decode_in_blocks(model, codes, progress=counts.append)
+    assert counts == [LONGEST, codes.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("audio", "num_quantizers", "error"),
+    [
+        (noise(16)[0], None, r"audio must be \[channels, samples > 0\], got \[16\]"),
+        (noise(0), None, r"audio must be \[channels, samples > 0\], got \[1, 0\]"),
+        (noise(16, 2), None, r"audio must be \[batch, channels=1, samples > 0\]"),
+        (np.zeros((1, 16), np.int16), None, "audio must be floating point"),
+        (noise(16), 0, "num_quantizers must be an integer from 1 to 4"),
+        (noise(16), 5, "num_quantizers must be an integer from 1 to 4"),
+    ],
+)
+def test_bad_audio(audio: np.ndarray, num_quantizers: int | None, error: str):
+    with pytest.raises(ValueError, match=error):
+        encode_in_blocks(load_fixture("base").model, audio, num_quantizers)
+
+
+@pytest.mark.parametrize(
+    ("codes", "error"),
+    [
+        (np.zeros((4, 3)), r"codes must be integers \[codebooks, frames > 0\], got float64 \[4, 3\]"),
+        (np.zeros(4, int), r"codes must be integers .* got int64 \[4\]"),
+        (np.zeros((4, 0), int), r"codes must be integers .* got int64 \[4, 0\]"),
+        (np.zeros((5, 3), int), "num_quantizers must be an integer from 1 to 4"),
+        (np.full((4, 3), 16), r"codes must lie in \[0, 16\), got 16 to 16"),
+        (np.full((4, 3), -1), r"codes must lie in \[0, 16\), got -1 to -1"),
+    ],
+)
+def test_bad_codes(codes: np.ndarray, error: str, monkeypatch: pytest.MonkeyPatch):
+    def compute(*_):
+        raise AssertionError("the codes should have been refused before any computation")
+
+    monkeypatch.setattr("mimi_jax.blocks.decode_step", compute)
+    with pytest.raises(ValueError, match=error):
+        decode_in_blocks(load_fixture("base").model, codes)
