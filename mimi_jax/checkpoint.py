@@ -7,7 +7,8 @@ which restores sharded.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +83,7 @@ def find(name: str | Path) -> Path:
                 f"{path}: a model folder holds model.safetensors or params/, found neither"
             )
         return path
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) and path.suffix != ".safetensors":
         return _download(str(name))
     raise FileNotFoundError(
         f"unknown model {str(name)!r}: give a bundled model ({', '.join(bundled_models())}), a folder, a"
@@ -116,10 +117,23 @@ def _read_config(path: Path, encoder: bool, decoder: bool) -> tuple[MimiConfig, 
     config = MimiConfig.from_json(file)
     fields = json.loads(file.read_text())
     # null marks a half that was dropped before saving, here and in `transformers`.
-    return config, {
-        "encoder": encoder and fields.get("encoder_config", "") is not None,
-        "decoder": decoder and fields.get("decoder_config", "") is not None,
-    }
+    stored = {half: fields.get(f"{half}_config", "") is not None for half in ("encoder", "decoder")}
+    halves = {"encoder": encoder and stored["encoder"], "decoder": decoder and stored["decoder"]}
+    if (encoder or decoder) and not any(halves.values()):
+        missing = "encoder" if encoder else "decoder"
+        raise ValueError(f"{path}: this model was saved without its {missing}, which was asked for")
+    return config, halves
+
+
+def layout_of(path: Path) -> str:
+    """Which of `LAYOUTS` a model that `find` found is stored in."""
+    if (path / "params").is_dir():
+        return "flax"
+    return _torch_layout(_open_safetensors(path / "model.safetensors" if path.is_dir() else path))
+
+
+def _torch_layout(names: Iterable[str]) -> str:
+    return "kyutai" if any(name.startswith("quantizer.rvq_") for name in names) else "transformers"
 
 
 def _open_safetensors(path: Path) -> LazyTensors:
@@ -155,7 +169,7 @@ def _variables(model: Mimi) -> dict[Place, nnx.Variable]:
 def _compare(
     found: Mapping[str, Any], expected: Mapping[str, Any], known: Collection[str], source: str
 ) -> None:
-    """Refuse tensors that are missing, unexpected or of another shape, naming all of them at once."""
+    """Refuse tensors that are missing, unexpected or of another kind, naming all of them at once."""
     missing = sorted(expected.keys() - found.keys())
     problems = [f"missing {name} {list(expected[name].shape)}" for name in missing]
     problems += [f"unexpected {name}" for name in sorted(found.keys() - set(known))]
@@ -163,6 +177,11 @@ def _compare(
         f"{name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
         for name in sorted(expected.keys() & found.keys())
         if found[name].shape != expected[name].shape
+    ]
+    problems += [
+        f"{name} holds {found[name].dtype}, expected floating point"
+        for name in sorted(expected.keys() & found.keys())
+        if not jnp.issubdtype(found[name].dtype, jnp.floating)
     ]
     if problems:
         raise ValueError(f"{source}: the tensors do not fit the configuration: {'; '.join(problems)}")
@@ -179,7 +198,7 @@ def read_tensors(tensors: LazyTensors, model: Mimi, source: str) -> Arrays:
     Raises:
         ValueError: naming every tensor that is missing, unexpected or of another shape.
     """
-    layout = "kyutai" if any(name.startswith("quantizer.rvq_") for name in tensors) else "transformers"
+    layout = _torch_layout(tensors)
     rows, config = _rows(model), model.config
     shapes = {path: np.broadcast_to(np.int8(0), v.shape) for path, v in _variables(model).items()}
     expected = to_tensors(shapes, rows, config, layout)

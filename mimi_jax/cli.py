@@ -189,7 +189,7 @@ def run_info(arguments: argparse.Namespace) -> None:
         owner = _bundled_with(file.model_id) or "not a bundled one"
         _print_table({**_code_rows(file), "model": f"{file.model_id} ({owner})"})
         return
-    from mimi_jax.checkpoint import find, model_id
+    from mimi_jax.checkpoint import find, layout_of, model_id
 
     path = find(arguments.name)
     model = _load_model(path, dtype=None)
@@ -199,7 +199,7 @@ def run_info(arguments: argparse.Namespace) -> None:
         {
             "model": str(path),
             "identity": model_id(model),
-            "layout": _layout(path),
+            "layout": layout_of(path),
             "parameters": f"{_num_parameters(model):,}",
             "audio": f"{config.sampling_rate} Hz, {'mono' if config.audio_channels == 1 else 'stereo'}",
             "frames": f"{frame_rate:g} Hz, of {config.frame_size} samples",
@@ -414,18 +414,6 @@ def _bundled_with(identity: str) -> str | None:
         if model_id(_load_model(name)) == identity:
             return name
     return None
-
-
-def _layout(path: Path) -> str:
-    """Which of the layouts a model is stored in."""
-    if (path / "params").is_dir():
-        return "flax"
-    import safetensors
-
-    file = path / "model.safetensors" if path.is_dir() else path
-    with safetensors.safe_open(file, framework="np") as tensors:
-        names = tensors.keys()
-    return "kyutai" if any(name.startswith("quantizer.rvq_") for name in names) else "transformers"
 
 
 def _num_parameters(model: "Mimi") -> int:

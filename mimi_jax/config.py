@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,24 @@ _IGNORED_FIELDS = {
 _LEFTOVER_FIELDS = {"normalize": False, "chunk_length_s": None, "chunk_in_sec": None}
 
 
-def _is_count(value: object) -> bool:
-    return all(map(_is_count, value)) if isinstance(value, tuple) else type(value) is int and value > 0
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# What a field of each type must be, since JSON may hold anything: in words, and as a check.
+_TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a positive integer", _is_count),
+    int | None: ("a positive integer", lambda value: value is None or _is_count(value)),
+    float: ("a number", _is_number),
+    float | None: ("a positive number", lambda value: value is None or (_is_number(value) and value > 0)),
+    bool: ("true or false", lambda value: type(value) is bool),
+    str: ("a string", lambda value: type(value) is str),
+    tuple[int, ...]: ("positive integers", lambda value: type(value) is tuple and all(map(_is_count, value))),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +97,10 @@ class MimiConfig:
     use_streaming: bool = False
 
     def __post_init__(self) -> None:
-        # Lists come from JSON; a tuple keeps the configuration hashable, as jit's static data must be.
-        object.__setattr__(self, "upsampling_ratios", tuple(self.upsampling_ratios))
-        counts = ["upsampling_ratios", *(f.name for f in dataclasses.fields(self) if f.type is int)]
-        self._check([(name, _is_count(getattr(self, name)), "must be positive and whole") for name in counts])
+        if isinstance(self.upsampling_ratios, list):  # from JSON, but jit's static data must be hashable
+            object.__setattr__(self, "upsampling_ratios", tuple(self.upsampling_ratios))
+        types = [(field.name, *_TYPES[field.type]) for field in dataclasses.fields(self)]
+        self._check([(name, fits(getattr(self, name)), f"must be {words}") for name, words, fits in types])
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.frame_rate is None:
@@ -166,6 +183,8 @@ class MimiConfig:
             if (value := values.pop(name, off)) != off:
                 problems.append(f"{name} must be {json.dumps(off)}, got {json.dumps(value)}")
         rope = values.pop("rope_parameters", None) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters must be an object, got {json.dumps(rope)}")
         if (rope_type := rope.get("rope_type", "default")) != "default":
             problems.append(f"rope_type must be 'default', got {rope_type!r}")
         values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
@@ -191,7 +210,7 @@ class MimiConfig:
             if not isinstance(fields, dict):
                 raise ValueError("it must hold one JSON object")
             return cls.from_dict(fields)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def conv1d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 
 
 class ConvState(NamedTuple):
     past: jax.Array | None  # [batch, context, in_channels], the inputs that the next step still needs
-    started: jax.Array | None  # bool [batch], whether `past` is real; None where it starts as zeros
+    started: jax.Array | None  # int32 [batch], 1 once `past` is real, else 0; None where it starts as zeros
 
 
 class Conv1d(StreamingLayer):
@@ -68,7 +68,7 @@ class Conv1d(StreamingLayer):
         if self.context == 0:
             return ConvState(None, None)
         past = jnp.zeros((batch_size, self.context, self.in_channels), dtype)
-        return ConvState(past, jnp.zeros(batch_size, bool) if self.pad_mode == "replicate" else None)
+        return ConvState(past, jnp.zeros(batch_size, jnp.int32) if self.pad_mode == "replicate" else None)
 
     def step(
         self, state: ConvState | None, x: jax.Array, lengths: jax.Array | None = None
@@ -82,8 +82,8 @@ class Conv1d(StreamingLayer):
         if self.stride > 1 or self.lookahead:
             x = fill_beyond(x, lengths, self.pad_mode)
         if past is not None and started is not None:
-            past = jnp.where(started[:, None, None], past, x[:, :1])
-            started = jnp.ones_like(started)
+            past = jnp.where(started[:, None, None] > 0, past, x[:, :1])
+            started = jnp.maximum(started, 1)  # not ones: a constant would lose the state's sharding
         if past is not None:
             x = jnp.concatenate([past, x], axis=1)
             past = x[:, -self.context :]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from mimi_jax.config import MimiConfig
@@ -39,16 +40,22 @@ class MimiOutput(NamedTuple):
     audio_values: jax.Array  # [batch, channels, samples], as long as the input
 
 
-def _at_its_precision(method):
-    """Run a method of `Mimi` with every matrix product at `self.precision`.
+def _computing(method):
+    """Run a method of `Mimi` at `self.precision`, and let XLA choose how values inside it are sharded.
 
-    Without it float32 means TF32 on NVIDIA GPUs and bfloat16 passes on TPUs, and codes change.
+    Without the first, float32 means TF32 on NVIDIA GPUs and bfloat16 passes on TPUs, and codes change.
+    Without the second, a mesh with explicit axes would ask for the sharding of every lookup in a codebook.
+    The method's first argument and all its results have the batch on axis 0, and are sharded alike.
     """
 
     @functools.wraps(method)
-    def wrapped(self: "Mimi", *args, **kwargs):
+    def wrapped(self: "Mimi", x: ArrayLike, *args, **kwargs):
+        compute = method
+        if axes := jax.sharding.get_abstract_mesh().explicit_axes:
+            batch = PartitionSpec(*jax.typeof(x).sharding.spec[:1])
+            compute = jax.sharding.auto_axes(method, axes=axes, out_sharding=batch)
         with jax.default_matmul_precision(self.precision):
-            return method(self, *args, **kwargs)
+            return compute(self, x, *args, **kwargs)
 
     return wrapped
 
@@ -170,9 +177,9 @@ class Mimi(nnx.Module):
     def _decoder_layers(self) -> list[StreamingLayer]:
         return self._half("decoder", self.upsample, self.decoder_transformer, self.decoder)
 
-    @_at_its_precision
+    @_computing
     def _encode_latents(
-        self, state: Any, audio: ArrayLike, padding_mask: ArrayLike | None
+        self, audio: ArrayLike, padding_mask: ArrayLike | None, state: Any = None
     ) -> tuple[Any, jax.Array, jax.Array | None]:
         """Step the encoder half; also returns how many frames of each row are real, None for all."""
         audio, lengths = check_audio(self.config, audio, padding_mask)
@@ -194,18 +201,21 @@ class Mimi(nnx.Module):
         Returns:
             [batch, frames, hidden_size]; frames outside the mask mean nothing.
         """
-        return self._encode_latents(None, audio, padding_mask)[1]
+        return self._encode_latents(audio, padding_mask)[1]
 
-    @_at_its_precision
     def quantize(self, latents: jax.Array, num_quantizers: int | None = None) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames].
 
         Args:
             num_quantizers: how many codebooks to use, the first ones; None for all.
         """
+        return self._quantize(latents, num_quantizers=num_quantizers)
+
+    @_computing
+    def _quantize(self, latents: jax.Array, *, num_quantizers: int | None) -> jax.Array:
         return self.quantizer.encode(latents, num_quantizers)
 
-    @_at_its_precision
+    @_computing
     def dequantize(self, codes: ArrayLike) -> jax.Array:
         """Codes [batch, codebooks, frames], of all or the first codebooks -> [batch, frames, hidden_size].
 
@@ -218,9 +228,9 @@ class Mimi(nnx.Module):
             )
         return self.quantizer.decode(codes)
 
-    @_at_its_precision
+    @_computing
     def _decode_latents(
-        self, state: Any, latents: ArrayLike, lengths: jax.Array | None
+        self, latents: ArrayLike, lengths: jax.Array | None = None, state: Any = None
     ) -> tuple[Any, jax.Array]:
         x = jnp.asarray(latents).astype(self.dtype)
         state, x = step_all(self._decoder_layers(), state, x, lengths)
@@ -228,7 +238,7 @@ class Mimi(nnx.Module):
 
     def decode_latents(self, latents: ArrayLike) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> audio [batch, channels, samples]; differentiable."""
-        return self._decode_latents(None, latents, None)[1]
+        return self._decode_latents(latents)[1]
 
     def init_encoder_state(self, batch_size: int) -> Any:
         """The state of `batch_size` fresh streams, for `encode_step`."""
@@ -328,7 +338,7 @@ def encode(
     Raises:
         ValueError: for other shapes or dtypes, and for codebooks the model does not have.
     """
-    _, latents, lengths = model._encode_latents(None, audio, padding_mask)
+    _, latents, lengths = model._encode_latents(audio, padding_mask)
     codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
     return EncoderOutput(codes, mask)
 
@@ -363,7 +373,7 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
     mask, lengths = check_mask(padding_mask, audio_codes.shape[0])
     frames = model.encoded_length(lengths)
     codes = jnp.where(is_real(frames, audio_codes.shape[2])[:, None, :], audio_codes, 0)
-    _, audio = model._decode_latents(None, model.dequantize(codes), frames)
+    _, audio = model._decode_latents(model.dequantize(codes), frames)
     audio = audio[:, :, : mask.shape[1]]
     return DecoderOutput(jnp.where(is_real(lengths, audio.shape[2])[:, None, :], audio, 0))
 
@@ -399,7 +409,7 @@ def encode_step(
             f"samples must be a positive multiple of frame_size={frame_size}, got {num_samples};"
             " pad the last frame and mark it in padding_mask"
         )
-    new_state, latents, lengths = model._encode_latents(state, audio, padding_mask)
+    new_state, latents, lengths = model._encode_latents(audio, padding_mask, state)
     codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
     rows = mask[:, 0]
     if active is not None:
@@ -425,7 +435,7 @@ def decode_step(
     Returns:
         The state for the next step, and audio [batch, channels, frames * frame_size].
     """
-    new_state, audio = model._decode_latents(state, model.dequantize(audio_codes), None)
+    new_state, audio = model._decode_latents(model.dequantize(audio_codes), None, state)
     if active is None:
         return new_state, audio
     rows = jnp.asarray(active, bool)

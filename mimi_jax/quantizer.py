@@ -78,7 +78,9 @@ class ResidualQuantizer(nnx.Module):
             return total + jnp.take(embedding, codes, axis=0, mode="fill", fill_value=jnp.nan), None
 
         levels = self.embedding[:num_levels], jnp.moveaxis(codes, 1, 0)
-        total, _ = lax.scan(level, jnp.zeros((batch, frames, dim)), levels)
+        # Made from the codes, so that inside `shard_map` it differs between the devices as they do.
+        zero = jnp.zeros_like(codes[:, 0, :, None], jnp.float32)
+        total, _ = lax.scan(level, jnp.broadcast_to(zero, (batch, frames, dim)), levels)
         return total if self.output_proj is None else self.output_proj(total)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax import nnx
+from jax.typing import ArrayLike
 
 from mimi_jax import checkpoint
 from mimi_jax.config import MimiConfig
@@ -18,7 +20,7 @@ from mimi_jax.model import Mimi
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
-Module = TypeVar("Module", bound=nnx.Module)
+Tree = TypeVar("Tree")
 
 
 class Clip(NamedTuple):
@@ -52,18 +54,23 @@ def load_fixture(name: str) -> Fixture:
     return Fixture(model, [Clip(*(tensors[f"{field}/{i}"] for field in Clip._fields)) for i in indices])
 
 
-def random_module(build: Callable[[nnx.Rngs], Module], seed: int = 0) -> Module:
-    """A module whose every parameter is random and matters; NumPy draws them, so that nothing compiles."""
+def random_like(tree: Tree, seed: int) -> Tree:
+    """Arrays of the same shapes; NumPy draws them, so that nothing compiles."""
     generator = np.random.default_rng(seed)
 
-    def draw(parameter: jax.ShapeDtypeStruct) -> jax.Array:
-        fan_in = math.prod(parameter.shape[:-1])
-        return jax.numpy.asarray(generator.normal(0, fan_in**-0.5, parameter.shape), parameter.dtype)
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        fan_in = math.prod(leaf.shape[:-1])
+        return jnp.asarray(generator.normal(0, fan_in**-0.5, leaf.shape), leaf.dtype)
 
-    return jax.tree.map(draw, jax.eval_shape(lambda: build(nnx.Rngs(0))))
+    return jax.tree.map(draw, tree)
 
 
-def relative_error(actual: jax.typing.ArrayLike, expected: jax.typing.ArrayLike) -> float:
+def random_module(build: Callable[[nnx.Rngs], Tree]) -> Tree:
+    """A module whose every parameter is random and matters."""
+    return random_like(jax.eval_shape(lambda: build(nnx.Rngs(0))), seed=0)
+
+
+def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
     """The L2 norm of the difference, in units of that of `expected`."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape

@@ -93,9 +93,9 @@ def test_ten_minutes_and_one_sample_are_the_same_program(monkeypatch: pytest.Mon
     for method in ("_encode_latents", "_decode_latents"):
         original = getattr(Mimi, method)
 
-        def count(self, state, x, extra, method=method, original=original):
-            traced.append((method, x.shape))
-            return original(self, state, x, extra)
+        def count(self, *args, method=method, original=original, **kwargs):
+            traced.append(method)
+            return original(self, *args, **kwargs)
 
         monkeypatch.setattr(Mimi, method, count)
     audio = np.resize(noise(2400), (1, 600 * 2400))
@@ -103,7 +103,7 @@ def test_ten_minutes_and_one_sample_are_the_same_program(monkeypatch: pytest.Mon
     assert codes.shape == (2, 7500)
     assert decode_in_blocks(model, codes).shape == audio.shape
     assert encode_in_blocks(model, audio[:, :1], 2).shape == (2, 1)
-    assert [name for name, _ in traced] == ["_encode_latents", "_decode_latents"]
+    assert traced == ["_encode_latents", "_decode_latents"]
 
 
 def test_progress_tells_samples_and_frames():

@@ -182,6 +182,13 @@ def test_every_wrong_array_of_an_orbax_folder_is_named(base: Path, tmp_path: Pat
         Mimi.from_pretrained(tmp_path / "flax")
 
 
+def test_tensors_must_be_floating_point(tmp_path: Path):
+    config, tensors = read_fixture("base")
+    tensors["downsample.conv.weight"] = tensors["downsample.conv.weight"].astype(np.int32)
+    with pytest.raises(ValueError, match=r"downsample\.conv\.weight holds int32, expected floating point"):
+        Mimi.from_pretrained(write(tmp_path / "broken", config, tensors))
+
+
 def test_a_weight_norm_pair_must_be_whole(tmp_path: Path):
     config, tensors = read_fixture("base")
     tensors["downsample.conv.weight_g"] = tensors.pop("downsample.conv.weight")
@@ -205,6 +212,15 @@ def test_halves(base: Path, tmp_path: Path, layout: str):
     assert_same_model(half, encoder)
     with pytest.raises(ValueError, match="has no decoder"):
         mimi_jax.decode(half, np.zeros((1, 2, 3), np.int32))
+    with pytest.raises(ValueError, match="saved without its decoder, which was asked for"):
+        Mimi.from_pretrained(tmp_path / "half", encoder=False)
+
+
+def test_layout_of(base: Path, tmp_path: Path):
+    model = Mimi.from_pretrained(base)
+    for layout in checkpoint.LAYOUTS:
+        checkpoint.save(model, tmp_path / layout, layout)
+        assert checkpoint.layout_of(tmp_path / layout) == layout
 
 
 def test_identity_is_that_of_the_codes(base: Path, tmp_path: Path):
@@ -235,6 +251,8 @@ def test_bundled_models_load():
 def test_unknown_names(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"unknown model 'maxi': give a bundled model \(mini\)"):
         Mimi.from_pretrained("maxi")
+    with pytest.raises(FileNotFoundError, match=r"unknown model 'out/model\.safetensors'"):
+        Mimi.from_pretrained("out/model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"holds model\.safetensors or params/, found neither"):
         Mimi.from_pretrained(tmp_path)
     save_file({}, tmp_path / "model.safetensors")
