@@ -158,11 +158,11 @@ class Attention(StreamingLayer):
             value = jnp.concatenate([state.value, value], axis=1)
             seen = jnp.minimum(num_past + time, self.window - 1)
             state = AttentionState(key[:, time:], value[:, time:], seen)
-        positions = jnp.arange(time - key.shape[1], time)
+        key_positions = jnp.arange(time - key.shape[1], time)
         attend = BACKENDS[self.backend or choose_backend(time, self.window)]
         out = attend(
-            rotate(query, positions[-time:], self.rope_theta),
-            rotate(key, positions, self.rope_theta),
+            rotate(query, jnp.arange(time), self.rope_theta),
+            rotate(key, key_positions, self.rope_theta),
             value,
             window=self.window,
             num_past=num_past,

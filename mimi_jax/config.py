@@ -187,6 +187,9 @@ class MimiConfig:
             raise ValueError(f"rope_parameters must be an object, got {json.dumps(rope)}")
         if (rope_type := rope.get("rope_type", "default")) != "default":
             problems.append(f"rope_type must be 'default', got {rope_type!r}")
+        problems += [
+            f"unknown field 'rope_parameters.{k}'" for k in sorted(rope.keys() - {"rope_theta", "rope_type"})
+        ]
         values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
         # 5.x writes `_frame_rate`, null where it is derived.
         values["frame_rate"] = values.pop("_frame_rate", values.get("frame_rate"))

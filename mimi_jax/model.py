@@ -8,6 +8,7 @@ Inside, arrays are channels last. Here, at the boundary, they are as everywhere 
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +51,14 @@ def _computing(method):
 
     @functools.wraps(method)
     def wrapped(self: "Mimi", x: ArrayLike, *args, **kwargs):
-        compute = method
-        if axes := jax.sharding.get_abstract_mesh().explicit_axes:
-            batch = PartitionSpec(*jax.typeof(x).sharding.spec[:1])
-            compute = jax.sharding.auto_axes(method, axes=axes, out_sharding=batch)
+        sharding = jax.typeof(x).sharding
         with jax.default_matmul_precision(self.precision):
-            return compute(self, x, *args, **kwargs)
+            if not (axes := sharding.mesh.explicit_axes):
+                return method(self, x, *args, **kwargs)
+            batch = PartitionSpec(*sharding.spec[:1])
+            with jax.sharding.use_abstract_mesh(sharding.mesh):
+                compute: Callable = jax.sharding.auto_axes(method, axes=axes, out_sharding=batch)
+                return compute(self, x, *args, **kwargs)
 
     return wrapped
 
@@ -203,7 +206,7 @@ class Mimi(nnx.Module):
         """
         return self._encode_latents(audio, padding_mask)[1]
 
-    def quantize(self, latents: jax.Array, num_quantizers: int | None = None) -> jax.Array:
+    def quantize(self, latents: ArrayLike, num_quantizers: int | None = None) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames].
 
         Args:
@@ -212,8 +215,8 @@ class Mimi(nnx.Module):
         return self._quantize(latents, num_quantizers=num_quantizers)
 
     @_computing
-    def _quantize(self, latents: jax.Array, *, num_quantizers: int | None) -> jax.Array:
-        return self.quantizer.encode(latents, num_quantizers)
+    def _quantize(self, latents: ArrayLike, *, num_quantizers: int | None) -> jax.Array:
+        return self.quantizer.encode(jnp.asarray(latents), num_quantizers)
 
     @_computing
     def dequantize(self, codes: ArrayLike) -> jax.Array:

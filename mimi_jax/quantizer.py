@@ -77,7 +77,7 @@ class ResidualQuantizer(nnx.Module):
             codes = jnp.where(codes < 0, size, codes)
             return total + jnp.take(embedding, codes, axis=0, mode="fill", fill_value=jnp.nan), None
 
-        levels = self.embedding[:num_levels], jnp.moveaxis(codes, 1, 0)
+        levels = self.embedding[:num_levels], jnp.moveaxis(codes, 1, 0).astype(jnp.int32)
         # Made from the codes, so that inside `shard_map` it differs between the devices as they do.
         zero = jnp.zeros_like(codes[:, 0, :, None], jnp.float32)
         total, _ = lax.scan(level, jnp.broadcast_to(zero, (batch, frames, dim)), levels)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax import nnx
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from mimi_jax import checkpoint
 from mimi_jax.config import MimiConfig
@@ -68,6 +68,10 @@ def random_like(tree: Tree, seed: int) -> Tree:
 def random_module(build: Callable[[nnx.Rngs], Tree]) -> Tree:
     """A module whose every parameter is random and matters."""
     return random_like(jax.eval_shape(lambda: build(nnx.Rngs(0))), seed=0)
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
@@ -132,8 +133,9 @@ def check_sharded(run: Callable, run_step: Callable, place: Callable) -> None:
         assert array.addressable_shards[0].data.shape[0] == 1
 
 
-def test_batch_over_devices():
-    sharding = NamedSharding(over_devices(AxisType.Auto), BATCH)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_batch_over_devices(axis_type: AxisType):
+    sharding = NamedSharding(over_devices(axis_type), BATCH)
     check_sharded(jax.jit(roundtrip), jax.jit(step), lambda tree: jax.device_put(tree, sharding))
 
 
