@@ -194,6 +194,7 @@ class Mimi(nnx.Module):
         state, latents = step_all(self._encoder_layers(), state, x, lengths)
         return state, latents, None if lengths is None else self.encoded_length(lengths)
 
+    @jax.jit
     def encode_latents(self, audio: ArrayLike, padding_mask: ArrayLike | None = None) -> jax.Array:
         """The latents before quantization: `encode` without its last part, and differentiable.
 
@@ -206,6 +207,7 @@ class Mimi(nnx.Module):
         """
         return self._encode_latents(audio, padding_mask)[1]
 
+    @functools.partial(jax.jit, static_argnames="num_quantizers")
     def quantize(self, latents: ArrayLike, num_quantizers: int | None = None) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames].
 
@@ -218,6 +220,7 @@ class Mimi(nnx.Module):
     def _quantize(self, latents: ArrayLike, *, num_quantizers: int | None) -> jax.Array:
         return self.quantizer.encode(jnp.asarray(latents), num_quantizers)
 
+    @jax.jit
     @_computing
     def dequantize(self, codes: ArrayLike) -> jax.Array:
         """Codes [batch, codebooks, frames], of all or the first codebooks -> [batch, frames, hidden_size].
@@ -239,6 +242,7 @@ class Mimi(nnx.Module):
         state, x = step_all(self._decoder_layers(), state, x, lengths)
         return state, jnp.swapaxes(x, 1, 2)
 
+    @jax.jit
     def decode_latents(self, latents: ArrayLike) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> audio [batch, channels, samples]; differentiable."""
         return self._decode_latents(latents)[1]
