@@ -86,6 +86,7 @@ def test_the_default_rates():
         ({"upsampling_ratios": (4, 2), "frame_rate": 750.0}, 3000, 750.0, 4, 32),
         ({"sampling_rate": 16_000, "upsampling_ratios": (8, 5, 4, 2)}, 50, 25.0, 2, 640),
         ({"sampling_rate": 16_000, "upsampling_ratios": (7, 5, 3)}, 153, 16_000 / 210, 2, 210),
+        ({"sampling_rate": 16_000, "upsampling_ratios": (7, 5, 3), "frame_rate": 51.0}, 153, 51.0, 3, 315),
     ],
 )
 def test_rates_of_other_codecs(

@@ -80,27 +80,35 @@ def test_every_length_ends_with_the_codes_of_the_clip_alone():
         np.testing.assert_array_equal(whole.audio_codes_mask[row], np.arange(3) < count)
 
 
-def test_a_ragged_batch_gives_the_codes_of_each_clip_alone():
-    clips = [clip.audio[row] for clip in CLIPS for row in range(2)]
-    mask = np.array([np.arange(LONG.audio.shape[2]) < clip.shape[1] for clip in clips])
-    audio = np.full((len(clips), *LONG.audio.shape[1:]), np.nan, np.float32)
-    for row, clip in enumerate(clips):
-        audio[row, :, : clip.shape[1]] = clip
-    for padding_mask in (mask, mask[:, None].astype(np.int32)):
-        codes = np.asarray(encode(MODEL, audio, padding_mask).audio_codes)
-        for row, expected in enumerate(codes for clip in CLIPS for codes in clip.audio_codes):
-            np.testing.assert_array_equal(codes[row, :, : expected.shape[1]], expected)
-            assert not codes[row, :, expected.shape[1] :].any()
+@pytest.mark.parametrize("name", ["base", "noncausal", "trim"])
+def test_a_ragged_batch_gives_what_each_clip_gives_alone(name: str):
+    """In the padding stand NaN, and codes that are none."""
+    model, clips = load_fixture(name)
+    alone = [Clip(*(field[row] for field in clip)) for clip in clips for row in range(len(clip.audio))]
+    audio = np.full((len(alone), *alone[0].audio.shape), np.nan, np.float32)
+    codes = np.full((len(alone), *alone[0].audio_codes.shape), 1000, np.int32)
+    mask = np.zeros((len(alone), alone[0].audio.shape[1]), bool)
+    for row, clip in enumerate(alone):
+        length, count = clip.audio.shape[1], clip.audio_codes.shape[1]
+        audio[row, :, :length], codes[row, :, :count], mask[row, :length] = clip.audio, clip.audio_codes, True
+    encoded = np.asarray(encode(model, audio, mask).audio_codes)
+    decoded = np.asarray(decode(model, codes, mask[:, None].astype(np.int32)).audio_values)
+    for row, clip in enumerate(alone):
+        length, count = clip.audio.shape[1], clip.audio_codes.shape[1]
+        np.testing.assert_array_equal(encoded[row, :, :count], clip.audio_codes)
+        assert relative_error(decoded[row, :, :length], clip.audio_values[:, :length]) < 1e-5
+        assert not encoded[row, :, count:].any()
+        assert not decoded[row, :, length:].any()
 
 
-def test_a_ragged_batch_gives_the_audio_of_each_clip_alone():
-    codes = LONG.audio_codes.copy()
-    codes[1, :, 8:] = 1000  # of no codebook, but beyond the end of its row
-    mask = np.arange(16 * FRAME - 5) < np.array([[16 * FRAME - 5], [7 * FRAME + 3]])
-    audio = np.asarray(decode(MODEL, codes, mask).audio_values)
-    expected = np.where(mask[:, None], LONG.audio_values[:, :, : mask.shape[1]], 0)
-    assert relative_error(audio, expected) < 1e-5
-    assert not audio[1, :, 7 * FRAME + 3 :].any()
+def test_what_is_masked_inside_a_clip_is_silence():
+    mask = np.ones((2, LONG.audio.shape[2]), np.int32)
+    mask[1, 100:130] = 0
+    silent, unknown = (np.where(mask[:, None], LONG.audio, value) for value in (0, np.nan))
+    whole = np.ones_like(mask)
+    codes = encode(MODEL, silent, whole).audio_codes
+    np.testing.assert_array_equal(encode(MODEL, unknown, mask).audio_codes, codes)
+    np.testing.assert_array_equal(codes[0], LONG.audio_codes[0])
 
 
 def test_a_row_of_nan_does_not_reach_another():
@@ -120,7 +128,7 @@ def test_inactive_rows_wait_whatever_they_are_fed():
         decoder, decoded = decode_step(MODEL, decoder, codes, active=np.array([True, True]))
         expected = LONG.audio_values[1, :, index * FRAME : (index + 1) * FRAME]
         assert relative_error(decoded[1], expected) < 1e-5
-        audio = np.where(ROWS[:, None, None], audio, np.nan)
+        audio = np.where(ROWS[:, None, None], audio, np.nan if index % 2 else LONG.audio[:, :, -FRAME:])
         paused, codes = encode_step(MODEL, encoder, audio, real, active=ROWS)
         assert_row_unchanged(1, encoder, paused)
         assert not np.asarray(codes)[1].any()
@@ -137,12 +145,15 @@ def assert_row_unchanged(row: int, before: Any, after: Any) -> None:
         np.testing.assert_array_equal(old[row], new[row])
 
 
-def test_a_step_without_real_samples_keeps_the_state():
+@pytest.mark.parametrize("active", [None, np.array([True, True])], ids=["", "active"])
+def test_a_step_without_real_samples_keeps_the_state(active: np.ndarray | None):
     """Row 1 has ended: its samples are masked, and its state stays bit for bit."""
     state = MODEL.init_encoder_state(2)
-    state, _ = encode_step(MODEL, state, frames(LONG, 0), np.ones((2, FRAME), bool))
-    mask = np.repeat(ROWS[:, None], FRAME, axis=1)
-    after, codes = encode_step(MODEL, state, np.where(mask[:, None], frames(LONG, 1), np.nan), mask)
+    real = np.ones((2, FRAME), bool)
+    state, _ = encode_step(MODEL, state, frames(LONG, 0), real, active=active)
+    mask = real & ROWS[:, None]
+    audio = np.where(mask[:, None], frames(LONG, 1), np.nan)
+    after, codes = encode_step(MODEL, state, audio, mask, active=active)
     assert_row_unchanged(1, state, after)
     assert not np.asarray(codes)[1].any()
     np.testing.assert_array_equal(codes[0, :, 0], LONG.audio_codes[0, :, 1])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import mimi_jax
-from mimi_jax import checkpoint
+from mimi_jax import checkpoint, config, transformer
 from mimi_jax.config import MimiConfig
 from mimi_jax.model import Mimi
 from tests.models import load_fixture, relative_error
@@ -51,6 +51,20 @@ def test_the_model_is_a_function_that_keeps_the_length():
     assert out.audio_values.shape == PARTIAL.audio.shape
     assert relative_error(out.audio_values, PARTIAL.audio_values[:, :, :119]) < 1e-5
     assert out.audio_codes_mask.shape == (2, 8)
+
+
+def test_activations():
+    values = {
+        "gelu": (-0.158655, 0.841345),
+        "gelu_new": (-0.158808, 0.841192),
+        "gelu_pytorch_tanh": (-0.158808, 0.841192),
+        "relu": (0, 1),
+        "silu": (-0.268941, 0.731059),
+        "swish": (-0.268941, 0.731059),
+    }
+    assert tuple(values) == config.ACTIVATIONS
+    for name, expected in values.items():
+        np.testing.assert_allclose(transformer.ACTIVATIONS[name](jnp.array([-1.0, 1.0])), expected, atol=1e-6)
 
 
 def test_every_matrix_product_is_exact_float32():
@@ -101,7 +115,7 @@ def test_in_bfloat16_the_quantizer_stays_float32():
 
 def test_a_random_model_starts_as_configured():
     """Only the encoder: each shape of random numbers takes long to compile."""
-    config = MimiConfig(
+    tiny = MimiConfig(
         hidden_size=8,
         num_filters=4,
         upsampling_ratios=(2,),
@@ -116,7 +130,7 @@ def test_a_random_model_starts_as_configured():
         upsample_groups=8,
         layer_scale_initial_scale=0.25,
     )
-    model = Mimi(config, rngs=nnx.Rngs(0), decoder=False)
+    model = Mimi(tiny, rngs=nnx.Rngs(0), decoder=False)
     assert model.encoder_transformer is not None
     np.testing.assert_array_equal(model.encoder_transformer.blocks[0].mlp_scale, np.full(8, 0.25))
     np.testing.assert_array_equal(model.quantizer.semantic.embedding, model.quantizer.semantic.embedding_sum)

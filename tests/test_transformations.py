@@ -64,7 +64,7 @@ def loudness(model: Mimi, latents: jax.Array) -> jax.Array:
 def test_gradients_through_decode_latents_are_the_slopes():
     """Of the latents and of every parameter, against finite differences along random directions."""
     latents = jnp.asarray(CLIP.latents[:, :4])
-    check_grads(loudness, (MODEL, latents), order=1, modes=("rev",), eps=1e-3, rtol=1e-2)
+    check_grads(loudness, (MODEL, latents), order=1, modes=("rev",), eps=3e-4, rtol=1e-3)
 
 
 gradient_of_loudness = jax.jit(jax.grad(loudness, argnums=1))
