@@ -141,8 +141,11 @@ class Attention(StreamingLayer):
         self.output_proj = linear(num_heads * head_dim, features)
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:
-        past = jnp.zeros((batch_size, self.window - 1, self.num_key_value_heads, self.head_dim), dtype)
-        return AttentionState(past, past, jnp.zeros(batch_size, jnp.int32))
+        shape = (batch_size, self.window - 1, self.num_key_value_heads, self.head_dim)
+        # Two arrays, not one twice: JAX refuses to donate one buffer twice.
+        return AttentionState(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32)
+        )
 
     def step(
         self, state: AttentionState | None, x: jax.Array, lengths: jax.Array | None = None

@@ -6,7 +6,8 @@ one file. Neither may pass for a whole clip here, so both are looked for.
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -29,6 +30,7 @@ MIN_SAMPLING_RATE = 1000  # Hz; less is a broken header, and would resample to a
 BLOCK = 65_536  # samples a read or write; libsndfile crashes on minutes of Vorbis in one write
 MAX_TRAILING = 4096  # bytes of tags that may follow the last audio of a file
 MAX_OGG_PAGE = 65_307  # bytes
+MAX_WAV_BYTES = 2**32 - 4096  # of samples; the header counts in 32 bits
 UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of samples of a FLAC file that was written to a pipe
 
 
@@ -63,17 +65,114 @@ def decode_audio(file: BinaryIO, name: str, sampling_rate: int = 24_000, channel
         name: what error messages call it.
         sampling_rate, channels: as in `load_audio`.
     """
-    if sampling_rate < 1:
-        raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
-    samples, rate = _decode(file, name)
-    if len(samples) == 0:
-        raise ValueError(f"{name} has no samples")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name} has samples that are NaN or infinite")
-    if rate < MIN_SAMPLING_RATE:
-        raise ValueError(f"{name} has a rate of {rate} Hz; it must be at least {MIN_SAMPLING_RATE}")
-    samples = _resample(_mix(samples, channels, name), rate, sampling_rate)
-    return np.ascontiguousarray(samples.T)
+    return np.concatenate(list(AudioReader(file, name, sampling_rate, channels)), axis=1)
+
+
+class AudioReader:
+    """`decode_audio` in pieces, in memory that does not grow with the length of the file.
+
+        with open(path, "rb") as file:
+            for piece in AudioReader(file, path):  # float32 [channels, samples]
+                ...
+
+    The pieces are those of one array, whatever the file's rate: resampling goes on from one to the next.
+    Some damage shows only at the end: a file is whole once the loop is over without an error.
+
+    Args:
+        file, name, sampling_rate, channels: as in `decode_audio`.
+
+    Attributes:
+        num_samples: how many samples the file announces, after resampling; None where it does not.
+
+    Raises:
+        ValueError: at once where the file's beginning tells, else during the loop.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, sampling_rate: int = 24_000, channels: int = 1):
+        if sampling_rate < 1:
+            raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
+        self._file, self._name = file, name
+        self._size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if self._size == 0:
+            raise ValueError(f"{name} is empty (0 bytes)")
+        with self._reading():
+            self._sound = _ForwardReader(file)
+        self._rate, self._sampling_rate, self._channels = self._sound.samplerate, sampling_rate, channels
+        if self._rate < MIN_SAMPLING_RATE:
+            raise ValueError(f"{name} has a rate of {self._rate} Hz; it must be at least {MIN_SAMPLING_RATE}")
+        self.num_samples = None
+        if self._sound.frames != UNKNOWN_LENGTH:
+            self.num_samples = self._resampled_length(self._sound.frames)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with self._sound:
+            for piece in self._mixed() if self._rate == self._sampling_rate else self._resampled():
+                yield np.ascontiguousarray(piece.T)
+
+    def _resampled_length(self, num_samples: int) -> int:
+        return -(-num_samples * self._sampling_rate // self._rate)
+
+    def _resampled(self) -> Iterator[np.ndarray]:
+        """[samples, channels] pieces at the rate that was asked for."""
+        stream = soxr.ResampleStream(self._rate, self._sampling_rate, self._channels, "float32", "VHQ")
+        taken = given = 0
+        for piece in self._mixed():
+            taken += len(piece)
+            resampled = stream.resample_chunk(piece)
+            given += len(resampled)
+            if len(resampled):
+                yield resampled
+        # Alone, soxr may leave out the last sample, even when it is the only one; zeros bring it out.
+        zeros = np.zeros((2 + self._rate // self._sampling_rate, self._channels), np.float32)
+        yield stream.resample_chunk(zeros, last=True)[: self._resampled_length(taken) - given]
+
+    def _mixed(self) -> Iterator[np.ndarray]:
+        """[samples, channels] pieces at the file's own rate."""
+        num_samples = 0
+        for piece in self._decoded():
+            if not np.isfinite(piece).all():
+                raise ValueError(f"{self._name} has samples that are NaN or infinite")
+            num_samples += len(piece)
+            yield _mix(piece, self._channels, self._name)
+        if num_samples == 0:
+            raise ValueError(f"{self._name} has no samples")
+
+    def _decoded(self) -> Iterator[np.ndarray]:
+        """float32 [samples, any] pieces up to the announced length or, if that comes first, the end."""
+        announced = left = self._sound.frames
+        while True:
+            with self._reading():
+                piece = self._sound.read(min(BLOCK, left), dtype="float32", always_2d=True)
+            if len(piece) == 0:
+                break
+            left -= len(piece)
+            yield piece
+        self._check_end(left > 0 and announced != UNKNOWN_LENGTH)
+
+    def _check_end(self, is_short: bool) -> None:
+        """Refuse a file that ends before its header says, or goes on after that."""
+        sound, size, trailing = self._sound, self._size, self._size - self._file.tell()
+        # libFLAC reports an end inside a frame, but not one between two frames.
+        if (sound.format == "FLAC" and is_short) or _is_cut_short(self._file, size):
+            raise ValueError(f"{self._name} is cut short: it ends before its header says, at {size} bytes")
+        if sound.format in ("FLAC", "MP3", "OGG") and trailing > MAX_TRAILING:
+            raise ValueError(
+                f"{self._name} goes on for {trailing} bytes after the length that its header tells: several "
+                "streams in one file, or a wrong header; convert it to WAV or FLAC"
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """libsndfile's errors, in our words."""
+        try:
+            yield
+        except soundfile.LibsndfileError as error:
+            raise ValueError(
+                f"{self._name} is not a WAV, FLAC, OGG or MP3 file, or it is damaged or cut short"
+            ) from error
+        except TypeError as error:  # soundfile's answer to a name that ends in .raw
+            raise ValueError(f"{self._name} is raw audio, which does not tell its format") from error
 
 
 class _ForwardReader(soundfile.SoundFile):
@@ -85,42 +184,6 @@ class _ForwardReader(soundfile.SoundFile):
 
     def seekable(self) -> bool:
         return False
-
-
-def _blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """float32 [samples, channels] pieces up to the announced length or, if that comes first, the end."""
-    left = sound.frames
-    while len(block := sound.read(min(BLOCK, left), dtype="float32", always_2d=True)):
-        left -= len(block)
-        yield block
-
-
-def _decode(file: BinaryIO, name: str) -> tuple[np.ndarray, int]:
-    """float32 [samples, channels] and the sampling rate of a whole file."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if size == 0:
-        raise ValueError(f"{name} is empty (0 bytes)")
-    try:
-        with _ForwardReader(file) as sound:
-            samples = np.concatenate([np.zeros((0, sound.channels), np.float32), *_blocks(sound)])
-            trailing = size - file.tell()
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"{name} is not a WAV, FLAC, OGG or MP3 file, or it is damaged or cut short"
-        ) from error
-    except TypeError as error:  # soundfile's answer to a name that ends in .raw
-        raise ValueError(f"{name} is raw audio, which does not tell its format") from error
-    # libFLAC reports an end inside a frame, but not one between two frames.
-    is_short_flac = sound.format == "FLAC" and len(samples) < sound.frames != UNKNOWN_LENGTH
-    if is_short_flac or _is_cut_short(file, size):
-        raise ValueError(f"{name} is cut short: it ends before its header says, at {size} bytes")
-    if sound.format in ("FLAC", "MP3", "OGG") and trailing > MAX_TRAILING:
-        raise ValueError(
-            f"{name} goes on for {trailing} bytes after the length that its header tells: several "
-            "streams in one file, or a wrong header; convert it to WAV or FLAC"
-        )
-    return samples, sound.samplerate
 
 
 def _is_cut_short(file: BinaryIO, size: int) -> bool:
@@ -176,16 +239,6 @@ def _mix(samples: np.ndarray, channels: int, name: str) -> np.ndarray:
     raise ValueError(f"{name} has {found} channels and cannot be mixed to {channels}; ask for 1 or {found}")
 
 
-def _resample(samples: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
-    """[samples, channels] to [ceil(samples * sampling_rate / rate), channels]."""
-    if rate == sampling_rate:
-        return samples
-    length = -(-len(samples) * sampling_rate // rate)
-    # Alone, soxr may leave out the last sample, even when it is the only one; zeros bring it out.
-    zeros = np.zeros((2 + rate // sampling_rate, samples.shape[1]), np.float32)
-    return soxr.resample(np.concatenate([samples, zeros]), rate, sampling_rate, "VHQ")[:length]
-
-
 def save_audio(path: str | os.PathLike[str], audio: ArrayLike, sampling_rate: int = 24_000) -> None:
     """Write audio to a file, whole or not at all; the suffix of the name says the format.
 
@@ -201,35 +254,88 @@ def save_audio(path: str | os.PathLike[str], audio: ArrayLike, sampling_rate: in
             that is empty, not float, or not finite.
         OSError: the file cannot be written.
     """
+    audio = _as_channels(audio)
+    with audio_writer(path, sampling_rate, len(audio), audio.shape[1]) as write:
+        write(audio)
+
+
+@contextmanager
+def audio_writer(
+    path: str | os.PathLike[str], sampling_rate: int, channels: int, num_samples: int = 0
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """`save_audio` in pieces: yields the function that writes the next float [channels, samples].
+
+    The file appears when the block ends, and not at all if it raises.
+
+    Args:
+        path, sampling_rate: as in `save_audio`.
+        num_samples: how many will be written, where that is known: too many are then refused at once.
+    """
     path = Path(path)
+    form, subtype = _format_of(path)
+    count = 0
+
+    def check_size(num_samples: int) -> None:
+        if form == "WAV" and num_samples * channels * 2 > MAX_WAV_BYTES:
+            raise ValueError(
+                f"cannot write {path}: a WAV file holds 4 GiB, and this is more; name a .flac file"
+            )
+
+    def write(audio: np.ndarray) -> None:
+        nonlocal count
+        count += audio.shape[1]
+        check_size(count)
+        if not np.isfinite(audio).all():
+            raise ValueError(f"cannot write {path}: the audio has samples that are NaN or infinite")
+        samples = to_int16(audio.T) if subtype == "PCM_16" else audio.T.clip(-1, 1)
+        for start in range(0, len(samples), BLOCK):
+            sound.write(samples[start : start + BLOCK])
+
+    check_size(num_samples)
+    with atomic_path(path) as temporary, _Target(temporary, "w") as target:
+        try:
+            with soundfile.SoundFile(target, "w", sampling_rate, channels, subtype, format=form) as sound:
+                yield write
+        except (soundfile.LibsndfileError, AssertionError) as error:  # the latter for a short write
+            if target.error is not None:
+                raise target.error from None
+            if not isinstance(error, soundfile.LibsndfileError):
+                raise
+            raise ValueError(
+                f"cannot write {path}: {form} {subtype} does not take {channels} channels at "
+                f"{sampling_rate} Hz ({error.error_string})"
+            ) from error
+        if target.error is not None:
+            raise target.error
+
+
+def _format_of(path: Path) -> tuple[str, str]:
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"the name of an audio file must end in {', '.join(FORMATS)}, got {path}")
-    samples = _as_channels(audio).T
-    if not np.isfinite(samples).all():
-        raise ValueError(f"cannot write {path}: the audio has samples that are NaN or infinite")
-    data = _encode(samples, sampling_rate, path)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    return FORMATS[path.suffix.lower()]
 
 
-def _encode(samples: np.ndarray, sampling_rate: int, path: Path) -> bytes:
-    """The file of finite [samples, channels]; made in memory, where no disk can be full."""
-    form, subtype = FORMATS[path.suffix.lower()]
-    samples = samples.clip(-1, 1)
-    if subtype == "PCM_16":  # libsndfile scales by 32767, but divides by 32768 when it reads
-        samples = np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16)
-    buffer = io.BytesIO()
-    channels = samples.shape[1]
-    try:
-        with soundfile.SoundFile(buffer, "w", sampling_rate, channels, subtype, format=form) as sound:
-            for start in range(0, len(samples), BLOCK):
-                sound.write(samples[start : start + BLOCK])
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"cannot write {path}: {form} {subtype} does not take {channels} channels at "
-            f"{sampling_rate} Hz ({error.error_string})"
-        ) from error
-    return buffer.getvalue()
+class _Target(io.FileIO):
+    """A file for libsndfile to write to, through which an exception cannot pass: the first is kept."""
+
+    error: OSError | None = None
+
+    def write(self, data) -> int:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = self.error or error
+        return len(data) - len(rest)
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """16-bit PCM of finite samples, clipped to [-1, 1]; exact for what was read from 16-bit PCM.
+
+    libsndfile itself scales by 32767, but divides by 32768 when it reads.
+    """
+    return np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16)
 
 
 def pad_batch(clips: Iterable[ArrayLike]) -> tuple[np.ndarray, np.ndarray]:

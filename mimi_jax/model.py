@@ -21,8 +21,9 @@ from jax.typing import ArrayLike, DTypeLike
 from mimi_jax.config import MimiConfig
 from mimi_jax.conv import Conv1d, ConvTranspose1d
 from mimi_jax.quantizer import SplitResidualQuantizer
+from mimi_jax.rows import check_batch_size, check_mask_of_rows, select_rows
 from mimi_jax.seanet import Decoder, Encoder
-from mimi_jax.streaming import StreamingLayer, ceil_div, is_real, select_rows, step_all
+from mimi_jax.streaming import StreamingLayer, ceil_div, is_real, step_all
 from mimi_jax.transformer import Transformer
 
 
@@ -416,11 +417,12 @@ def encode_step(
             f"samples must be a positive multiple of frame_size={frame_size}, got {num_samples};"
             " pad the last frame and mark it in padding_mask"
         )
+    check_batch_size(state, jnp.shape(audio)[0])
     new_state, latents, lengths = model._encode_latents(audio, padding_mask, state)
     codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
     rows = mask[:, 0]
     if active is not None:
-        rows = rows & jnp.asarray(active, bool)
+        rows = rows & check_mask_of_rows("active", jnp.asarray(active) != 0, len(codes))
     elif padding_mask is None:
         return new_state, codes
     return select_rows(rows, new_state, state), jnp.where(rows[:, None, None], codes, 0)
@@ -442,8 +444,9 @@ def decode_step(
     Returns:
         The state for the next step, and audio [batch, channels, frames * frame_size].
     """
+    check_batch_size(state, jnp.shape(audio_codes)[0])
     new_state, audio = model._decode_latents(model.dequantize(audio_codes), None, state)
     if active is None:
         return new_state, audio
-    rows = jnp.asarray(active, bool)
+    rows = check_mask_of_rows("active", jnp.asarray(active) != 0, len(audio))
     return select_rows(rows, new_state, state), jnp.where(rows[:, None, None], audio, 0)

@@ -21,14 +21,12 @@ batches, clips that are no whole number of frames, and the end of a stream are o
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-
-State = TypeVar("State")
 
 
 class StreamingLayer(nnx.Module):
@@ -107,26 +105,3 @@ def fill_beyond(x: jax.Array, lengths: jax.Array | None, pad_mode: str) -> jax.A
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         filling = jnp.take_along_axis(x, last, axis=1)
     return jnp.where(is_real(lengths, x.shape[1])[:, :, None], x, filling)
-
-
-def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
-    """For each row of a batch, the state `if_true` or `if_false`; `rows` is bool [batch]."""
-
-    def select(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(jnp.expand_dims(rows, range(1, a.ndim)), a, b)
-
-    return jax.tree.map(select, if_true, if_false)
-
-
-@jax.jit
-def reset_rows(state: State, rows: jax.Array) -> State:
-    """Turn some rows of a batch of streams into fresh streams.
-
-    Args:
-        state: from `init_encoder_state`, `init_decoder_state` or a step.
-        rows: bool [batch], True for the rows to start anew.
-
-    Returns:
-        The state to go on with, the other rows untouched.
-    """
-    return select_rows(rows, jax.tree.map(jnp.zeros_like, state), state)

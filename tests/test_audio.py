@@ -1,6 +1,7 @@
 """Audio files: every format comes in right, and a file that is not whole never passes for one."""
 
 import io
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
-from mimi_jax.audio import FORMATS, decode_audio, load_audio, pad_batch, save_audio
+from mimi_jax.audio import FORMATS, AudioReader, audio_writer, decode_audio, load_audio, pad_batch, save_audio
 
 RATE = 24_000
 
@@ -371,20 +373,87 @@ def test_a_missing_folder_is_an_os_error(tmp_path: Path):
         save_audio(tmp_path / "nowhere" / "clip.wav", speech_like())
 
 
-def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch):
-    save_audio(path, speech_like())
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_full_disk_leaves_the_old_file(path: Path, suffix: str):
+    """The operating system refuses to let a file grow beyond 20 kB, as a full disk would."""
+    path = path.with_suffix(suffix)
+    save_audio(path, speech_like(100))
     before = path.read_bytes()
-
-    def disk_full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:10])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        save_audio(path, np.zeros(10))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_audio(path, noise(30 * RATE))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+# Pieces
+
+
+def pieces_of(path: Path, sampling_rate: int = RATE, channels: int = 1) -> list[np.ndarray]:
+    with path.open("rb") as file:
+        return list(AudioReader(file, str(path), sampling_rate, channels))
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000, 22_050, 24_000, 44_100, 48_000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_resampling_in_pieces_equals_that_of_the_whole_bit_for_bit(path: Path, rate: int, channels: int):
+    audio = np.random.default_rng(0).normal(0, 0.1, (channels, 4 * rate + 77)).astype(np.float32)
+    write(path, audio, rate, subtype="FLOAT")
+    pieces = pieces_of(path, RATE, channels)
+    assert len(pieces) > 1
+    assert all(piece.flags.c_contiguous for piece in pieces)
+    whole = audio
+    if rate != RATE:
+        padded = np.pad(audio, [(0, 0), (0, 100)])
+        whole = soxr.resample(padded.T, rate, RATE, "VHQ")[: -(-audio.shape[1] * RATE // rate)].T
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
+
+
+@pytest.mark.parametrize("rate", [8000, 24_000, 44_100])
+def test_a_reader_tells_the_length_before_it_reads(path: Path, rate: int):
+    write(path, noise(12_345), rate)
+    with path.open("rb") as file:
+        reader = AudioReader(file, str(path))
+        assert reader.num_samples == -(-12_345 * RATE // rate)
+        assert sum(piece.shape[1] for piece in reader) == reader.num_samples
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_writing_in_pieces_equals_writing_the_whole(path: Path, suffix: str):
+    audio = noise(3 * RATE)
+    whole, pieces = path.with_name(f"whole{suffix}"), path.with_name(f"pieces{suffix}")
+    save_audio(whole, audio)
+    with audio_writer(pieces, RATE, 1, audio.shape[1]) as write_piece:
+        for piece in np.split(audio, [1, 1920, 50_000], axis=1):
+            write_piece(piece)
+        assert not pieces.exists()
+    if suffix in (".wav", ".flac"):
+        assert pieces.read_bytes() == whole.read_bytes()
+    # Vorbis codes a clip whose first write is short a little differently.
+    assert correlation(load_audio(pieces), load_audio(whole)) > 0.99
+
+
+def test_nothing_is_written_if_a_piece_is_bad(path: Path):
+    with pytest.raises(ValueError, match="NaN or infinite"), audio_writer(path, RATE, 1) as write_piece:
+        write_piece(noise())
+        write_piece(np.full((1, 3), np.nan))
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("announced", [0, 50])
+def test_more_than_a_wav_file_holds_is_refused(path: Path, announced: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mimi_jax.audio.MAX_WAV_BYTES", 90)
+    with pytest.raises(ValueError, match="4 GiB"), audio_writer(path, RATE, 1, announced) as write_piece:
+        assert not announced
+        write_piece(np.zeros((1, 40)))
+        write_piece(np.zeros((1, 10)))
+    assert list(path.parent.iterdir()) == []
+    with audio_writer(path.with_suffix(".flac"), RATE, 1, 50) as write_piece:
+        write_piece(np.zeros((1, 50)))
 
 
 # Batches
