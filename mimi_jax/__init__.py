@@ -20,14 +20,19 @@ if TYPE_CHECKING:
     from mimi_jax.model import encode as encode
     from mimi_jax.model import encode_step as encode_step
     from mimi_jax.model import pad_to_frame as pad_to_frame
-    from mimi_jax.streaming import reset_rows as reset_rows
+    from mimi_jax.rows import put_rows as put_rows
+    from mimi_jax.rows import reset_rows as reset_rows
+    from mimi_jax.rows import take_rows as take_rows
+    from mimi_jax.sessions import StreamingDecoder as StreamingDecoder
+    from mimi_jax.sessions import StreamingEncoder as StreamingEncoder
 
 _MODULES = {
     "audio": ("load_audio", "pad_batch", "save_audio"),
     "codes": ("CodeFile", "load_codes", "save_codes"),
     "config": ("MimiConfig",),
     "model": ("Mimi", "decode", "decode_step", "encode", "encode_step", "pad_to_frame"),
-    "streaming": ("reset_rows",),
+    "rows": ("put_rows", "reset_rows", "take_rows"),
+    "sessions": ("StreamingDecoder", "StreamingEncoder"),
 }
 _HOMES = {name: f"mimi_jax.{module}" for module, names in _MODULES.items() for name in names}
 

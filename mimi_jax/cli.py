@@ -1,7 +1,9 @@
 """The command line: `mimi-jax encode | decode | roundtrip | info | convert`.
 
 Results go to stdout. A failure is one line on stderr and exit status 1 (bad input) or 2 (bad usage), and
-leaves no output behind. What is slow to import is imported by the command that needs it.
+leaves no output behind; 130 stands for an interrupt (Ctrl-C) and 141 for a pipe whose reader has gone.
+Audio and codes go from file to file, or from pipe to pipe, in memory that does not grow with their length.
+What is slow to import is imported by the command that needs it.
 """
 
 import argparse
@@ -10,22 +12,30 @@ import importlib.util
 import logging
 import math
 import os
+import select
+import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from mimi_jax.blocks import Progress
-    from mimi_jax.codes import CodeFile
+    from mimi_jax.codes import CodeReader, CodeSpec
     from mimi_jax.model import Mimi
+    from mimi_jax.pipes import CodeStreamReader, Read
+
+    Pieces = Iterator[tuple["np.ndarray", int]]  # codes [codebooks, frames], and the samples they are of
 
 MODEL_HELP = "a bundled model (mini), a folder, a .safetensors file or a Hugging Face repository"
+PIPE = Path("-")
+STDIN, STDOUT = 0, 1
+GRACE = 1.0  # seconds that what comes before in a pipeline has to end, after an interrupt
+PCM_FORMATS = ("s16le", "f32le")  # those of mimi_jax.pipes, which is slow to import
 PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -56,8 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         with _quiet_libraries():
             arguments.run(arguments)
         return 0
-    except KeyboardInterrupt:
-        status, reason = 130, "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # or Python complains at its end, as it flushes
+        return 141
+    except KeyboardInterrupt as interrupt:
+        status, reason = 130, str(interrupt) or "interrupted"
     except (ImportError, OSError, ValueError) as error:
         status, reason = 2 if isinstance(error, UsageError) else 1, _reason(error)
     print(f"mimi-jax {arguments.command}: error: {reason}", file=sys.stderr)
@@ -80,18 +93,32 @@ def make_parser() -> argparse.ArgumentParser:
         text = "use the first N codebooks (default: all)"
         parser.add_argument("--num-quantizers", type=int, metavar="N", help=text)
 
+    def add_format(parser: argparse.ArgumentParser) -> None:
+        text = "of raw audio on a pipe, at the model's rate and without a header (default: s16le)"
+        parser.add_argument("--format", choices=PCM_FORMATS, help=text)
+
     encode = command("encode", run_encode, "turn audio into a file of codes")
-    encode.add_argument("input", metavar="IN", type=Path, help="WAV, FLAC, OGG or MP3, of any rate")
-    text = "code file (default: IN with the suffix .safetensors, beside it)"
+    text = "WAV, FLAC, OGG or MP3, of any rate; - for raw audio from a pipe"
+    encode.add_argument("input", metavar="IN", type=Path, help=text)
+    text = (
+        "code file, - for a stream of codes to a pipe (default: IN with the suffix .safetensors, beside it;"
+        " - for -)"
+    )
     encode.add_argument("-o", "--output", metavar="OUT.safetensors", type=Path, help=text)
     add_model(encode)
     add_num_quantizers(encode)
+    add_format(encode)
 
     decode = command("decode", run_decode, "turn a file of codes back into audio")
-    decode.add_argument("input", metavar="IN.safetensors", type=Path, help="code file, from encode")
-    text = "WAV, FLAC, OGG, Opus or MP3 (default: IN with the suffix .decoded.wav, beside it)"
+    text = "code file, from encode; - for a stream of codes from a pipe"
+    decode.add_argument("input", metavar="IN.safetensors", type=Path, help=text)
+    text = (
+        "WAV, FLAC, OGG, Opus or MP3, - for raw audio to a pipe (default: IN with the suffix .decoded.wav,"
+        " beside it; - for -)"
+    )
     decode.add_argument("-o", "--output", metavar="OUT.wav", type=Path, help=text)
     add_model(decode)
+    add_format(decode)
 
     text = "encode and decode, print how well and how fast, and draw it (needs matplotlib)"
     roundtrip = command("roundtrip", run_roundtrip, text)
@@ -113,38 +140,52 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
-    from mimi_jax.codes import save_codes
-
-    _check_input(arguments.input)
-    output = arguments.output or arguments.input.with_suffix(".safetensors")
-    _check_output(output, arguments.input)
+    source, output = arguments.input, _output_of(arguments, ".safetensors")
+    _check_format(arguments.format, source)
     model = _load_model(arguments.model, decoder=False)
     _check_num_quantizers(model, arguments.num_quantizers)
-    audio = _load_audio(arguments.input, model)
-    codes, seconds = _encode(model, audio, arguments.num_quantizers)
-    file = _code_file(model, codes, audio.shape[1])
-    save_codes(output, file)
-    print(f"wrote {output}: {_summary(file)}; {_speed(file, seconds)} (start-up included)")
+    spec = _code_spec(model, arguments.num_quantizers)
+    with contextlib.ExitStack() as stack:
+        if source == PIPE:
+            pieces = _encode_pipe(model, stack.enter_context(_stdin()), arguments.format, spec.num_codebooks)
+        else:
+            pieces = _encode_file(model, source, spec.num_codebooks)
+        start, num_samples = time.perf_counter(), 0
+        with _code_target(output, spec) as write:
+            for codes, count in pieces:
+                write(codes, count)
+                num_samples += count
+        _report(output, spec, num_samples, time.perf_counter() - start)
 
 
 def run_decode(arguments: argparse.Namespace) -> None:
-    from mimi_jax.audio import save_audio
-    from mimi_jax.codes import load_codes
+    from mimi_jax.codes import open_codes
 
-    _check_input(arguments.input)
-    output = arguments.output or arguments.input.with_suffix(".decoded.wav")
-    _check_output(output, arguments.input, is_audio=True)
-    file = load_codes(arguments.input)
-    model = _load_model(arguments.model, encoder=False)
-    _check_same_model(arguments.input, file, model, arguments.model)
-    audio, seconds = _decode(model, file)
-    save_audio(output, audio, file.sampling_rate)
-    print(f"wrote {output}: {_summary(file)}; {_speed(file, seconds)} (start-up included)")
+    source, output = arguments.input, _output_of(arguments, ".decoded.wav", is_audio=True)
+    _check_format(arguments.format, output)
+    with contextlib.ExitStack() as stack:
+        if source == PIPE:
+            # The model first: what comes before in the pipeline is loading its own.
+            model = _load_model(arguments.model, encoder=False)
+            reader = _code_pipe(stack.enter_context(_stdin()))
+            pieces, length = _decode_pipe(model, reader), 0
+        else:
+            reader = stack.enter_context(open_codes(source))
+            model = _load_model(arguments.model, encoder=False)
+            pieces, length = _decode_file(model, reader), reader.num_samples
+        _check_same_model(source, reader.spec, model, arguments.model)
+        start, num_samples = time.perf_counter(), 0
+        with _audio_target(output, arguments.format, model, length) as write:
+            for audio in pieces:
+                write(audio)
+                num_samples += audio.shape[1]
+        _report(output, reader.spec, num_samples, time.perf_counter() - start)
 
 
 def run_roundtrip(arguments: argparse.Namespace) -> None:
     from mimi_jax.atomic import atomic_path
     from mimi_jax.audio import save_audio
+    from mimi_jax.codes import CodeFile
     from mimi_jax.metrics import si_sdr
     from mimi_jax.picture import draw
 
@@ -159,11 +200,15 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
     _check_num_quantizers(model, arguments.num_quantizers)
     config = model.config
     audio = _load_audio(arguments.input, model)
-    _compile(model, audio, arguments.num_quantizers)
-    codes, encode_seconds = _encode(model, audio, arguments.num_quantizers)
-    file = _code_file(model, codes, audio.shape[1])
-    decoded, decode_seconds = _decode(model, file)
-    title = f"{arguments.input.name} through {arguments.model}: {_summary(file)}"
+    spec = _code_spec(model, arguments.num_quantizers)
+    warm = audio[:, : config.frame_size] if config.is_streamable else audio  # what runs the same programs
+    _decode(model, *_encode(model, warm, spec)[:1], warm.shape[1])
+    codes, encode_seconds = _encode(model, audio, spec)
+    decoded, decode_seconds = _decode(model, codes, audio.shape[1])
+    file = CodeFile(
+        codes, audio.shape[1], spec.sampling_rate, spec.codebook_size, spec.frame_size, spec.model_id
+    )
+    title = f"{arguments.input.name} through {arguments.model}: {_summary(spec, file.num_samples)}"
     png = draw(audio, decoded, file, title)
     with atomic_path(picture) as temporary:  # around the other, so that there are two new files or none
         temporary.write_bytes(png)
@@ -171,10 +216,10 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
     _print_table(
         {
             "model": f"{arguments.model} ({file.model_id})",
-            **_code_rows(file),
+            **_code_rows(spec, file.num_samples),
             "SI-SDR": f"{si_sdr(audio, decoded):.1f} dB",
-            "encoding": _speed(file, encode_seconds),
-            "decoding": _speed(file, decode_seconds),
+            "encoding": _speed(spec, file.num_samples, encode_seconds),
+            "decoding": _speed(spec, file.num_samples, decode_seconds),
         }
     )
     print(f"speeds were measured on {_device()} after a warm-up: compilation is not in them")
@@ -187,7 +232,7 @@ def run_info(arguments: argparse.Namespace) -> None:
 
         file = load_codes(arguments.name)
         owner = _bundled_with(file.model_id) or "not a bundled one"
-        _print_table({**_code_rows(file), "model": f"{file.model_id} ({owner})"})
+        _print_table({**_code_rows(file.spec, file.num_samples), "model": f"{file.model_id} ({owner})"})
         return
     from mimi_jax.checkpoint import find, layout_of, model_id
 
@@ -258,13 +303,34 @@ def _reason(error: Exception) -> str:
     return " ".join(text.splitlines())
 
 
+def _output_of(arguments: argparse.Namespace, suffix: str, is_audio: bool = False) -> Path:
+    """Where the output goes, once it is sure that input and output can be opened."""
+    source, output = arguments.input, arguments.output
+    if output is None:
+        output = PIPE if source == PIPE else source.with_suffix(suffix)
+    if source != PIPE:
+        _check_input(source)
+    elif os.isatty(STDIN):
+        raise UsageError("- stands for a pipe, and nothing is piped in; name a file")
+    if output != PIPE:
+        _check_output(output, source, is_audio)
+    elif os.isatty(STDOUT):
+        raise UsageError("the output is binary and would garble the terminal; name a file with -o")
+    return output
+
+
+def _check_format(pcm_format: str | None, path: Path) -> None:
+    if pcm_format is not None and path != PIPE:
+        raise UsageError(f"--format is of raw audio on a pipe; {path} tells its own")
+
+
 def _check_input(path: Path) -> None:
     path.open("rb").close()
 
 
 def _check_output(path: Path, source: Path, is_audio: bool = False) -> None:
     """Fail before the slow work where writing `path` would fail after it, or would lose the input."""
-    if path.exists() and path.samefile(source):
+    if path.exists() and source != PIPE and path.samefile(source):
         raise UsageError(f"{path} is the input, which would be lost; name another output with -o")
     if path.exists() and not path.is_file():
         raise OSError(f"cannot write {path}: it is a folder or a device; name a file")
@@ -294,21 +360,14 @@ def _check_num_quantizers(model: "Mimi", num_quantizers: int | None) -> None:
             raise UsageError(str(error)) from None
 
 
-def _check_same_model(path: Path, file: "CodeFile", model: "Mimi", name: str) -> None:
-    from mimi_jax.checkpoint import model_id
-
-    config = model.config
-    expected = {
-        "model_id": model_id(model),
-        "sampling_rate": config.sampling_rate,
-        "frame_size": config.frame_size,
-        "codebook_size": config.codebook_size,
-    }
-    for field, value in expected.items():
-        if (found := getattr(file, field)) != value:
+def _check_same_model(path: Path, spec: "CodeSpec", model: "Mimi", name: str) -> None:
+    model.quantizer.check_count(spec.num_codebooks)
+    expected = _code_spec(model, spec.num_codebooks)
+    for field in ("model_id", "sampling_rate", "frame_size", "codebook_size"):
+        if (found := getattr(spec, field)) != (value := getattr(expected, field)):
             raise ValueError(
-                f"{path} holds codes of another model: its {field} is {found}, that of {name} is {value};"
-                " name its model with --model"
+                f"{'the stream' if path == PIPE else path} holds codes of another model: its {field} is"
+                f" {found}, that of {name} is {value}; name its model with --model"
             )
 
 
@@ -323,6 +382,17 @@ def _load_audio(path: Path, model: "Mimi") -> "np.ndarray":
 
     with _no_stderr():
         return load_audio(path, model.config.sampling_rate, model.config.audio_channels)
+
+
+def _without_stderr(pieces: "Iterable[np.ndarray]") -> "Iterator[np.ndarray]":
+    """The same pieces; what C libraries write to stderr while they make them is lost."""
+    iterator = iter(pieces)
+    while True:
+        with _no_stderr():
+            piece = next(iterator, None)
+        if piece is None:
+            return
+        yield piece
 
 
 @contextlib.contextmanager
@@ -340,57 +410,188 @@ def _no_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(title: str, num_samples: int, samples_a_count: int, sampling_rate: int) -> "Iterator[Progress]":
-    """A bar in seconds of audio, on a terminal and for work of more than a second."""
-    from tqdm import tqdm
+def _stdin() -> "Iterator[Read]":
+    """Yield the function that reads what has arrived on stdin, b"" at its end.
 
-    layout = "{l_bar}{bar}| {n:.0f} of {total:.0f} s [{elapsed}<{remaining}]"
-    total = num_samples / sampling_rate
-    with tqdm(desc=title, total=total, delay=1, leave=False, disable=None, bar_format=layout) as bar:
-        yield lambda count: bar.update(count * samples_a_count / sampling_rate)
+    An interrupt is an end too: whatever comes before in the pipeline has had the same one, and is given a
+    moment to finish. Only a second one breaks off.
+    """
+    end = None
 
+    def stop(*_) -> None:
+        nonlocal end
+        end = time.monotonic() + GRACE
+        signal.signal(signal.SIGINT, previous)
 
-def _encode(model: "Mimi", audio: "np.ndarray", num_quantizers: int | None) -> "tuple[np.ndarray, float]":
-    """Codes [codebooks, frames], and the seconds it took."""
-    from mimi_jax.blocks import encode_in_blocks
+    def read(size: int) -> bytes:
+        while end is None or time.monotonic() < end:
+            if select.select([STDIN], [], [], 0.1)[0]:
+                return os.read(STDIN, size)
+        return b""
 
-    with _progress("encoding", audio.shape[1], 1, model.config.sampling_rate) as progress:
-        start = time.perf_counter()
-        codes = encode_in_blocks(model, audio, num_quantizers, progress=progress)
-        return codes, time.perf_counter() - start
-
-
-def _decode(model: "Mimi", file: "CodeFile") -> "tuple[np.ndarray, float]":
-    """Audio [channels, samples] of the exact length, and the seconds it took."""
-    from mimi_jax.blocks import decode_in_blocks
-
-    with _progress("decoding", file.num_samples, file.frame_size, file.sampling_rate) as progress:
-        start = time.perf_counter()
-        audio = decode_in_blocks(model, file.audio_codes, progress=progress)
-        return audio[:, : file.num_samples], time.perf_counter() - start
-
-
-def _compile(model: "Mimi", audio: "np.ndarray", num_quantizers: int | None) -> None:
-    """Run once what will be timed: one frame, where blocks make that the same program."""
-    from mimi_jax.blocks import decode_in_blocks, encode_in_blocks
-
-    if model.config.is_streamable:
-        audio = audio[:, : model.config.frame_size]
-    decode_in_blocks(model, encode_in_blocks(model, audio, num_quantizers))
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield read
+    except ValueError as error:
+        if end is None:
+            raise
+        raise KeyboardInterrupt from error  # which is why the input was cut short
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if end is not None:
+        raise KeyboardInterrupt("interrupted; what had come in by then is whole")
 
 
-def _code_file(model: "Mimi", codes: "np.ndarray", num_samples: int) -> "CodeFile":
-    from mimi_jax.checkpoint import model_id
-    from mimi_jax.codes import CodeFile
+def _write_stdout(data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(STDOUT, rest) :]
+
+
+def _encode_pipe(model: "Mimi", read: "Read", pcm_format: str | None, num_quantizers: int) -> "Pieces":
+    from mimi_jax.pipes import read_pcm
+    from mimi_jax.sessions import STEP_FRAMES, StreamingEncoder
+
+    channels, frame_size = model.config.audio_channels, model.config.frame_size
+    encoder = StreamingEncoder(model, num_quantizers=num_quantizers)
+    encoder.warmup()
+    num_samples = 0
+    for audio in read_pcm(read, pcm_format or PCM_FORMATS[0], channels, STEP_FRAMES[0] * frame_size):
+        num_samples += audio.shape[1]
+        if (codes := encoder.push(audio[None])) is not None:
+            yield codes[0], codes.shape[2] * frame_size
+    if (codes := encoder.flush()) is not None:
+        yield codes[0], num_samples % frame_size
+
+
+def _encode_file(model: "Mimi", path: Path, num_quantizers: int) -> "Pieces":
+    from mimi_jax.audio import AudioReader
+    from mimi_jax.blocks import encode_blocks
 
     config = model.config
-    return CodeFile(
-        audio_codes=codes,
-        num_samples=num_samples,
-        sampling_rate=config.sampling_rate,
-        codebook_size=config.codebook_size,
-        frame_size=config.frame_size,
+    with path.open("rb") as file:
+        with _no_stderr():
+            reader = AudioReader(file, str(path), config.sampling_rate, config.audio_channels)
+        with _progress("encoding", reader.num_samples, config.sampling_rate) as update:
+            for codes, num_samples in encode_blocks(model, _without_stderr(reader), num_quantizers):
+                update(num_samples)
+                yield codes, num_samples
+
+
+def _code_pipe(read: "Read") -> "CodeStreamReader":
+    from mimi_jax.pipes import CodeStreamReader
+    from mimi_jax.sessions import STEP_FRAMES
+
+    return CodeStreamReader(read, max_frames=STEP_FRAMES[0])
+
+
+def _decode_pipe(model: "Mimi", reader: "CodeStreamReader") -> "Iterator[np.ndarray]":
+    from mimi_jax.sessions import StreamingDecoder
+
+    decoder = StreamingDecoder(model)
+    decoder.warmup(reader.spec.num_codebooks)
+    for codes, num_samples in reader:
+        audio = decoder.push(codes)
+        assert audio is not None
+        yield audio[0, :, :num_samples]
+
+
+def _decode_file(model: "Mimi", reader: "CodeReader") -> "Iterator[np.ndarray]":
+    from mimi_jax.blocks import decode_blocks
+
+    left = reader.num_samples
+    with _progress("decoding", left, reader.spec.sampling_rate) as update:
+        for audio in decode_blocks(model, (codes for codes, _ in reader)):
+            yield audio[:, :left]
+            update(min(left, audio.shape[1]))
+            left -= audio.shape[1]
+
+
+@contextlib.contextmanager
+def _code_target(path: Path, spec: "CodeSpec") -> "Iterator[Callable[[np.ndarray, int], None]]":
+    """Yield the function that writes the next codes, and the samples they are of, to a file or a pipe."""
+    from mimi_jax.codes import code_writer
+    from mimi_jax.pipes import CodeStreamWriter
+
+    if path == PIPE:
+        writer = CodeStreamWriter(_write_stdout, spec)
+        yield writer.write
+        writer.close()
+    else:
+        with code_writer(path, spec) as writer:
+            yield writer.write
+
+
+@contextlib.contextmanager
+def _audio_target(
+    path: Path, pcm_format: str | None, model: "Mimi", num_samples: int
+) -> "Iterator[Callable[[np.ndarray], None]]":
+    """Yield the function that writes the next audio to a file or a pipe."""
+    from mimi_jax.audio import audio_writer
+    from mimi_jax.pipes import to_pcm
+
+    if path == PIPE:
+        yield lambda audio: _write_stdout(to_pcm(audio, pcm_format or PCM_FORMATS[0]))
+    else:
+        config = model.config
+        with audio_writer(path, config.sampling_rate, config.audio_channels, num_samples) as write:
+            yield write
+
+
+@contextlib.contextmanager
+def _progress(title: str, num_samples: int | None, sampling_rate: int) -> Iterator[Callable[[int], object]]:
+    """A bar in seconds of audio, on a terminal and for work of more than a second; None for no known end."""
+    from tqdm import tqdm
+
+    layout, total = "{desc}: {n:.0f} s [{elapsed}]", None
+    if num_samples is not None:
+        layout, total = (
+            "{l_bar}{bar}| {n:.0f} of {total:.0f} s [{elapsed}<{remaining}]",
+            num_samples / sampling_rate,
+        )
+    with tqdm(desc=title, total=total, delay=1, leave=False, disable=None, bar_format=layout) as bar:
+        yield lambda count: bar.update(count / sampling_rate)
+
+
+def _encode(model: "Mimi", audio: "np.ndarray", spec: "CodeSpec") -> "tuple[np.ndarray, float]":
+    """Codes [codebooks, frames], and the seconds it took."""
+    import numpy as np
+
+    from mimi_jax.blocks import encode_blocks
+
+    with _progress("encoding", audio.shape[1], spec.sampling_rate) as update:
+        start, blocks = time.perf_counter(), []
+        for codes, num_samples in encode_blocks(model, [audio], spec.num_codebooks):
+            blocks.append(codes)
+            update(num_samples)
+        return np.concatenate(blocks, axis=1), time.perf_counter() - start
+
+
+def _decode(model: "Mimi", codes: "np.ndarray", num_samples: int) -> "tuple[np.ndarray, float]":
+    """Audio [channels, samples], and the seconds it took."""
+    import numpy as np
+
+    from mimi_jax.blocks import decode_blocks
+
+    with _progress("decoding", num_samples, model.config.sampling_rate) as update:
+        start, blocks = time.perf_counter(), []
+        for audio in decode_blocks(model, [codes]):
+            blocks.append(audio)
+            update(audio.shape[1])
+        return np.concatenate(blocks, axis=1)[:, :num_samples], time.perf_counter() - start
+
+
+def _code_spec(model: "Mimi", num_quantizers: int | None) -> "CodeSpec":
+    from mimi_jax.checkpoint import model_id
+    from mimi_jax.codes import CodeSpec
+
+    config = model.config
+    return CodeSpec(
         model_id=model_id(model),
+        sampling_rate=config.sampling_rate,
+        frame_size=config.frame_size,
+        codebook_size=config.codebook_size,
+        num_codebooks=config.num_quantizers if num_quantizers is None else num_quantizers,
     )
 
 
@@ -436,25 +637,29 @@ def _kbits(num_codebooks: int, codebook_size: int, frame_rate: float) -> float:
     return num_codebooks * math.log2(codebook_size) * frame_rate / 1000
 
 
-def _code_rows(file: "CodeFile") -> dict[str, str]:
-    num_codebooks, num_frames = file.audio_codes.shape
-    frame_rate = file.sampling_rate / file.frame_size
+def _code_rows(spec: "CodeSpec", num_samples: int) -> dict[str, str]:
+    frame_rate = spec.sampling_rate / spec.frame_size
     return {
-        "duration": f"{file.num_samples / file.sampling_rate:.2f} s, {file.num_samples} samples",
-        "frames": f"{num_frames}, {frame_rate:g} Hz",
-        "codebooks": f"{num_codebooks} x {file.codebook_size} codes",
-        "bitrate": f"{_kbits(num_codebooks, file.codebook_size, frame_rate):.2f} kbit/s",
+        "duration": f"{num_samples / spec.sampling_rate:.2f} s, {num_samples} samples",
+        "frames": f"{spec.num_frames(num_samples)}, {frame_rate:g} Hz",
+        "codebooks": f"{spec.num_codebooks} x {spec.codebook_size} codes",
+        "bitrate": f"{_kbits(spec.num_codebooks, spec.codebook_size, frame_rate):.2f} kbit/s",
     }
 
 
-def _summary(file: "CodeFile") -> str:
-    num_codebooks, num_frames = file.audio_codes.shape
-    kbits = _kbits(num_codebooks, file.codebook_size, file.sampling_rate / file.frame_size)
-    return f"{num_frames} frames x {num_codebooks} codebooks, {kbits:.2f} kbit/s"
+def _summary(spec: "CodeSpec", num_samples: int) -> str:
+    kbits = _kbits(spec.num_codebooks, spec.codebook_size, spec.sampling_rate / spec.frame_size)
+    return f"{spec.num_frames(num_samples)} frames x {spec.num_codebooks} codebooks, {kbits:.2f} kbit/s"
 
 
-def _speed(file: "CodeFile", seconds: float) -> str:
-    return f"{file.num_samples / file.sampling_rate / seconds:.3g} x realtime"
+def _speed(spec: "CodeSpec", num_samples: int, seconds: float) -> str:
+    return f"{num_samples / spec.sampling_rate / seconds:.3g} x realtime"
+
+
+def _report(output: Path, spec: "CodeSpec", num_samples: int, seconds: float) -> None:
+    if output != PIPE:
+        speed = _speed(spec, num_samples, seconds)
+        print(f"wrote {output}: {_summary(spec, num_samples)}; {speed} (start-up included)")
 
 
 def _print_table(rows: dict[str, str]) -> None:

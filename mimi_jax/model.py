@@ -21,9 +21,16 @@ from jax.typing import ArrayLike, DTypeLike
 from mimi_jax.config import MimiConfig
 from mimi_jax.conv import Conv1d, ConvTranspose1d
 from mimi_jax.quantizer import SplitResidualQuantizer
-from mimi_jax.rows import check_batch_size, check_mask_of_rows, select_rows
 from mimi_jax.seanet import Decoder, Encoder
-from mimi_jax.streaming import StreamingLayer, ceil_div, is_real, step_all
+from mimi_jax.streaming import (
+    StreamingLayer,
+    ceil_div,
+    check_batch_size,
+    check_mask_of_rows,
+    is_real,
+    select_rows,
+    step_all,
+)
 from mimi_jax.transformer import Transformer
 
 

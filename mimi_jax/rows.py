@@ -1,45 +1,15 @@
-"""Rows of a batch of streams: pause, reset and move them.
+"""Rows of a batch of streams: start them anew, and move them from batch to batch.
 
 Each function is one map over the arrays of a state, whichever layers they belong to, since all of them
-have the batch on their first axis and are zero when fresh.
+have the batch on their first axis and are zero when fresh. `encode_step` and `decode_step` pause rows.
 """
-
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-State = TypeVar("State")
-
-
-def batch_size(state: State) -> int:
-    """How many streams a state is of."""
-    return jax.tree.leaves(state)[0].shape[0]
-
-
-def check_batch_size(state: State, batch: int) -> None:
-    """Refuse a state of another number of streams than there are rows of input."""
-    if batch_size(state) != batch:
-        raise ValueError(f"the state is of {batch_size(state)} streams, the input has {batch} rows")
-
-
-def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
-    """For each row of a batch, the state `if_true` or `if_false`; `rows` is bool [batch]."""
-
-    def select(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(jnp.expand_dims(rows, range(1, a.ndim)), a, b)
-
-    return jax.tree.map(select, if_true, if_false)
-
-
-def check_mask_of_rows(name: str, rows: ArrayLike, batch: int) -> jax.Array:
-    """Refuse what is not bool [batch], such as the numbers of rows."""
-    rows = jnp.asarray(rows)
-    if rows.dtype != bool or rows.shape != (batch,):
-        raise ValueError(f"{name} must be bool [batch={batch}], got {rows.dtype} {list(rows.shape)}")
-    return rows
+from mimi_jax.streaming import State, batch_size, check_mask_of_rows, select_rows
 
 
 def reset_rows(state: State, rows: ArrayLike) -> State:
@@ -101,9 +71,7 @@ def put_rows(state: State, rows: ArrayLike, streams: State) -> State:
             number of them, an encoder's state in a decoder's, another model's or another dtype. Inside
             `jit` the values of `rows` are not known, and streams for rows outside the batch are dropped.
     """
-    rows = _check_numbers(rows, batch_size(state))
-    if not isinstance(rows, jax.core.Tracer) and len(set(rows.tolist())) < len(rows):
-        raise ValueError(f"rows must be different, each takes one stream, got {rows.tolist()}")
+    rows = _check_numbers(rows, batch_size(state), different=True)
 
     def form(state: State, batch: int):
         return jax.tree.map(lambda leaf: ((batch, *leaf.shape[1:]), leaf.dtype), state)
@@ -120,16 +88,20 @@ def _put_rows(state: State, rows: jax.Array, streams: State) -> State:
     return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state, streams)
 
 
-def _check_numbers(rows: ArrayLike, batch: int) -> jax.Array:
+def _check_numbers(rows: ArrayLike, batch: int, different: bool = False) -> jax.Array:
     """Row numbers as an int array [count]."""
-    if not isinstance(rows, jax.core.Tracer):
-        rows = np.asarray(rows)
-    if not jnp.issubdtype(rows.dtype, jnp.integer) or rows.ndim > 1:
+    numbers = jnp.atleast_1d(jnp.asarray(rows))
+    if not jnp.issubdtype(numbers.dtype, jnp.integer) or numbers.ndim != 1:
         raise ValueError(
-            f"rows must be the numbers of rows, int [count], got {rows.dtype} {list(rows.shape)};"
+            f"rows must be the numbers of rows, int [count], got {numbers.dtype} {list(numbers.shape)};"
             " np.flatnonzero makes them of a mask"
         )
-    rows = rows.reshape(-1)
-    if not isinstance(rows, jax.core.Tracer) and not all(0 <= row < batch for row in rows):
-        raise ValueError(f"rows must lie in [0, {batch}), got {rows.tolist()}")
-    return jnp.asarray(rows)
+    try:
+        values = np.asarray(numbers).tolist()
+    except jax.errors.TracerArrayConversionError:
+        return numbers
+    if not all(0 <= value < batch for value in values):
+        raise ValueError(f"rows must lie in [0, {batch}), got {values}")
+    if different and len(set(values)) < len(values):
+        raise ValueError(f"rows must be different, for each takes one stream, got {values}")
+    return numbers

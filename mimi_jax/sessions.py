@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mimi_jax.codes import check_range
 from mimi_jax.model import Mimi, decode_step, encode_step
 
 # Frames in a step, longest first. What has piled up goes eight at a time, several times as fast as one by
@@ -150,7 +152,7 @@ class StreamingEncoder(_Stream):
                 f"audio must be [batch={batch}, channels={channels}, samples]{short}, got"
                 f" {list(np.shape(audio))}"
             )
-        if not jax.numpy.issubdtype(array.dtype, np.floating):
+        if not jnp.issubdtype(array.dtype, np.floating):
             raise ValueError(
                 f"audio must be floating point in [-1, 1], got {array.dtype}; scale integers down"
             )
@@ -233,12 +235,6 @@ class StreamingDecoder(_Stream):
         self._check_count(codes.shape[1])
         check_range(codes, self.config.codebook_size)
         return codes.astype(np.int32)
-
-
-def check_range(codes: np.ndarray, codebook_size: int) -> None:
-    """Refuse codes that no codebook has, which `decode_step` would turn into NaN."""
-    if codes.size and not (codes.min() >= 0 and codes.max() < codebook_size):
-        raise ValueError(f"codes must lie in [0, {codebook_size}), got {codes.min()} to {codes.max()}")
 
 
 def fresh_state(init_state: Callable[[int], Any], batch_size: int) -> Any:

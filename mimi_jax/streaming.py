@@ -21,12 +21,14 @@ batches, clips that are no whole number of frames, and the end of a stream are o
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+
+State = TypeVar("State")
 
 
 class StreamingLayer(nnx.Module):
@@ -105,3 +107,31 @@ def fill_beyond(x: jax.Array, lengths: jax.Array | None, pad_mode: str) -> jax.A
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         filling = jnp.take_along_axis(x, last, axis=1)
     return jnp.where(is_real(lengths, x.shape[1])[:, :, None], x, filling)
+
+
+def batch_size(state: Any) -> int:
+    """How many streams a state is of."""
+    return jax.tree.leaves(state)[0].shape[0]
+
+
+def check_batch_size(state: Any, batch: int) -> None:
+    """Refuse a state of another number of streams than there are rows of input."""
+    if batch_size(state) != batch:
+        raise ValueError(f"the state is of {batch_size(state)} streams, the input has {batch} rows")
+
+
+def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
+    """For each row of a batch, the state `if_true` or `if_false`; `rows` is bool [batch]."""
+
+    def select(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(rows, range(1, a.ndim)), a, b)
+
+    return jax.tree.map(select, if_true, if_false)
+
+
+def check_mask_of_rows(name: str, rows: ArrayLike, batch: int) -> jax.Array:
+    """Refuse what is not bool [batch], such as the numbers of rows."""
+    rows = jnp.asarray(rows)
+    if rows.dtype != bool or rows.shape != (batch,):
+        raise ValueError(f"{name} must be bool [batch={batch}], got {rows.dtype} {list(rows.shape)}")
+    return rows

@@ -128,7 +128,7 @@ def test_the_same_codes_give_the_same_bytes(tmp_path: Path):
     ("changes", "error"),
     [
         ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
-        ({"num_samples": 1921}, r"audio_codes must be \[codebooks, 2\], .* got \[8, 1\]"),
+        ({"num_samples": 1921}, r"audio_codes must be \[8, 2\], .* got \[8, 1\]"),
         ({"sampling_rate": 24e3}, "sampling_rate must be a positive integer, got 24000.0"),
         ({"frame_size": -1}, "frame_size must be a positive integer, got -1"),
         ({"codebook_size": 65537}, "codebook_size must be at most 65536, got 65537"),
@@ -168,13 +168,13 @@ def test_every_number_is_checked(path: Path, key: str, text: str | None):
         ({"format": None}, "format must be 'mimi_jax.codes', got None"),
         ({"version": "2"}, "version must be '1', got '2'"),
         ({"model_id": None}, "model_id must be a string, not empty, got ''"),
-        ({"num_samples": "1921"}, r"audio_codes must be \[codebooks, 2\]"),
+        ({"num_samples": "1921"}, "num_frames must be 2 for 1921 samples, got 5"),
         ({"num_samples": "9" * 5000}, "Exceeds the limit"),
         ({"num_frames": "2"}, r"4 codes of 10 bits must be uint8 \[5\], got uint8 \[13\]"),
         ({"num_codebooks": "9" * 30}, "codes of 10 bits must be uint8"),
         ({"codebook_size": "2048"}, r"10 codes of 11 bits must be uint8 \[14\], got uint8 \[13\]"),
         ({"codebook_size": "600"}, r"codes must lie in \[0, 600\)"),
-        ({"codebook_size": "65537"}, "bits must be 1 to 16, got 17"),
+        ({"codebook_size": "65537"}, "codebook_size must be at most 65536, got 65537"),
     ],
 )
 def test_metadata_that_do_not_fit_are_refused(path: Path, changes: dict[str, str | None], error: str):

@@ -15,8 +15,9 @@ from flax import nnx
 from mimi_jax.attention import Attention
 from mimi_jax.config import MimiConfig
 from mimi_jax.conv import Conv1d, ConvTranspose1d
+from mimi_jax.rows import reset_rows
 from mimi_jax.seanet import Decoder, DecoderStage, Encoder, EncoderStage, ResidualBlock
-from mimi_jax.streaming import StreamingLayer, reset_rows, select_rows
+from mimi_jax.streaming import StreamingLayer, select_rows
 from mimi_jax.transformer import Transformer, TransformerLayer
 from tests.models import random_like, random_module, relative_error
 

@@ -9,8 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mimi_jax"
 CORE = ["config", "streaming", "conv", "attention", "transformer", "seanet", "quantizer", "model"]
 # Reading order is import order: a module imports only modules that stand before it.
-FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes", "blocks", "metrics", "picture"]
-LAYERS = [*CORE, *FILES, "__init__", "cli"]
+FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes"]
+STREAMS = ["rows", "sessions", "blocks", "pipes"]
+LAYERS = [*CORE, *FILES, *STREAMS, "metrics", "picture", "__init__", "cli"]
 # One step back, inside functions only: `Mimi.from_pretrained` and `Mimi.save_pretrained`.
 BACKWARD = {("model", "checkpoint")}
 # Never imported by the package, or only inside functions because they are slow to import.
