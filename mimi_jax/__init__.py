@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mimi_jax.rows import take_rows as take_rows
     from mimi_jax.sessions import StreamingDecoder as StreamingDecoder
     from mimi_jax.sessions import StreamingEncoder as StreamingEncoder
+    from mimi_jax.state_files import load_state as load_state
+    from mimi_jax.state_files import save_state as save_state
 
 _MODULES = {
     "audio": ("load_audio", "pad_batch", "save_audio"),
@@ -32,6 +34,7 @@ _MODULES = {
     "config": ("MimiConfig",),
     "model": ("Mimi", "decode", "decode_step", "encode", "encode_step", "pad_to_frame"),
     "rows": ("put_rows", "reset_rows", "take_rows"),
+    "state_files": ("load_state", "save_state"),
     "sessions": ("StreamingDecoder", "StreamingEncoder"),
 }
 _HOMES = {name: f"mimi_jax.{module}" for module, names in _MODULES.items() for name in names}

@@ -85,11 +85,12 @@ def decode_blocks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndar
 def _blocks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Cut what arrives, [rows, any], anew: into [rows, size], and what is left at the end."""
     pending: list[np.ndarray] = []
-    length = 0
+    total = length = 0
     for piece in pieces:
         if piece.ndim != 2:
             raise ValueError(f"a piece of a clip must be [channels, samples], got {list(piece.shape)}")
         pending.append(piece)
+        total += piece.shape[1]
         length += piece.shape[1]
         if length >= size:
             ready = np.concatenate(pending, axis=1)
@@ -98,7 +99,7 @@ def _blocks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             pending = [ready[:, ready.shape[1] - length :].copy()]  # or it would keep all of it
     if length:
         yield np.concatenate(pending, axis=1)
-    elif not pending:
+    elif not total:
         raise ValueError("there is nothing to code: the clip has no samples")
 
 

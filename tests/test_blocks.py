@@ -5,7 +5,7 @@ import pytest
 
 import mimi_jax
 from mimi_jax import Mimi, MimiConfig
-from mimi_jax.blocks import BLOCK_FRAMES, decode_in_blocks, encode_in_blocks
+from mimi_jax.blocks import BLOCK_FRAMES, decode_blocks, encode_blocks
 from tests.models import load_fixture, random_module, relative_error
 
 BLOCK = BLOCK_FRAMES * 16  # samples, of the fixtures' 16 samples a frame
@@ -22,6 +22,16 @@ def random_codes(model: Mimi, num_frames: int, num_codebooks: int | None = None)
     """int32 [codebooks, frames]."""
     shape = num_codebooks or model.config.num_quantizers, num_frames
     return np.random.default_rng(0).integers(0, model.config.codebook_size, shape, np.int32)
+
+
+def encode_in_blocks(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
+    """The codes of a clip that comes in two pieces, neither of them as long as a block."""
+    blocks = encode_blocks(model, np.split(audio, [audio.shape[1] // 3], axis=1), num_quantizers)
+    return np.concatenate([codes for codes, _ in blocks], axis=1)
+
+
+def decode_in_blocks(model: Mimi, codes: np.ndarray) -> np.ndarray:
+    return np.concatenate(list(decode_blocks(model, np.split(codes, [1], axis=1))), axis=1)
 
 
 def encode_whole(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
@@ -106,29 +116,33 @@ def test_ten_minutes_and_one_sample_are_the_same_program(monkeypatch: pytest.Mon
     assert traced == ["_encode_latents", "_decode_latents"]
 
 
-def test_progress_tells_samples_and_frames():
+@pytest.mark.parametrize("piece", [1, 333, BLOCK, 2 * BLOCK + 1])
+def test_pieces_of_any_length_make_blocks_of_one(piece: int):
     model = load_fixture("base").model
-    counts: list[int] = []
-    codes = encode_in_blocks(model, noise(2 * BLOCK + 107), progress=counts.append)
-    assert counts == [BLOCK, BLOCK, 107]
-    counts.clear()
-    decode_in_blocks(model, codes, progress=counts.append)
-    assert counts == [BLOCK_FRAMES, BLOCK_FRAMES, 7]
+    audio = noise(LONGEST)
+    pieces = [audio[:, start : start + piece] for start in range(0, LONGEST, piece)]
+    codes, lengths = zip(*encode_blocks(model, pieces), strict=True)
+    assert lengths == (BLOCK, BLOCK, 107)
+    assert [part.shape[1] for part in codes] == [BLOCK_FRAMES, BLOCK_FRAMES, 7]
+    codes = np.concatenate(codes, axis=1)
+    np.testing.assert_array_equal(codes, encode_whole(model, audio))
+    decoded = list(decode_blocks(model, [codes[:, start : start + piece] for start in range(0, 107, piece)]))
+    assert [part.shape[1] for part in decoded] == [BLOCK, BLOCK, 7 * 16]
 
 
-def test_progress_of_a_model_that_cannot_stream():
+def test_the_blocks_of_a_model_that_cannot_stream_are_one():
     model = load_fixture("noncausal").model
-    counts: list[int] = []
-    codes = encode_in_blocks(model, noise(LONGEST), progress=counts.append)
-    decode_in_blocks(model, codes, progress=counts.append)
-    assert counts == [LONGEST, codes.shape[1]]
+    ((codes, length),) = encode_blocks(model, np.split(noise(LONGEST), [100, 200], axis=1))
+    assert length == LONGEST
+    (audio,) = decode_blocks(model, np.split(codes, [1], axis=1))
+    assert audio.shape[1] == codes.shape[1] * model.config.frame_size
 
 
 @pytest.mark.parametrize(
     ("audio", "num_quantizers", "error"),
     [
-        (noise(16)[0], None, r"audio must be \[channels, samples > 0\], got \[16\]"),
-        (noise(0), None, r"audio must be \[channels, samples > 0\], got \[1, 0\]"),
+        (noise(16)[0], None, r"a piece of a clip must be \[channels, samples\], got \[16\]"),
+        (noise(0), None, "the clip has no samples"),
         (noise(16, 2), None, r"audio must be \[batch, channels=1, samples > 0\]"),
         (np.zeros((1, 16), np.int16), None, "audio must be floating point"),
         (noise(16), 0, "num_quantizers must be an integer from 1 to 4"),
@@ -137,15 +151,15 @@ def test_progress_of_a_model_that_cannot_stream():
 )
 def test_bad_audio(audio: np.ndarray, num_quantizers: int | None, error: str):
     with pytest.raises(ValueError, match=error):
-        encode_in_blocks(load_fixture("base").model, audio, num_quantizers)
+        list(encode_blocks(load_fixture("base").model, [audio], num_quantizers))
 
 
 @pytest.mark.parametrize(
     ("codes", "error"),
     [
-        (np.zeros((4, 3)), r"codes must be integers \[codebooks, frames > 0\], got float64 \[4, 3\]"),
+        (np.zeros((4, 3)), r"codes must be integers \[codebooks, frames\], got float64 \[4, 3\]"),
         (np.zeros(4, int), r"codes must be integers .* got int64 \[4\]"),
-        (np.zeros((4, 0), int), r"codes must be integers .* got int64 \[4, 0\]"),
+        (np.zeros((4, 0), int), "the clip has no samples"),
         (np.zeros((5, 3), int), "num_quantizers must be an integer from 1 to 4"),
         (np.full((4, 3), 16), r"codes must lie in \[0, 16\), got 16 to 16"),
         (np.full((4, 3), -1), r"codes must lie in \[0, 16\), got -1 to -1"),
@@ -157,4 +171,4 @@ def test_bad_codes(codes: np.ndarray, error: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("mimi_jax.blocks.decode_step", compute)
     with pytest.raises(ValueError, match=error):
-        decode_in_blocks(load_fixture("base").model, codes)
+        list(decode_blocks(load_fixture("base").model, [codes]))

@@ -469,7 +469,7 @@ def test_interrupt(fails, tiny: list[str], monkeypatch: pytest.MonkeyPatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mimi_jax.blocks.encode_in_blocks", interrupt)
+    monkeypatch.setattr("mimi_jax.blocks.encode_step", interrupt)
     assert (
         fails("encode", "clip.wav", "-o", "out", *tiny, status=130) == "mimi-jax encode: error: interrupted\n"
     )

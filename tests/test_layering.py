@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "mimi_jax"
 CORE = ["config", "streaming", "conv", "attention", "transformer", "seanet", "quantizer", "model"]
 # Reading order is import order: a module imports only modules that stand before it.
 FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes"]
-STREAMS = ["rows", "sessions", "blocks", "pipes"]
+STREAMS = ["rows", "state_files", "sessions", "blocks", "pipes"]
 LAYERS = [*CORE, *FILES, *STREAMS, "metrics", "picture", "__init__", "cli"]
 # One step back, inside functions only: `Mimi.from_pretrained` and `Mimi.save_pretrained`.
 BACKWARD = {("model", "checkpoint")}
