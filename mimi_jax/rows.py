@@ -4,6 +4,8 @@ Each function is one map over the arrays of a state, whichever layers they belon
 have the batch on their first axis and are zero when fresh. `encode_step` and `decode_step` pause rows.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jax.typing import ArrayLike
 from mimi_jax.streaming import State, batch_size, check_mask_of_rows, select_rows
 
 
-def reset_rows(state: State, rows: ArrayLike) -> State:
+def reset_rows(state: State, rows: ArrayLike | Sequence[bool]) -> State:
     """Turn some rows of a batch of streams into fresh streams.
 
     Args:
@@ -33,7 +35,7 @@ def _reset_rows(state: State, rows: jax.Array) -> State:
     return select_rows(rows, jax.tree.map(jnp.zeros_like, state), state)
 
 
-def take_rows(state: State, rows: ArrayLike) -> State:
+def take_rows(state: State, rows: ArrayLike | Sequence[int]) -> State:
     """Copy some streams out of a batch: to move them to another one, or to save them.
 
     Args:
@@ -55,7 +57,7 @@ def _take_rows(state: State, rows: jax.Array) -> State:
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="fill"), state)
 
 
-def put_rows(state: State, rows: ArrayLike, streams: State) -> State:
+def put_rows(state: State, rows: ArrayLike | Sequence[int], streams: State) -> State:
     """Put streams from elsewhere into rows of a batch, in place of those that were there.
 
     Args:
@@ -88,7 +90,7 @@ def _put_rows(state: State, rows: jax.Array, streams: State) -> State:
     return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state, streams)
 
 
-def _check_numbers(rows: ArrayLike, batch: int, different: bool = False) -> jax.Array:
+def _check_numbers(rows: ArrayLike | Sequence[int], batch: int, different: bool = False) -> jax.Array:
     """Row numbers as an int array [count]."""
     numbers = jnp.atleast_1d(jnp.asarray(rows))
     if not jnp.issubdtype(numbers.dtype, jnp.integer) or numbers.ndim != 1:

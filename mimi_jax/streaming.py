@@ -129,7 +129,7 @@ def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
     return jax.tree.map(select, if_true, if_false)
 
 
-def check_mask_of_rows(name: str, rows: ArrayLike, batch: int) -> jax.Array:
+def check_mask_of_rows(name: str, rows: ArrayLike | Sequence[bool], batch: int) -> jax.Array:
     """Refuse what is not bool [batch], such as the numbers of rows."""
     rows = jnp.asarray(rows)
     if rows.dtype != bool or rows.shape != (batch,):
