@@ -23,9 +23,9 @@ lint: .venv/with-dev  ## check format, style and types
 	$(BIN)/pyright
 
 parity: .venv/with-dev .venv/with-parity .venv/with-moshi  ## compare with transformers and moshi
-	$(BIN)/python -m pytest -m "parity or network" -rs
+	$(BIN)/python -m pytest -m "(parity or network) and not slow" -rs
 
-slow: .venv/with-dev  ## run the slow tests
+slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half an hour of audio at full size
 	$(BIN)/python -m pytest -m slow
 
 clean:  ## remove .venv, caches and what the demo wrote

@@ -1,4 +1,4 @@
-"""Every snippet of the README runs, in order, as one reader would run them."""
+"""Every snippet of the README and of docs/ runs, in order, as one reader would run them."""
 
 import re
 import shlex
@@ -10,11 +10,11 @@ import pytest
 from mimi_jax import cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def snippets(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +23,21 @@ def beside_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_python():
-    code = "\n".join(snippets("python"))
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_python(page: Path):
+    code = "\n".join(snippets(page, "python"))
     assert code.count("mimi_jax.") >= 10
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_links(page: Path):
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_command_line():
-    lines = "".join(snippets("sh")).splitlines()
+    lines = "".join(snippets(README, "sh")).splitlines()
     commands = [line for line in lines if line.startswith("mimi-jax")]
     assert len(commands) == 5
     for command in commands:
@@ -39,7 +46,7 @@ def test_command_line():
 
 
 def test_make_targets():
-    targets = re.findall(r"^make (\w+)", "\n".join(snippets("sh")), re.MULTILINE)
+    targets = re.findall(r"^make (\w+)", "\n".join(snippets(README, "sh")), re.MULTILINE)
     assert targets == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
