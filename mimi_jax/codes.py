@@ -167,7 +167,8 @@ class CodeWriter:
 
     def close(self) -> None:
         """Write what is pending, and the header."""
-        _check_count("num_samples", self.num_samples)
+        if self.num_samples == 0:
+            raise ValueError("there is nothing to write: a code file holds one sample or more")
         self._append(self._pending)
         header = _header(self._spec, self.num_samples, self.num_frames, self._num_bytes)
         self._file.seek(0)
