@@ -6,6 +6,10 @@ Full size, float32, 8 codebooks, the same random weights in both. A step is time
 to an array on the host. The two take turns in one process, so that a noisy machine is noisy for both. Each
 step of either attends to a whole window of 10 s, however young the stream. moshi needs what `make parity`
 installs, and is measured on a CPU only. It all takes about six minutes, and 4 GiB of memory.
+
+Only an idle machine gives a fair ratio: torch's threads wait for each other in every operation, and one busy
+process beside two of them makes moshi ten times as slow, mimi_jax twice. The load average of the minute
+before is printed, and should be near 0.
 """
 
 import argparse
@@ -104,11 +108,11 @@ def measure(steps: dict[str, Step], frames: np.ndarray, num_steps: int) -> dict[
     return {name: np.array(values) for name, values in times.items()}
 
 
-def heading(moshi: Any) -> str:
-    """The machine, the versions, and how it was measured."""
+def heading(moshi: Any, load: float) -> str:
+    """The machine and its load average, the versions, and how it was measured."""
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    machine = f"{name[1] if name else platform.machine()}, {os.cpu_count()} threads"
+    machine = f"{name[1] if name else platform.machine()}, {os.cpu_count()} threads, load {load:.1f}"
     systems = [f"{package} {importlib.metadata.version(package)}" for package in ("mimi_jax", "jax")]
     systems[-1] += f" on {jax.devices()[0].device_kind}"
     how = f"{WARMUP} steps to warm up"
@@ -141,12 +145,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of each system, for each batch and direction")
     parser.add_argument("--no-moshi", action="store_true")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]  # before this process adds to it
     model = mimi_jax.Mimi(mimi_jax.MimiConfig(), rngs=nnx.Rngs(0))
     moshi = None if arguments.no_moshi or jax.default_backend() != "cpu" else load_moshi(model)
     columns = ["batch", "step", "steps", "mimi_jax median", "mimi_jax p99"]
     if moshi is not None:
         columns += ["moshi median", "moshi p99", "ratio of medians"]
-    print(f"{heading(moshi)}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    print(f"{heading(moshi, load)}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for batch, direction in itertools.product(arguments.batch, ("encode", "decode")):
         steps = {"mimi_jax": make_step(model, direction, batch)}
         with contextlib.ExitStack() as stack:

@@ -254,15 +254,15 @@ def save_audio(path: str | os.PathLike[str], audio: ArrayLike, sampling_rate: in
             that is empty, not float, or not finite.
         OSError: the file cannot be written.
     """
-    audio = _as_channels(audio)
-    with audio_writer(path, sampling_rate, len(audio), audio.shape[1]) as write:
-        write(audio)
+    channels = _as_channels(audio)
+    with audio_writer(path, sampling_rate, len(channels), channels.shape[1]) as write:
+        write(channels)
 
 
 @contextmanager
 def audio_writer(
     path: str | os.PathLike[str], sampling_rate: int, channels: int, num_samples: int = 0
-) -> Iterator[Callable[[np.ndarray], None]]:
+) -> Iterator[Callable[[ArrayLike], None]]:
     """`save_audio` in pieces: yields the function that writes the next float [channels, samples].
 
     The file appears when the block ends, and not at all if it raises.
@@ -281,8 +281,9 @@ def audio_writer(
                 f"cannot write {path}: a WAV file holds 4 GiB, and this is more; name a .flac file"
             )
 
-    def write(audio: np.ndarray) -> None:
+    def write(audio: ArrayLike) -> None:
         nonlocal count
+        audio = _as_channels(audio)
         count += audio.shape[1]
         check_size(count)
         if not np.isfinite(audio).all():
@@ -296,6 +297,8 @@ def audio_writer(
         try:
             with soundfile.SoundFile(target, "w", sampling_rate, channels, subtype, format=form) as sound:
                 yield write
+                if count == 0:
+                    raise ValueError(f"cannot write {path}: there is no audio to write")
         except (soundfile.LibsndfileError, AssertionError) as error:  # the latter for a short write
             if target.error is not None:
                 raise target.error from None

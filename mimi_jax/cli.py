@@ -1,12 +1,13 @@
 """The command line: `mimi-jax encode | decode | roundtrip | info | convert`.
 
 Results go to stdout. A failure is one line on stderr and exit status 1 (bad input) or 2 (bad usage), and
-leaves no output behind; 130 stands for an interrupt (Ctrl-C) and 141 for a pipe whose reader has gone.
+leaves no output behind; 128 and more stand for a signal, 130 for Ctrl-C and 141 for a pipe without a reader.
 Audio and codes go from file to file, or from pipe to pipe, in memory that does not grow with their length.
 What is slow to import is imported by the command that needs it.
 """
 
 import argparse
+import collections
 import contextlib
 import importlib.util
 import logging
@@ -16,6 +17,7 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -27,13 +29,14 @@ if TYPE_CHECKING:
 
     from mimi_jax.codes import CodeReader, CodeSpec
     from mimi_jax.model import Mimi
-    from mimi_jax.pipes import CodeStreamReader, Read
+    from mimi_jax.sessions import StreamingDecoder, StreamingEncoder
 
     Pieces = Iterator[tuple["np.ndarray", int]]  # codes [codebooks, frames], and the samples they are of
 
 MODEL_HELP = "a bundled model (mini), a folder, a .safetensors file or a Hugging Face repository"
 PIPE = Path("-")
 STDIN, STDOUT = 0, 1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 1.0  # seconds that what comes before in a pipeline has to end, after an interrupt
 PCM_FORMATS = ("s16le", "f32le")  # those of mimi_jax.pipes, which is slow to import
 PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -41,6 +44,14 @@ PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 class UsageError(ValueError):
     """What was asked for makes no sense, whatever the input holds."""
+
+
+class Interrupt(KeyboardInterrupt):
+    """A signal that asks to stop."""
+
+    def __init__(self, number: int, reason: str = "interrupted"):
+        super().__init__(reason)
+        self.status = 128 + number
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,14 +74,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if unknown:
             raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
-        with _quiet_libraries():
+        with _on_signals(_interrupt), _quiet_libraries():
             arguments.run(arguments)
         return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # or Python complains at its end, as it flushes
         return 141
     except KeyboardInterrupt as interrupt:
-        status, reason = 130, str(interrupt) or "interrupted"
+        status, reason = getattr(interrupt, "status", 130), str(interrupt) or "interrupted"
     except (ImportError, OSError, ValueError) as error:
         status, reason = 2 if isinstance(error, UsageError) else 1, _reason(error)
     print(f"mimi-jax {arguments.command}: error: {reason}", file=sys.stderr)
@@ -140,6 +151,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
+    from mimi_jax.sessions import StreamingEncoder
+
     source, output = arguments.input, _output_of(arguments, ".safetensors")
     _check_format(arguments.format, source)
     model = _load_model(arguments.model, decoder=False)
@@ -147,7 +160,8 @@ def run_encode(arguments: argparse.Namespace) -> None:
     spec = _code_spec(model, arguments.num_quantizers)
     with contextlib.ExitStack() as stack:
         if source == PIPE:
-            pieces = _encode_pipe(model, stack.enter_context(_stdin()), arguments.format, spec.num_codebooks)
+            encoder = StreamingEncoder(model, num_quantizers=spec.num_codebooks)
+            pieces = _encode_pipe(encoder, stack.enter_context(_stdin()), arguments.format)
         else:
             pieces = _encode_file(model, source, spec.num_codebooks)
         start, num_samples = time.perf_counter(), 0
@@ -160,6 +174,8 @@ def run_encode(arguments: argparse.Namespace) -> None:
 
 def run_decode(arguments: argparse.Namespace) -> None:
     from mimi_jax.codes import open_codes
+    from mimi_jax.pipes import CodeStreamReader
+    from mimi_jax.sessions import STEP_FRAMES, StreamingDecoder
 
     source, output = arguments.input, _output_of(arguments, ".decoded.wav", is_audio=True)
     _check_format(arguments.format, output)
@@ -167,8 +183,9 @@ def run_decode(arguments: argparse.Namespace) -> None:
         if source == PIPE:
             # The model first: what comes before in the pipeline is loading its own.
             model = _load_model(arguments.model, encoder=False)
-            reader = _code_pipe(stack.enter_context(_stdin()))
-            pieces, length = _decode_pipe(model, reader), 0
+            stdin = stack.enter_context(_stdin())
+            reader = CodeStreamReader(stdin.read, max_frames=STEP_FRAMES[0])
+            pieces, length = _decode_pipe(StreamingDecoder(model), stdin.cut(iter(reader)), reader.spec), 0
         else:
             reader = stack.enter_context(open_codes(source))
             model = _load_model(arguments.model, encoder=False)
@@ -228,11 +245,13 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     if _is_code_file(arguments.name):
-        from mimi_jax.codes import load_codes
+        from mimi_jax.codes import open_codes
 
-        file = load_codes(arguments.name)
-        owner = _bundled_with(file.model_id) or "not a bundled one"
-        _print_table({**_code_rows(file.spec, file.num_samples), "model": f"{file.model_id} ({owner})"})
+        with open_codes(arguments.name) as reader:
+            spec, num_samples = reader.spec, reader.num_samples
+            collections.deque(reader, maxlen=0)  # which checks every code
+        owner = _bundled_with(spec.model_id) or "not a bundled one"
+        _print_table({**_code_rows(spec, num_samples), "model": f"{spec.model_id} ({owner})"})
         return
     from mimi_jax.checkpoint import find, layout_of, model_id
 
@@ -269,6 +288,28 @@ def run_convert(arguments: argparse.Namespace) -> None:
     with atomic_path(output) as temporary:
         save(model, temporary, arguments.to)
     print(f"wrote {output}: {source} in the layout {arguments.to}")
+
+
+@contextlib.contextmanager
+def _on_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle the signals that ask to stop; those that are ignored, as in the background, stay so."""
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody do it
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, old in previous.items():
+        if old not in (signal.SIG_IGN, None):
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            if old is not None:
+                signal.signal(number, old)
+
+
+def _interrupt(number: int, _) -> None:
+    raise Interrupt(number)
 
 
 def _set_environment() -> None:
@@ -308,6 +349,8 @@ def _output_of(arguments: argparse.Namespace, suffix: str, is_audio: bool = Fals
     source, output = arguments.input, arguments.output
     if output is None:
         output = PIPE if source == PIPE else source.with_suffix(suffix)
+        if not is_audio and output.is_file() and not _is_code_file(str(output)):
+            raise UsageError(f"{output} exists and is no code file; name the output with -o")
     if source != PIPE:
         _check_input(source)
     elif os.isatty(STDIN):
@@ -409,54 +452,71 @@ def _no_stderr() -> Iterator[None]:
         os.close(stderr)
 
 
-@contextlib.contextmanager
-def _stdin() -> "Iterator[Read]":
-    """Yield the function that reads what has arrived on stdin, b"" at its end.
+class Stdin:
+    """Live input: a signal that asks to stop is its end.
 
-    An interrupt is an end too: whatever comes before in the pipeline has had the same one, and is given a
-    moment to finish. Only a second one breaks off.
+    Whatever comes before in the pipeline has had the same Ctrl-C, and is given a moment to finish. What had
+    come in by then is coded and written whole. Only a second signal breaks off.
     """
-    end = None
 
-    def stop(*_) -> None:
-        nonlocal end
-        end = time.monotonic() + GRACE
-        signal.signal(signal.SIGINT, previous)
+    def __init__(self):
+        self.interrupt: Interrupt | None = None
+        self._end = math.inf
 
-    def read(size: int) -> bytes:
-        while end is None or time.monotonic() < end:
+    def read(self, size: int) -> bytes:
+        """What has arrived, b"" at the end."""
+        while True:
+            if self.interrupt is not None:  # counted from the first look at what had come in by then
+                self._end = min(self._end, time.monotonic() + GRACE)
+            if time.monotonic() > self._end:
+                return b""
             if select.select([STDIN], [], [], 0.1)[0]:
                 return os.read(STDIN, size)
-        return b""
 
-    previous = signal.signal(signal.SIGINT, stop)
+    def stop(self, number: int, _) -> None:
+        if self.interrupt is not None:
+            raise Interrupt(number)
+        self.interrupt = Interrupt(number, "interrupted; what had come in by then is whole")
+
+    def cut(self, codes: "Pieces") -> "Pieces":
+        """The same, but that a stream which a signal has ended may end anywhere."""
+        try:
+            yield from codes
+        except ValueError:
+            if self.interrupt is None:
+                raise
+
+
+@contextlib.contextmanager
+def _stdin() -> Iterator[Stdin]:
+    stdin = Stdin()
     try:
-        yield read
-    except ValueError as error:
-        if end is None:
+        with _on_signals(stdin.stop):
+            yield stdin
+    except ValueError:
+        if stdin.interrupt is None:
             raise
-        raise KeyboardInterrupt from error  # which is why the input was cut short
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if end is not None:
-        raise KeyboardInterrupt("interrupted; what had come in by then is whole")
+        raise Interrupt(stdin.interrupt.status - 128) from None  # before there was anything to keep
+    if stdin.interrupt is not None:
+        raise stdin.interrupt
 
 
 def _write_stdout(data: bytes) -> None:
     rest = memoryview(data)
     while rest:
-        rest = rest[os.write(STDOUT, rest) :]
+        with contextlib.suppress(BlockingIOError):  # some programs hand over pipes that do not wait
+            select.select([], [STDOUT], [])
+            rest = rest[os.write(STDOUT, rest) :]
 
 
-def _encode_pipe(model: "Mimi", read: "Read", pcm_format: str | None, num_quantizers: int) -> "Pieces":
+def _encode_pipe(encoder: "StreamingEncoder", stdin: Stdin, pcm_format: str | None) -> "Pieces":
     from mimi_jax.pipes import read_pcm
-    from mimi_jax.sessions import STEP_FRAMES, StreamingEncoder
+    from mimi_jax.sessions import STEP_FRAMES
 
-    channels, frame_size = model.config.audio_channels, model.config.frame_size
-    encoder = StreamingEncoder(model, num_quantizers=num_quantizers)
-    encoder.warmup()
+    channels, frame_size = encoder.config.audio_channels, encoder.config.frame_size
+    encoder.warmup()  # the header is out by now, so that the decoder warms up at the same time
     num_samples = 0
-    for audio in read_pcm(read, pcm_format or PCM_FORMATS[0], channels, STEP_FRAMES[0] * frame_size):
+    for audio in read_pcm(stdin.read, pcm_format or PCM_FORMATS[0], channels, STEP_FRAMES[0] * frame_size):
         num_samples += audio.shape[1]
         if (codes := encoder.push(audio[None])) is not None:
             yield codes[0], codes.shape[2] * frame_size
@@ -478,19 +538,9 @@ def _encode_file(model: "Mimi", path: Path, num_quantizers: int) -> "Pieces":
                 yield codes, num_samples
 
 
-def _code_pipe(read: "Read") -> "CodeStreamReader":
-    from mimi_jax.pipes import CodeStreamReader
-    from mimi_jax.sessions import STEP_FRAMES
-
-    return CodeStreamReader(read, max_frames=STEP_FRAMES[0])
-
-
-def _decode_pipe(model: "Mimi", reader: "CodeStreamReader") -> "Iterator[np.ndarray]":
-    from mimi_jax.sessions import StreamingDecoder
-
-    decoder = StreamingDecoder(model)
-    decoder.warmup(reader.spec.num_codebooks)
-    for codes, num_samples in reader:
+def _decode_pipe(decoder: "StreamingDecoder", pieces: "Pieces", spec: "CodeSpec") -> "Iterator[np.ndarray]":
+    decoder.warmup(spec.num_codebooks)
+    for codes, num_samples in pieces:
         audio = decoder.push(codes)
         assert audio is not None
         yield audio[0, :, :num_samples]

@@ -25,8 +25,8 @@ from mimi_jax.seanet import Decoder, Encoder
 from mimi_jax.streaming import (
     StreamingLayer,
     ceil_div,
-    check_batch_size,
     check_mask_of_rows,
+    check_state,
     is_real,
     select_rows,
     step_all,
@@ -198,6 +198,8 @@ class Mimi(nnx.Module):
         audio = pad_to_frame(audio, self.config)
         if lengths is None and audio.shape[2] > num_samples:
             lengths = jnp.full(audio.shape[0], num_samples)
+        if state is not None:
+            check_state(state, jax.eval_shape(lambda: self.init_encoder_state(len(audio))))
         x = jnp.swapaxes(audio, 1, 2).astype(self.dtype)
         state, latents = step_all(self._encoder_layers(), state, x, lengths)
         return state, latents, None if lengths is None else self.encoded_length(lengths)
@@ -247,6 +249,8 @@ class Mimi(nnx.Module):
         self, latents: ArrayLike, lengths: jax.Array | None = None, state: Any = None
     ) -> tuple[Any, jax.Array]:
         x = jnp.asarray(latents).astype(self.dtype)
+        if state is not None:
+            check_state(state, jax.eval_shape(lambda: self.init_decoder_state(len(x))))
         state, x = step_all(self._decoder_layers(), state, x, lengths)
         return state, jnp.swapaxes(x, 1, 2)
 
@@ -424,7 +428,6 @@ def encode_step(
             f"samples must be a positive multiple of frame_size={frame_size}, got {num_samples};"
             " pad the last frame and mark it in padding_mask"
         )
-    check_batch_size(state, jnp.shape(audio)[0])
     new_state, latents, lengths = model._encode_latents(audio, padding_mask, state)
     codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
     rows = mask[:, 0]
@@ -451,7 +454,6 @@ def decode_step(
     Returns:
         The state for the next step, and audio [batch, channels, frames * frame_size].
     """
-    check_batch_size(state, jnp.shape(audio_codes)[0])
     new_state, audio = model._decode_latents(model.dequantize(audio_codes), None, state)
     if active is None:
         return new_state, audio

@@ -38,6 +38,7 @@ FORMAT = "mimi_jax.code_stream"
 VERSION = "1"
 MAX_HEADER_BYTES = 1 << 16
 PCM_FORMATS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}  # ffmpeg's names
+FILE_MARKS = (b"RIFF", b"RF64", b"RIFX", b"FORM", b"fLaC", b"OggS", b"ID3\x03", b"ID3\x04")
 
 Write = Callable[[bytes], object]
 # Gives some bytes as soon as there are any, at most as many as it is asked for, and none at the end.
@@ -45,7 +46,7 @@ Read = Callable[[int], bytes]
 
 
 def read_pcm(read: Read, pcm_format: str, channels: int, max_samples: int) -> Iterator[np.ndarray]:
-    """Raw PCM as it arrives.
+    """Raw PCM as it arrives. A last sample that is not complete is left out.
 
     Args:
         read: gives its bytes.
@@ -56,23 +57,25 @@ def read_pcm(read: Read, pcm_format: str, channels: int, max_samples: int) -> It
         float32 [channels, samples].
 
     Raises:
-        ValueError: at the end, if that is in the middle of a sample.
+        ValueError: it begins like an audio file, whose header would be heard as a click.
     """
     dtype = PCM_FORMATS[pcm_format]
     size = dtype.itemsize * channels
-    rest = b""
-    while data := read(max_samples * size):
-        data = rest + data
+    data = read(max_samples * size)
+    while 0 < len(data) < 4 and (more := read(4 - len(data))):
+        data += more
+    if data[:4] in FILE_MARKS:
+        raise ValueError(
+            f"raw audio has no header, and this is a file that begins with {data[:4]!r}; name it instead"
+        )
+    while True:
         whole = len(data) // size * size
-        rest = data[whole:]
         samples = np.frombuffer(data[:whole], dtype).reshape(-1, channels).T
         if whole:
             yield samples / np.float32(32768) if dtype.kind == "i" else samples.astype(np.float32)
-    if rest:
-        raise ValueError(
-            f"the input ends in the middle of a sample: {len(rest)} of {size} bytes ({pcm_format}, {channels}"
-            f" channel{'s' * (channels > 1)})"
-        )
+        if not (more := read(max_samples * size)):
+            return
+        data = data[whole:] + more
 
 
 def to_pcm(audio: np.ndarray, pcm_format: str) -> bytes:
@@ -87,7 +90,9 @@ class CodeStreamWriter:
 
     def __init__(self, write: Write, spec: CodeSpec):
         self._write, self._spec, self._is_open = write, spec, True
-        header = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(spec)}).encode()
+        header = json.dumps(
+            {"format": FORMAT, "version": VERSION, **dataclasses.asdict(spec)}, default=int
+        ).encode()
         write(struct.pack("<Q", len(header)) + header)
 
     def write(self, codes: np.ndarray, num_samples: int) -> None:
@@ -132,12 +137,17 @@ class CodeStreamReader:
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
         data = b""
         while True:
-            frames = []
-            while data[:1] == b"F" and len(data) >= self._packet_size:
-                frames.append(self._unpack(data[1 : self._packet_size]))
+            frames, damage = [], None
+            while data[:1] == b"F" and len(data) >= self._packet_size and damage is None:
+                try:
+                    frames.append(self._unpack(data[1 : self._packet_size]))
+                except ValueError as error:
+                    damage = error  # raised when what came before it is out
                 data = data[self._packet_size :]
             if frames:
                 yield np.concatenate(frames, axis=1), len(frames) * self.spec.frame_size
+            if damage is not None:
+                raise damage
             if data[:1] == b"E":
                 break
             if data[:1] == b"L" and len(data) >= 4 + self._packet_size:
@@ -168,8 +178,10 @@ class CodeStreamReader:
         return codes
 
     def _read_header(self) -> CodeSpec:
+        if not (first := self._read(8)):
+            raise ValueError("nothing came in: what comes before in the pipeline has written no code stream")
         try:
-            (size,) = struct.unpack("<Q", self._read_exactly(8))
+            (size,) = struct.unpack("<Q", first + self._read_exactly(8 - len(first)))
             fields = json.loads(self._read_exactly(size)) if size <= MAX_HEADER_BYTES else {}
             if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f"it is not {FORMAT}, version {VERSION}")

@@ -4,6 +4,7 @@ Each function is one map over the arrays of a state, whichever layers they belon
 have the batch on their first axis and are zero when fresh. `encode_step` and `decode_step` pause rows.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -91,19 +92,17 @@ def _put_rows(state: State, rows: jax.Array, streams: State) -> State:
 
 
 def _check_numbers(rows: ArrayLike | Sequence[int], batch: int, different: bool = False) -> jax.Array:
-    """Row numbers as an int array [count]."""
-    numbers = jnp.atleast_1d(jnp.asarray(rows))
-    if not jnp.issubdtype(numbers.dtype, jnp.integer) or numbers.ndim != 1:
+    """Row numbers as int32 [count]; inside `jit` their values are not known, and not checked."""
+    numbers = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if not jnp.issubdtype(numbers.dtype, jnp.integer) or numbers.ndim > 1:
         raise ValueError(
             f"rows must be the numbers of rows, int [count], got {numbers.dtype} {list(numbers.shape)};"
             " np.flatnonzero makes them of a mask"
         )
-    try:
-        values = np.asarray(numbers).tolist()
-    except jax.errors.TracerArrayConversionError:
-        return numbers
-    if not all(0 <= value < batch for value in values):
-        raise ValueError(f"rows must lie in [0, {batch}), got {values}")
-    if different and len(set(values)) < len(values):
-        raise ValueError(f"rows must be different, for each takes one stream, got {values}")
-    return numbers
+    with contextlib.suppress(jax.errors.TracerArrayConversionError):
+        values = np.atleast_1d(np.asarray(numbers)).tolist()
+        if not all(0 <= value < batch for value in values):
+            raise ValueError(f"rows must lie in [0, {batch}), got {values}")
+        if different and len(set(values)) < len(values):
+            raise ValueError(f"rows must be different, for each takes one stream, got {values}")
+    return jnp.atleast_1d(jnp.asarray(numbers, jnp.int32))

@@ -58,7 +58,7 @@ class StreamingEncoder(_Stream):
             codes = encoder.push(piece)  # None while no frame is complete
         codes = encoder.flush()  # the last, partial frame, or None
 
-    All codes together are those of `encode` on the whole clip.
+    All codes together are those of `encode` on the whole clip, in float32.
 
     Args:
         model: a codec that can stream and has its encoder.
@@ -112,8 +112,8 @@ class StreamingEncoder(_Stream):
                 self._state, new = self._step(self._state, audio[:, :, start:stop], stop - start)
                 codes.append(np.asarray(new))
                 start = stop
-        self._pending = audio[:, :, start:].copy()  # a copy, or it would keep all of `audio` alive
-        return np.concatenate(codes, axis=2) if codes else None
+            self._pending = audio[:, :, start:].copy()  # a copy, or it would keep all of `audio` alive
+            return np.concatenate(codes, axis=2) if codes else None
 
     def flush(self) -> np.ndarray | None:
         """End the stream.
@@ -130,9 +130,9 @@ class StreamingEncoder(_Stream):
         if length:
             audio = np.pad(self._pending, [(0, 0), (0, 0), (0, self.config.frame_size - length)])
             with self._stepping():
-                self._state, codes = self._step(self._state, audio, length)
+                codes = np.asarray(self._step(self._state, audio, length)[1])
         self._stopped = "the stream has ended with flush()"
-        return None if codes is None else np.asarray(codes)
+        return codes
 
     def _step(self, state: Any, audio: np.ndarray, length: int) -> tuple[Any, jax.Array]:
         """Step by whole frames, of which the first `length` samples are real."""
@@ -219,7 +219,7 @@ class StreamingDecoder(_Stream):
                 self._state, new = _decode_step(self._structure, self._parameters, self._state, piece)
                 audio.append(np.asarray(new, np.float32))
                 start += frames
-        return np.concatenate(audio, axis=2) if audio else None
+            return np.concatenate(audio, axis=2) if audio else None
 
     def _check_codes(self, audio_codes: ArrayLike) -> np.ndarray:
         """As int32 [batch, codebooks, frames]."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -17,6 +18,7 @@ import safetensors.numpy
 from mimi_jax.atomic import atomic_path
 
 FORMAT = "mimi_jax.state"
+ORBAX_MARK = "_CHECKPOINT_METADATA"  # a file in every folder that Orbax has written
 State = TypeVar("State")
 
 
@@ -29,9 +31,12 @@ def save_state(path: str | os.PathLike[str], state: Any) -> None:
             decoder's may be saved together, as a tuple.
 
     Raises:
+        ValueError: a folder of other files stands there, which would be lost.
         OSError: it cannot be written.
     """
-    arrays = _by_name(state)
+    arrays, folder = _by_name(state), Path(path)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / ORBAX_MARK).exists():
+        raise ValueError(f"{folder} is a folder of other files; name a new one, or a .safetensors file")
     with atomic_path(path) as temporary:
         if _is_file(path):
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -51,7 +56,7 @@ def load_state(path: str | os.PathLike[str], like: State) -> State:
     Args:
         path: the file or the folder.
         like: a state of the same form, such as `model.init_encoder_state(batch_size)`, or of
-            `jax.ShapeDtypeStruct`s. Arrays go where those of `like` lie.
+            `jax.ShapeDtypeStruct`s. Arrays go where those of `like` were put, or to the default device.
 
     Returns:
         The state to go on with.
@@ -65,7 +70,14 @@ def load_state(path: str | os.PathLike[str], like: State) -> State:
         raise FileNotFoundError(f"{os.fspath(path)}: there is no saved state")
     expected = _by_name(like)
     arrays = _read_file(path, expected) if _is_file(path) else _restore_folder(path, expected)
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
+    # Without a sharding they stay free to follow the model, wherever that lies.
+    placed = [
+        jnp.asarray(np.asarray(arrays[name]))
+        if (sharding := _sharding(leaf)) is None
+        else jax.device_put(arrays[name], sharding)
+        for name, leaf in expected.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), placed)
 
 
 def _is_file(path: str | os.PathLike[str]) -> bool:
@@ -77,7 +89,12 @@ def _by_name(state: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _read_file(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where an array was put on purpose; None for the default device."""
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+
+
+def _read_file(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             if (found := (file.metadata() or {}).get("format")) != FORMAT:
@@ -85,16 +102,20 @@ def _read_file(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> dic
                     f"{os.fspath(path)}: not a saved state: format must be {FORMAT!r}, got {found!r}"
                 )
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{os.fspath(path)}: not a saved state ({error})") from None
     _compare(path, arrays, expected)
-    return {name: jax.device_put(array, expected[name].sharding) for name, array in arrays.items()}
+    return arrays
 
 
 def _restore_folder(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
 
-    folder = Path(path).absolute()
+    folder, default = Path(path).absolute(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if not (folder / ORBAX_MARK).is_file():
+        raise ValueError(
+            f"{os.fspath(path)}: not a saved state: there is no {ORBAX_MARK}, which Orbax writes"
+        )
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             metadata = checkpointer.metadata(folder).item_metadata
@@ -102,7 +123,11 @@ def _restore_folder(path: str | os.PathLike[str], expected: Mapping[str, Any]) -
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{os.fspath(path)}: not a saved state ({error})") from None
         _compare(path, found, expected)
-        return checkpointer.restore(folder, dict(expected))
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf) or default)
+            for name, leaf in expected.items()
+        }
+        return checkpointer.restore(folder, target)
 
 
 def _compare(path: str | os.PathLike[str], found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -111,10 +136,6 @@ def _compare(path: str | os.PathLike[str], found: Mapping[str, Any], expected: M
     def kind(array: Any) -> str:
         return f"{array.dtype} {list(array.shape)}"
 
-    num_found, num_expected = (next(iter(arrays.values())).shape[0] for arrays in (found, expected))
-    if found.keys() == expected.keys() and num_found != num_expected:
-        raise ValueError(f"{os.fspath(path)}: a state of {num_found} streams, expected {num_expected}")
-
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [
@@ -122,5 +143,9 @@ def _compare(path: str | os.PathLike[str], found: Mapping[str, Any], expected: M
         for name, array in expected.items()
         if name in found and kind(found[name]) != kind(array)
     ]
+    if problems and found.keys() == expected.keys():
+        num_found, num_expected = (arrays[min(expected)].shape[:1] for arrays in (found, expected))
+        if num_found != num_expected:  # then that says it all
+            problems = [f"its batch is {list(num_found)}, expected {list(num_expected)}"]
     if problems:
         raise ValueError(f"{os.fspath(path)}: a state of another form: {'; '.join(problems)}")

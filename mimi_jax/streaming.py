@@ -114,10 +114,11 @@ def batch_size(state: Any) -> int:
     return jax.tree.leaves(state)[0].shape[0]
 
 
-def check_batch_size(state: Any, batch: int) -> None:
-    """Refuse a state of another number of streams than there are rows of input."""
-    if batch_size(state) != batch:
-        raise ValueError(f"the state is of {batch_size(state)} streams, the input has {batch} rows")
+def check_state(state: Any, fresh: Any) -> None:
+    """Refuse a state that has not the form of a fresh one: another model's, half's, batch's or dtype's."""
+    forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), tree) for tree in (state, fresh)]
+    if forms[0] != forms[1]:
+        raise ValueError("the state must be of this model, this half and as many streams as the input")
 
 
 def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:

@@ -444,6 +444,21 @@ def test_nothing_is_written_if_a_piece_is_bad(path: Path):
     assert list(path.parent.iterdir()) == []
 
 
+def test_pieces_are_checked_like_whole_clips(path: Path):
+    for piece in (np.ones((1, 4), np.int16), np.ones((1, 1, 4)), np.zeros((1, 0))):
+        with (
+            pytest.raises(ValueError, match="audio must be float"),
+            audio_writer(path, RATE, 1) as write_piece,
+        ):
+            write_piece(piece)
+    with pytest.raises(ValueError, match="there is no audio to write"), audio_writer(path, RATE, 1):
+        pass
+    assert list(path.parent.iterdir()) == []
+    with audio_writer(path, RATE, 1) as write_piece:
+        write_piece(np.ones(3, np.float16))  # which has no 32767
+    assert (load_audio(path) > 0.99).all()
+
+
 @pytest.mark.parametrize("announced", [0, 50])
 def test_more_than_a_wav_file_holds_is_refused(path: Path, announced: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mimi_jax.audio.MAX_WAV_BYTES", 90)

@@ -95,11 +95,12 @@ def test_rows_to_reset_that_are_no_mask(rows: Any, error: str):
 @pytest.mark.parametrize(
     ("rows", "error"),
     [
+        (np.array([2**32]), r"rows must lie in \[0, 4\), got \[4294967296\]"),
         ([4], r"rows must lie in \[0, 4\), got \[4\]"),
         ([0, -1], r"rows must lie in \[0, 4\), got \[0, -1\]"),
         ([True, False, False, True], r"int \[count\], got bool \[4\]; np.flatnonzero makes them of a mask"),
-        ([0.0], r"int \[count\], got float32 \[1\]"),
-        ([[0]], r"int \[count\], got int32 \[1, 1\]"),
+        ([0.0], r"int \[count\], got float64 \[1\]"),
+        ([[0]], r"int \[count\], got int64 \[1, 1\]"),
     ],
 )
 def test_numbers_of_rows_that_are_none(rows: Any, error: str):
@@ -136,12 +137,37 @@ def test_streams_of_another_form(streams: Any):
         put_rows(random_state(4), 0, streams)
 
 
-def test_a_step_refuses_a_state_of_another_batch():
+@pytest.mark.parametrize(
+    "state",
+    [
+        MODEL.init_encoder_state(2),
+        MODEL.init_decoder_state(2),
+        random_state(3),
+        jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), MODEL.init_encoder_state(3)),
+        jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), MODEL.init_decoder_state(3)),
+        load_fixture("kernels").model.init_encoder_state(3),
+        (),
+    ],
+    ids=[
+        "encoder of 2",
+        "decoder of 2",
+        "both",
+        "bfloat16 encoder",
+        "bfloat16 decoder",
+        "other model",
+        "none",
+    ],
+)
+def test_a_step_refuses_a_state_of_another_form(state: Any):
     audio, codes = np.zeros((3, 1, MODEL.config.frame_size), np.float32), np.zeros((3, 4, 1), np.int32)
-    with pytest.raises(ValueError, match="the state is of 2 streams, the input has 3 rows"):
-        encode_step(MODEL, MODEL.init_encoder_state(2), audio)
-    with pytest.raises(ValueError, match="the state is of 2 streams, the input has 3 rows"):
-        decode_step(MODEL, MODEL.init_decoder_state(2), codes)
+    with pytest.raises(
+        ValueError, match="the state must be of this model, this half and as many streams as the input"
+    ):
+        encode_step(MODEL, state, audio)
+    with pytest.raises(
+        ValueError, match="the state must be of this model, this half and as many streams as the input"
+    ):
+        decode_step(MODEL, state, codes)
 
 
 def test_a_step_refuses_an_active_mask_of_another_batch():

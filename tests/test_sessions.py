@@ -256,6 +256,26 @@ def test_a_stream_that_broke_off_says_so(monkeypatch: pytest.MonkeyPatch):
     assert encoder.push(noise(20)) is not None
 
 
+def test_an_interrupt_after_the_last_step_is_no_less_one(monkeypatch: pytest.MonkeyPatch):
+    """The state has moved on, and the codes are lost: going on would give wrong frames."""
+    encoder = StreamingEncoder(MODEL)
+    encoder.push(noise(5))
+    step = encoder._step
+    monkeypatch.setattr(encoder, "_step", lambda *args: (step(*args)[0], Interrupting()))
+    with pytest.raises(KeyboardInterrupt):
+        encoder.push(noise(20))
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="broke off"):
+        encoder.push(noise(20))
+
+
+class Interrupting:
+    """Codes on their way, when the user loses patience."""
+
+    def __array__(self, *_, **__):
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -77,7 +77,7 @@ def test_a_state_is_restored_over_devices(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("like", "error"),
     [
-        (MODEL.init_encoder_state(3), "a state of 2 streams, expected 3"),
+        (MODEL.init_encoder_state(3), r"a state of another form: its batch is \[2\], expected \[3\]$"),
         (MODEL.init_decoder_state(2), "a state of another form: missing .*; unexpected "),
         (
             load_fixture("kernels").model.init_encoder_state(2),
@@ -110,9 +110,37 @@ def test_other_files_are_refused(tmp_path: Path):
     save_file({"weight": np.zeros(3)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"not a saved state: format must be 'mimi_jax.state', got 'pt'"):
         load_state(path, like)
+    save_file({}, path, {"format": "mimi_jax.state"})
+    with pytest.raises(ValueError, match="a state of another form: missing 0/0/past; "):
+        load_state(path, like)
+    save_file({"0/0/past": np.zeros(())}, path, {"format": "mimi_jax.state"})
+    with pytest.raises(ValueError, match="a state of another form: missing "):
+        load_state(path, like)
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path / 'folder'}: not a saved state"):
         load_state(tmp_path / "folder", like)
+
+
+def test_a_folder_of_other_files_is_not_lost(tmp_path: Path):
+    folder = tmp_path / "sessions"
+    folder.mkdir()
+    save_state(folder / "1.safetensors", MODEL.init_encoder_state(1))
+    with pytest.raises(ValueError, match="sessions is a folder of other files; name a new one"):
+        save_state(folder, MODEL.init_encoder_state(1))
+    assert [path.name for path in folder.iterdir()] == ["1.safetensors"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_state_follows_the_model(tmp_path: Path, name: str):
+    """To another device, as a fresh state does; and where a state was put, its copy goes, too."""
+    state, audio, codes = half_way(MODEL, 2)
+    save_state(tmp_path / name, state)
+    model = jax.device_put(MODEL, jax.devices()[3])
+    for like in (MODEL.init_encoder_state(2), jax.device_get(state), jax.eval_shape(lambda: state)):
+        loaded = load_state(tmp_path / name, like)
+        np.testing.assert_array_equal(mimi_jax.encode_step(model, loaded, audio)[1], codes)
+    loaded = load_state(tmp_path / name, jax.device_put(state, jax.devices()[3]))
+    assert all(leaf.devices() == {jax.devices()[3]} for leaf in jax.tree.leaves(loaded))
 
 
 def test_the_file_reads_without_this_package(tmp_path: Path):
