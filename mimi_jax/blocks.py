@@ -1,8 +1,8 @@
 """Code clips of any length in blocks of one size, through the streaming state.
 
 One compiled program serves every length, and memory does not grow with the length. A block is a step of a
-stream, so the numbers are those of `encode` and `decode` on the whole clip. Unlike a `StreamingEncoder`,
-which gives each frame as soon as it is complete, this waits for whole blocks, and is faster for it.
+stream, so in float32 the numbers are those of `encode` and `decode` on the whole clip. A `StreamingEncoder`
+gives each frame as soon as it is complete; this waits for whole blocks, and is faster for it.
 """
 
 from collections.abc import Iterable, Iterator

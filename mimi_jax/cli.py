@@ -37,7 +37,9 @@ MODEL_HELP = "a bundled model (mini), a folder, a .safetensors file or a Hugging
 PIPE = Path("-")
 STDIN, STDOUT = 0, 1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE = 1.0  # seconds that what comes before in a pipeline has to end, after an interrupt
+# Seconds that what comes before in a pipeline has to end, after a signal: an encoder ends its stream in time
+# for the decoder behind it, which had the same signal.
+AUDIO_GRACE, CODES_GRACE = 0.5, 3.0
 PCM_FORMATS = ("s16le", "f32le")  # those of mimi_jax.pipes, which is slow to import
 PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -161,7 +163,7 @@ def run_encode(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         if source == PIPE:
             encoder = StreamingEncoder(model, num_quantizers=spec.num_codebooks)
-            pieces = _encode_pipe(encoder, stack.enter_context(_stdin()), arguments.format)
+            pieces = _encode_pipe(encoder, stack.enter_context(_stdin(AUDIO_GRACE)), arguments.format)
         else:
             pieces = _encode_file(model, source, spec.num_codebooks)
         start, num_samples = time.perf_counter(), 0
@@ -183,7 +185,7 @@ def run_decode(arguments: argparse.Namespace) -> None:
         if source == PIPE:
             # The model first: what comes before in the pipeline is loading its own.
             model = _load_model(arguments.model, encoder=False)
-            stdin = stack.enter_context(_stdin())
+            stdin = stack.enter_context(_stdin(CODES_GRACE))
             reader = CodeStreamReader(stdin.read, max_frames=STEP_FRAMES[0])
             pieces, length = _decode_pipe(StreamingDecoder(model), stdin.cut(iter(reader)), reader.spec), 0
         else:
@@ -459,15 +461,15 @@ class Stdin:
     come in by then is coded and written whole. Only a second signal breaks off.
     """
 
-    def __init__(self):
+    def __init__(self, grace: float):
         self.interrupt: Interrupt | None = None
-        self._end = math.inf
+        self._grace, self._end = grace, math.inf
 
     def read(self, size: int) -> bytes:
         """What has arrived, b"" at the end."""
         while True:
             if self.interrupt is not None:  # counted from the first look at what had come in by then
-                self._end = min(self._end, time.monotonic() + GRACE)
+                self._end = min(self._end, time.monotonic() + self._grace)
             if time.monotonic() > self._end:
                 return b""
             if select.select([STDIN], [], [], 0.1)[0]:
@@ -488,8 +490,8 @@ class Stdin:
 
 
 @contextlib.contextmanager
-def _stdin() -> Iterator[Stdin]:
-    stdin = Stdin()
+def _stdin(grace: float) -> Iterator[Stdin]:
+    stdin = Stdin(grace)
     try:
         with _on_signals(stdin.stop):
             yield stdin
