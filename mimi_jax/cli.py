@@ -153,8 +153,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
-    from mimi_jax.sessions import StreamingEncoder
-
     source, output = arguments.input, _output_of(arguments, ".safetensors")
     _check_format(arguments.format, source)
     model = _load_model(arguments.model, decoder=False)
@@ -162,6 +160,8 @@ def run_encode(arguments: argparse.Namespace) -> None:
     spec = _code_spec(model, arguments.num_quantizers)
     with contextlib.ExitStack() as stack:
         if source == PIPE:
+            from mimi_jax.sessions import StreamingEncoder
+
             encoder = StreamingEncoder(model, num_quantizers=spec.num_codebooks)
             pieces = _encode_pipe(encoder, stack.enter_context(_stdin(AUDIO_GRACE)), arguments.format)
         else:
@@ -176,13 +176,14 @@ def run_encode(arguments: argparse.Namespace) -> None:
 
 def run_decode(arguments: argparse.Namespace) -> None:
     from mimi_jax.codes import open_codes
-    from mimi_jax.pipes import CodeStreamReader
-    from mimi_jax.sessions import STEP_FRAMES, StreamingDecoder
 
     source, output = arguments.input, _output_of(arguments, ".decoded.wav", is_audio=True)
     _check_format(arguments.format, output)
     with contextlib.ExitStack() as stack:
         if source == PIPE:
+            from mimi_jax.pipes import CodeStreamReader
+            from mimi_jax.sessions import STEP_FRAMES, StreamingDecoder
+
             # The model first: what comes before in the pipeline is loading its own.
             model = _load_model(arguments.model, encoder=False)
             stdin = stack.enter_context(_stdin(CODES_GRACE))
