@@ -352,7 +352,7 @@ def _output_of(arguments: argparse.Namespace, suffix: str, is_audio: bool = Fals
     source, output = arguments.input, arguments.output
     if output is None:
         output = PIPE if source == PIPE else source.with_suffix(suffix)
-        if not is_audio and output.is_file() and not _is_code_file(str(output)):
+        if not is_audio and output != source and output.is_file() and not _is_code_file(str(output)):
             raise UsageError(f"{output} exists and is no code file; name the output with -o")
     if source != PIPE:
         _check_input(source)

@@ -497,7 +497,7 @@ def process(environment: dict[str, str], *words: str | Path) -> Run:
 
 def test_process_that_fails(place: Path, environment: dict[str, str], tiny: list[str]):
     environment["XDG_CACHE_HOME"] = "/dev/null"  # that nothing can be kept there must not add a line
-    result = process(environment, "encode", "truncated.wav", *tiny)
+    result = process(environment, "encode", "truncated.wav", "-o", "out.safetensors", *tiny)
     assert (result.status, result.stdout) == (1, "")
     assert result.stderr.startswith("mimi-jax encode: error: truncated.wav is cut short")
     assert result.stderr.count("\n") == 1
