@@ -28,6 +28,8 @@ def reset_rows(state: State, rows: ArrayLike | Sequence[bool]) -> State:
     Raises:
         ValueError: `rows` is not bool [batch].
     """
+    if not jax.tree.leaves(state):  # of a layer that remembers nothing
+        return state
     return _reset_rows(state, check_mask_of_rows("rows", rows, batch_size(state)))
 
 
