@@ -19,7 +19,7 @@ BLOCK_FRAMES = 50  # 4 s: longer blocks are no faster on a CPU, and make a short
 def encode_blocks(
     model: Mimi, pieces: Iterable[np.ndarray], num_quantizers: int | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Encode a clip of any length, to exactly the codes that `encode` gives.
+    """Encode a clip of any length, in float32 to exactly the codes that `encode` gives.
 
     A model that cannot stream (`config.is_streamable`) encodes the clip whole.
 
@@ -55,7 +55,7 @@ def encode_blocks(
 
 
 def decode_blocks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Decode codes of any length, to exactly the audio that `decode` gives.
+    """Decode codes of any length, in float32 to the audio that `decode` gives.
 
     A model that cannot stream (`config.is_streamable`) decodes them whole.
 

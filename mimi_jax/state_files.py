@@ -7,7 +7,7 @@ an Orbax folder, which restores sharded.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ import safetensors
 import safetensors.numpy
 
 from mimi_jax.atomic import atomic_path
+from mimi_jax.streaming import State
 
 FORMAT = "mimi_jax.state"
 ORBAX_MARK = "_CHECKPOINT_METADATA"  # a file in every folder that Orbax has written
-State = TypeVar("State")
 
 
 def save_state(path: str | os.PathLike[str], state: Any) -> None:
