@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint parity slow clean
+.PHONY: help demo test lint parity slow tpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ parity: .venv/with-dev .venv/with-parity .venv/with-moshi  ## compare with trans
 slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half an hour of audio at full size
 	$(BIN)/python -m pytest -m slow
 
+# libtpu stays out of .venv: where it is installed, JAX looks for a TPU in every process.
+tpu: .venv/with-dev .venv/with-libtpu  ## compile for a TPU of eight chips, on any machine
+	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_tpu.py
+
 clean:  ## remove .venv, caches and what the demo wrote
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist demo.wav demo.png
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -43,6 +47,11 @@ clean:  ## remove .venv, caches and what the demo wrote
 .venv/with-moshi: pyproject.toml .venv/created
 	@echo "installing moshi"
 	@$(PIP_INSTALL) --no-deps moshi==0.2.13
+	@touch $@
+
+.venv/with-libtpu: pyproject.toml .venv/created
+	@echo "installing libtpu"
+	@$(PIP_INSTALL) --upgrade --target .venv/libtpu libtpu
 	@touch $@
 
 .venv/with-%: pyproject.toml .venv/created

@@ -1,18 +1,6 @@
-"""Windowed self-attention with rotary positions (reference: `MimiAttention`).
-
-One rule says which key a query sees, offline and in a stream: `visible`. The table `BACKENDS` holds
-functions that all give the same numbers, of which "reference" is the one to read. Each takes
-
-    query       [batch, time, heads, head_dim]
-    key, value  [batch, past + time, key_value_heads, head_dim], the last `time` those of the queries
-    window      how many keys a query sees, its own included
-    num_past    int [batch], how many of the past keys are real, the newest ones; None for all
-
-and returns [batch, time, heads, head_dim].
-"""
+"""Windowed self-attention with rotary positions (reference: `MimiAttention`)."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mimi_jax.streaming import StreamingLayer, ceil_div
+from mimi_jax.kernels import BACKENDS, attend, choose_backend, visible
+from mimi_jax.streaming import StreamingLayer
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -28,90 +17,40 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
     Args:
         x: [batch, time, heads, head_dim].
-        positions: int [time]. Only their differences matter to attention.
+        positions: int [time] or [batch, time]. Only their differences matter to attention.
         theta: the longest wavelength is about 2 pi theta positions.
     """
     half = x.shape[-1] // 2
     frequencies = 1.0 / (theta ** (jnp.arange(half, dtype=jnp.float32) / half))
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
 
-def visible(
-    query_positions: jax.Array, key_positions: jax.Array, first_position: jax.Array | int, window: int
-) -> jax.Array:
-    """Whether a query sees a key: one of the `window` newest, itself included, that exist."""
-    distance = query_positions - key_positions
-    return (distance >= 0) & (distance < window) & (key_positions >= first_position)
-
-
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention of [..., time, heads, head_dim] under a mask [..., queries, keys]."""
-    *rest, heads, head_dim = query.shape
-    key_value_heads = key.shape[-2]
-    grouped = query.reshape(*rest, key_value_heads, heads // key_value_heads, head_dim)
-    scores = jnp.einsum("...qhgd,...khd->...hgqk", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[..., None, None, :, :], scores / math.sqrt(head_dim), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("...hgqk,...khd->...qhgd", weights, value).reshape(query.shape)
-
-
-def reference_attention(query, key, value, *, window, num_past=None):
-    """Every query against every key: O(time^2), and the definition the others are tested against."""
-    time, past = query.shape[1], key.shape[1] - query.shape[1]
-    positions = jnp.arange(-past, time)
-    first = -past if num_past is None else -num_past[:, None, None]
-    mask = visible(positions[past:, None], positions[None, :], first, window)
-    return _attend(query, key, value, mask)
-
-
-def banded_attention(query, key, value, *, window, num_past=None):
-    """Queries in blocks of `window`, each against its own and the block before: O(time * window)."""
-    batch, time, heads, head_dim = query.shape
-    past = key.shape[1] - time
-    num_blocks = ceil_div(time, window)
-    after = num_blocks * window - time
-    query = jnp.pad(query, ((0, 0), (0, after), (0, 0), (0, 0)))
-    query = query.reshape(batch, num_blocks, window, heads, head_dim)
-
-    def with_block_before(x: jax.Array) -> jax.Array:
-        x = x[:, max(past - window, 0) :]
-        x = jnp.pad(x, ((0, 0), (max(window - past, 0), after), (0, 0), (0, 0)))
-        x = x.reshape(batch, num_blocks + 1, window, *x.shape[2:])
-        return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
-
-    positions = jnp.arange(num_blocks)[:, None, None] * window + jnp.arange(-window, window)
-    first = -past if num_past is None else -num_past[:, None, None, None]
-    mask = visible(positions[:, 0, window:, None], positions, first, window)
-    out = _attend(query, with_block_before(key), with_block_before(value), mask)
-    return out.reshape(batch, num_blocks * window, heads, head_dim)[:, :time]
-
-
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"reference": reference_attention, "banded": banded_attention}
-
-
-def choose_backend(time: int, window: int) -> str:
-    """The fastest backend: blocks pay as soon as they leave out more keys than they add."""
-    return "banded" if time > 2 * window else "reference"
+# How many new steps the ring takes in before the oldest one that any of them still sees is overwritten;
+# more go the longer way. With Mimi's window of 250 the ring has 256 slots.
+SPARE = 7
 
 
 class AttentionState(NamedTuple):
-    key: jax.Array  # [batch, window - 1, key_value_heads, head_dim], newest last, before rotation
-    value: jax.Array  # [batch, window - 1, key_value_heads, head_dim]
-    num_past: jax.Array  # int32 [batch], how many of them are real
+    """A ring of slots: the key of step t stands in slot t % slots, rotated to the position of its slot.
+
+    So a key is written once and never moved or rotated again, and no position grows: a stream loses no
+    precision, however long it lasts.
+    """
+
+    key: jax.Array  # [batch, key_value_heads, head_dim, slots]; both lie as the products read them
+    value: jax.Array  # [batch, key_value_heads, slots, head_dim]
+    position: jax.Array  # int32 [batch], of the next step, less whole rounds; from `slots` on, all are full
 
 
 class Attention(StreamingLayer):
     """Causal self-attention over a sliding window, with rotary positions and grouped keys and values.
 
-    The keys are kept unrotated and rotated anew in each step, at positions counted from its start: a
-    stream then never loses precision to large positions, however long it lasts.
-
     Args:
-        backend: a name in `BACKENDS`; None chooses by the number of steps.
+        backend: a name in `kernels.BACKENDS`, for whole clips; None chooses by platform, dtype and length.
     """
 
     def __init__(
@@ -131,6 +70,7 @@ class Attention(StreamingLayer):
             raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.window, self.rope_theta, self.backend = window, rope_theta, backend
+        self.slots = window - 1 + SPARE
 
         def linear(size_in: int, size_out: int) -> nnx.Linear:
             return nnx.Linear(size_in, size_out, use_bias=use_bias, rngs=rngs)
@@ -141,10 +81,11 @@ class Attention(StreamingLayer):
         self.output_proj = linear(num_heads * head_dim, features)
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:
-        shape = (batch_size, self.window - 1, self.num_key_value_heads, self.head_dim)
-        # Two arrays, not one twice: JAX refuses to donate one buffer twice.
+        shape = batch_size, self.num_key_value_heads
         return AttentionState(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32)
+            jnp.zeros((*shape, self.head_dim, self.slots), dtype),
+            jnp.zeros((*shape, self.slots, self.head_dim), dtype),
+            jnp.zeros(batch_size, jnp.int32),
         )
 
     def step(
@@ -154,20 +95,94 @@ class Attention(StreamingLayer):
         query = self.query_proj(x).reshape(batch, time, self.num_heads, self.head_dim)
         key = self.key_proj(x).reshape(batch, time, self.num_key_value_heads, self.head_dim)
         value = self.value_proj(x).reshape(key.shape)
-        num_past = None
-        if state is not None:
-            num_past = state.num_past
-            key = jnp.concatenate([state.key, key], axis=1)
-            value = jnp.concatenate([state.value, value], axis=1)
-            seen = jnp.minimum(num_past + time, self.window - 1)
-            state = AttentionState(key[:, time:], value[:, time:], seen)
-        key_positions = jnp.arange(time - key.shape[1], time)
-        attend = BACKENDS[self.backend or choose_backend(time, self.window)]
-        out = attend(
-            rotate(query, jnp.arange(time), self.rope_theta),
-            rotate(key, key_positions, self.rope_theta),
-            value,
-            window=self.window,
-            num_past=num_past,
-        )
+        if state is None:
+            positions = jnp.arange(time)
+            attend_whole = attend if self.backend is None else BACKENDS[self.backend]
+            out = attend_whole(
+                self._rotate(query, positions), self._rotate(key, positions), value, window=self.window
+            )
+        else:
+            past, state = state, self._write(state, key, value, lengths)
+            if time <= SPARE:
+                out = self._attend_to_ring(state, query)
+            else:
+                out = self._attend_in_order(past, query, key, value)
         return state, self.output_proj(out.reshape(batch, time, self.num_heads * self.head_dim))
+
+    def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return rotate(x, positions, self.rope_theta)
+
+    def _write(
+        self, state: AttentionState, key: jax.Array, value: jax.Array, lengths: jax.Array | None
+    ) -> AttentionState:
+        """Put the last steps into their slots."""
+        time, slots = key.shape[1], self.slots
+        last = jnp.arange(max(time - slots, 0), time)
+        positions = (state.position[:, None] + last) % slots
+        key = self._rotate(key[:, last], positions)
+        end = state.position + time
+        end = jnp.where(end < 2 * slots, end, slots + end % slots)
+        if lengths is not None:  # a row that stands still writes nowhere
+            positions = jnp.where(lengths[:, None] > 0, positions, slots)
+            end = jnp.where(lengths > 0, end, state.position)
+
+        def put(ring: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+            return ring.at[slots].set(new, mode="drop")
+
+        put_heads = jax.vmap(jax.vmap(put, (0, None, 0)))
+        put_channels = jax.vmap(jax.vmap(jax.vmap(put, (0, None, 0)), (0, None, 0)))
+        return AttentionState(
+            put_channels(state.key, positions, jnp.transpose(key, (0, 2, 3, 1))),
+            put_heads(state.value, positions, jnp.swapaxes(value[:, last], 1, 2)),
+            end,
+        )
+
+    def _attend_to_ring(self, state: AttentionState, query: jax.Array) -> jax.Array:
+        """Attention of the newest steps, whose keys and values are in the ring already."""
+        batch, time, heads, head_dim = query.shape
+        slots, key_value_heads = self.slots, self.num_key_value_heads
+        groups = heads // key_value_heads
+        newest = (state.position[:, None] - 1) % slots
+        positions = newest + jnp.arange(1 - time, 1)
+
+        def rotated(positions: jax.Array) -> jax.Array:
+            """[batch, key_value_heads, groups, time, head_dim]"""
+            grouped = self._rotate(query, positions).reshape(batch, time, key_value_heads, groups, head_dim)
+            return jnp.transpose(grouped, (0, 2, 3, 1, 4))
+
+        # A slot after the newest one holds a step of the round before, from which a query is one further.
+        before = jnp.arange(slots) > newest
+        queries = jnp.stack([rotated(positions), rotated(positions + slots)], axis=3)
+        scores = jnp.einsum("bhgrtd,bhds->bhgrts", queries, state.key, preferred_element_type=jnp.float32)
+        scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
+        slot_positions = jnp.arange(slots) - jnp.where(before, slots, 0)
+        first = newest + 1 - jnp.minimum(state.position, slots)[:, None]
+        mask = visible(positions[:, :, None], slot_positions[:, None], first[:, :, None], self.window)
+        # Not -inf: a row that has not begun and stands still sees nothing at all.
+        lowest = jnp.finfo(scores.dtype).min
+        scores = jnp.where(mask[:, None, None], scores / math.sqrt(head_dim), lowest)
+        weights = jax.nn.softmax(scores, axis=-1).astype(state.value.dtype)
+        # Heads before time here too, or XLA:CPU copies the whole ring to another layout.
+        out = jnp.einsum("bhgts,bhsd->bhgtd", weights, state.value)
+        return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape)
+
+    def _attend_in_order(
+        self, state: AttentionState, query: jax.Array, key: jax.Array, value: jax.Array
+    ) -> jax.Array:
+        """Attention of many steps: worth putting the past in order, oldest first."""
+        time, past = query.shape[1], self.window - 1
+        order = (state.position[:, None] + jnp.arange(-past, 0)) % self.slots
+        past_key, past_value = (
+            jnp.take_along_axis(x, order[:, :, None, None], axis=1)
+            for x in (jnp.transpose(state.key, (0, 3, 1, 2)), jnp.swapaxes(state.value, 1, 2))
+        )
+        # From the position of its slot to that counted from the start of this step.
+        past_key = self._rotate(past_key, jnp.arange(-past, 0) - order)
+        positions = jnp.arange(time)
+        return BACKENDS[choose_backend(time, self.window)](
+            self._rotate(query, positions),
+            jnp.concatenate([past_key, self._rotate(key, positions)], axis=1),
+            jnp.concatenate([past_value, value], axis=1),
+            window=self.window,
+            num_past=jnp.minimum(state.position, past),
+        )

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from mimi_jax.streaming import StreamingLayer, ceil_div, fill_beyond
+from mimi_jax.streaming import StreamingLayer, ceil_div, fill_beyond, keep_idle_rows
 
 
 def conv1d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
@@ -75,7 +75,8 @@ class Conv1d(StreamingLayer):
     ) -> tuple[ConvState, jax.Array]:
         if x.shape[1] % self.stride:
             raise ValueError(f"time must be a multiple of stride={self.stride}, got {x.shape[1]}; pad it")
-        past, started = state or self.init_state(x.shape[0], x.dtype)
+        state = state or self.init_state(x.shape[0], x.dtype)
+        past, started = state
         if self.activation is not None:
             x = self.activation(x)
         # Without stride or lookahead no real output sees anything beyond the end: save the pass.
@@ -91,7 +92,8 @@ class Conv1d(StreamingLayer):
             mode = "edge" if self.pad_mode == "replicate" else "constant"
             x = jnp.pad(x, ((0, 0), (0, self.lookahead), (0, 0)), mode=mode)
         y = conv1d(x, self.kernel[...], stride=self.stride, dilation=self.dilation)
-        return ConvState(past, started), y if self.bias is None else y + self.bias[...]
+        state = keep_idle_rows(lengths, ConvState(past, started), state)
+        return state, y if self.bias is None else y + self.bias[...]
 
     def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
         return None if lengths is None else ceil_div(lengths, self.stride)
@@ -140,19 +142,19 @@ class ConvTranspose1d(StreamingLayer):
     def step(
         self, state: ConvTransposeState | None, x: jax.Array, lengths: jax.Array | None = None
     ) -> tuple[ConvTransposeState, jax.Array]:
-        (past,) = state or self.init_state(x.shape[0], x.dtype)
+        state = state or self.init_state(x.shape[0], x.dtype)
         if self.activation is not None:
             x = self.activation(x)
         if self.lookahead:  # otherwise no real output hears anything beyond the end
             x = fill_beyond(x, lengths, "constant")
         batch, time, _ = x.shape
-        x = jnp.concatenate([past, x], axis=1)
-        past = x[:, -1:]
+        x = jnp.concatenate([state.past, x], axis=1)
+        state = keep_idle_rows(lengths, ConvTransposeState(x[:, -1:]), state)
         if self.lookahead:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
         y = self._blocks(x).reshape(batch, -1, self.out_channels)
         y = y[:, self.lookahead : self.lookahead + time * self.stride]
-        return ConvTransposeState(past), y if self.bias is None else y + self.bias[...]
+        return state, y if self.bias is None else y + self.bias[...]
 
     def _blocks(self, x: jax.Array) -> jax.Array:
         """What each two neighbouring inputs give: [batch, 1 + time, in] -> [batch, time, stride, out]."""

@@ -28,7 +28,6 @@ from mimi_jax.streaming import (
     check_mask_of_rows,
     check_state,
     is_real,
-    select_rows,
     step_all,
 )
 from mimi_jax.transformer import Transformer
@@ -79,7 +78,7 @@ class Mimi(nnx.Module):
         rngs: for the random initial parameters.
         precision: of matrix products, as in `jax.default_matmul_precision`; "highest" is exact float32
             on every backend.
-        attention: a name in `mimi_jax.attention.BACKENDS`; None chooses by the length of the input.
+        attention: a name in `mimi_jax.kernels.BACKENDS`; None chooses by the length of the input.
         encoder, decoder: False leaves out that half. The quantizer is always there.
     """
 
@@ -190,7 +189,11 @@ class Mimi(nnx.Module):
 
     @_computing
     def _encode_latents(
-        self, audio: ArrayLike, padding_mask: ArrayLike | None, state: Any = None
+        self,
+        audio: ArrayLike,
+        padding_mask: ArrayLike | None,
+        state: Any = None,
+        active: ArrayLike | None = None,
     ) -> tuple[Any, jax.Array, jax.Array | None]:
         """Step the encoder half; also returns how many frames of each row are real, None for all."""
         audio, lengths = check_audio(self.config, audio, padding_mask)
@@ -198,6 +201,7 @@ class Mimi(nnx.Module):
         audio = pad_to_frame(audio, self.config)
         if lengths is None and audio.shape[2] > num_samples:
             lengths = jnp.full(audio.shape[0], num_samples)
+        lengths = _lengths_of_active(active, lengths, len(audio), num_samples)
         if state is not None:
             check_state(state, jax.eval_shape(lambda: self.init_encoder_state(len(audio))))
         x = jnp.swapaxes(audio, 1, 2).astype(self.dtype)
@@ -306,6 +310,16 @@ def check_audio(
         raise ValueError(f"padding_mask must cover {audio.shape[2]} samples, got {mask.shape[1]}")
     # `where`, since zero times NaN is NaN, and padding may hold anything.
     return jnp.where(mask[:, None, :], audio, 0), lengths
+
+
+def _lengths_of_active(
+    active: ArrayLike | None, lengths: jax.Array | None, batch_size: int, size: int
+) -> jax.Array | None:
+    """The lengths, but 0 for the rows that are not active; None stands for `size` of each row."""
+    if active is None:
+        return lengths
+    rows = check_mask_of_rows("active", jnp.asarray(active) != 0, batch_size)
+    return jnp.where(rows, size if lengths is None else lengths, 0)
 
 
 def check_mask(padding_mask: ArrayLike, batch_size: int) -> tuple[jax.Array, jax.Array]:
@@ -428,14 +442,8 @@ def encode_step(
             f"samples must be a positive multiple of frame_size={frame_size}, got {num_samples};"
             " pad the last frame and mark it in padding_mask"
         )
-    new_state, latents, lengths = model._encode_latents(audio, padding_mask, state)
-    codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
-    rows = mask[:, 0]
-    if active is not None:
-        rows = rows & check_mask_of_rows("active", jnp.asarray(active) != 0, len(codes))
-    elif padding_mask is None:
-        return new_state, codes
-    return select_rows(rows, new_state, state), jnp.where(rows[:, None, None], codes, 0)
+    state, latents, lengths = model._encode_latents(audio, padding_mask, state, active)
+    return state, _quantize_real(model, latents, lengths, num_quantizers)[0]
 
 
 @jax.jit
@@ -454,8 +462,7 @@ def decode_step(
     Returns:
         The state for the next step, and audio [batch, channels, frames * frame_size].
     """
-    new_state, audio = model._decode_latents(model.dequantize(audio_codes), None, state)
-    if active is None:
-        return new_state, audio
-    rows = check_mask_of_rows("active", jnp.asarray(active) != 0, len(audio))
-    return select_rows(rows, new_state, state), jnp.where(rows[:, None, None], audio, 0)
+    latents = model.dequantize(audio_codes)
+    lengths = _lengths_of_active(active, None, *latents.shape[:2])
+    state, audio = model._decode_latents(latents, lengths, state)
+    return state, audio if lengths is None else jnp.where(lengths[:, None, None] > 0, audio, 0)

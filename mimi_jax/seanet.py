@@ -1,14 +1,22 @@
 """The convolutional encoder and decoder (SEANet; references: `MimiEncoder`, `MimiDecoder`)."""
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from flax import nnx
+from jax import lax
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.conv import Conv1d, ConvTranspose1d
-from mimi_jax.streaming import Chain, StreamingLayer
+from mimi_jax.streaming import Chain, StreamingLayer, step_all, step_in_pieces
+
+# A CPU is bound by memory here. So all layers go over pieces of time whose buffers the system need not find
+# anew for each, and the layers next to the waveform, the widest, one after the other over what fits in cache.
+BUFFER_BYTES = 25_000_000
+CACHE_BYTES = 2_500_000
 
 
 def _conv(config: MimiConfig, *sizes: int, rngs: nnx.Rngs, **kwargs) -> Conv1d:
@@ -55,10 +63,62 @@ class EncoderStage(Chain):
         return *self.blocks, self.downsample
 
 
-class Encoder(Chain):
+class Group(NamedTuple):
+    """Neighbouring layers of a network."""
+
+    layers: Sequence[StreamingLayer]
+    hop: int  # steps of their input for one of the latents
+    max_bytes: int  # of the widest activations on their way, on a CPU
+
+
+class Network(Chain):
+    """Either half: stages, and a convolution before and after them."""
+
+    def __init__(self, config: MimiConfig):
+        self.config, self.hop = config, math.prod(config.upsampling_ratios)
+
+    def groups(self) -> Sequence[Group]:
+        raise NotImplementedError
+
+    def layers(self) -> Sequence[StreamingLayer]:
+        return [layer for group in self.groups() for layer in group.layers]
+
+    def step(
+        self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[tuple, jax.Array]:
+        if not self.config.is_streamable:
+            return super().step(state, x, lengths)
+        if state is None:
+            state = self.init_state(x.shape[0], x.dtype)
+        return lax.platform_dependent(state, x, lengths, cpu=self._step_in_pieces, default=super().step)
+
+    def _step_in_pieces(
+        self, state: tuple, x: jax.Array, lengths: jax.Array | None
+    ) -> tuple[tuple, jax.Array]:
+        step_bytes = x.shape[0] * self.hop * self.config.num_filters * x.dtype.itemsize
+
+        def size(max_bytes: int, hop: int) -> int:
+            return max(max_bytes // step_bytes, 1) * hop
+
+        def step_groups(state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
+            new_state = ()
+            for layers, hop, max_bytes in self.groups():
+                step = functools.partial(step_all, layers)
+                old, state = state[: len(layers)], state[len(layers) :]
+                new, x = step_in_pieces(step, old, x, lengths, size(max_bytes, hop))
+                new_state += new
+                for layer in layers:
+                    lengths = layer.output_lengths(lengths)
+            return new_state, x
+
+        return step_in_pieces(step_groups, state, x, lengths, size(BUFFER_BYTES, self.groups()[0].hop))
+
+
+class Encoder(Network):
     """Waveform [batch, samples, audio_channels] -> [batch, steps, hidden_size]."""
 
     def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        super().__init__(config)
         channels, stages = config.num_filters, nnx.List([])
         self.first = _conv(config, config.audio_channels, channels, config.kernel_size, rngs=rngs)
         for ratio in reversed(config.upsampling_ratios):
@@ -69,8 +129,12 @@ class Encoder(Chain):
             config, channels, config.hidden_size, config.last_kernel_size, activation=jax.nn.elu, rngs=rngs
         )
 
-    def layers(self) -> Sequence[StreamingLayer]:
-        return self.first, *self.stages, self.last
+    def groups(self) -> Sequence[Group]:
+        ratio = self.config.upsampling_ratios[-1]
+        return (
+            Group((self.first, *self.stages[:1]), self.hop, CACHE_BYTES),
+            Group((*self.stages[1:], self.last), self.hop // ratio, BUFFER_BYTES),
+        )
 
 
 class DecoderStage(Chain):
@@ -92,10 +156,11 @@ class DecoderStage(Chain):
         return self.upsample, *self.blocks
 
 
-class Decoder(Chain):
+class Decoder(Network):
     """[batch, steps, hidden_size] -> waveform [batch, samples, audio_channels]."""
 
     def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        super().__init__(config)
         channels, stages = config.num_filters * 2 ** len(config.upsampling_ratios), nnx.List([])
         self.first = _conv(config, config.hidden_size, channels, config.kernel_size, rngs=rngs)
         for ratio in config.upsampling_ratios:
@@ -106,5 +171,9 @@ class Decoder(Chain):
             config, channels, config.audio_channels, config.last_kernel_size, activation=jax.nn.elu, rngs=rngs
         )
 
-    def layers(self) -> Sequence[StreamingLayer]:
-        return self.first, *self.stages, self.last
+    def groups(self) -> Sequence[Group]:
+        ratio = self.config.upsampling_ratios[-1]
+        return (
+            Group((self.first, *self.stages[:-1]), 1, BUFFER_BYTES),
+            Group((*self.stages[-1:], self.last), self.hop // ratio, CACHE_BYTES),
+        )

@@ -16,16 +16,18 @@ and keep structure, shapes and dtypes from step to step. So pausing, resetting o
 batch is one `jax.tree.map` over the state of the whole model, and no layer knows about it.
 
 `lengths`, int [batch] or None for "all of it", says how much of each row of `x` is real. A row whose
-real part ends inside a step ends its stream there, with exactly the output it would have alone: ragged
-batches, clips that are no whole number of frames, and the end of a stream are one mechanism.
+real part ends inside a step ends its stream there, with exactly the output it would have alone; a row of
+which nothing is real keeps its state. Ragged batches, clips that are no whole number of frames, streams
+that pause and streams that end are one mechanism.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 State = TypeVar("State")
@@ -60,6 +62,31 @@ def step_all(
         lengths = layer.output_lengths(lengths)
         new_states.append(state)
     return tuple(new_states), x
+
+
+def step_in_pieces(
+    step: Callable, state: State, x: jax.Array, lengths: jax.Array | None, size: int
+) -> tuple[State, jax.Array]:
+    """`step(state, x, lengths)`, but `size` of x at a time: what it computes on the way stays in cache."""
+    batch, time, channels = x.shape
+    if time <= size:
+        return step(state, x, lengths)
+
+    def step_piece(state: State, piece: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
+        start, x = piece
+        return step(state, x, None if lengths is None else jnp.clip(lengths - start, 0, x.shape[1]))
+
+    count, rest = divmod(time, size)
+    pieces = jnp.moveaxis(x[:, : time - rest].reshape(batch, count, size, channels), 1, 0)
+    # Inside `shard_map` a carry must differ between the devices from the start, as x does.
+    zero = jnp.zeros_like(x[:, 0, 0])
+    state = jax.tree.map(lambda s: s + jnp.expand_dims(zero, range(1, s.ndim)).astype(s.dtype), state)
+    state, y = lax.scan(step_piece, state, (jnp.arange(0, time - rest, size), pieces))
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1])
+    if rest:
+        state, end = step_piece(state, (jnp.array(time - rest), x[:, time - rest :]))
+        y = jnp.concatenate([y, end], axis=1)
+    return state, y
 
 
 class Chain(StreamingLayer):
@@ -128,6 +155,11 @@ def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
         return jnp.where(jnp.expand_dims(rows, range(1, a.ndim)), a, b)
 
     return jax.tree.map(select, if_true, if_false)
+
+
+def keep_idle_rows(lengths: jax.Array | None, new_state: State, state: State) -> State:
+    """The new state, but the old one of the rows of which nothing was real in this step."""
+    return new_state if lengths is None else select_rows(lengths > 0, new_state, state)
 
 
 def check_mask_of_rows(name: str, rows: ArrayLike | Sequence[bool], batch: int) -> jax.Array:

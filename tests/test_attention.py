@@ -1,5 +1,6 @@
 """The one rule of visibility, rotary positions, and every backend against the definition."""
 
+import functools
 import math
 
 import jax
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimi_jax.attention import (
+from mimi_jax.attention import Attention, rotate
+from mimi_jax.kernels import (
     BACKENDS,
-    Attention,
+    attend,
+    banded_attention,
     choose_backend,
     reference_attention,
-    rotate,
+    splash_attention,
     visible,
 )
 from tests.models import noise, random_module, relative_error
@@ -60,7 +63,7 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "banded"])
 @pytest.mark.parametrize(("time", "window", "past", "num_past", "heads", "key_value_heads"), COMBINATIONS)
 def test_backends_equal_the_loops(
     backend: str,
@@ -83,19 +86,54 @@ def test_backends_equal_the_loops(
         assert relative_error(out[row], expected) < 1e-6
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-def test_gradients_of_backends_equal_the_reference(backend: str):
+def gradients(attend, query, key, value, weights) -> tuple[jax.Array, ...]:
+    def loss(q, k, v):
+        return jnp.vdot(attend(q, k, v), weights)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
+
+
+def test_gradients_of_banded_attention_equal_the_reference():
     tensors = noise(2, 13, 4, 6), noise(2, 16, 2, 6, seed=1), noise(2, 16, 2, 6, seed=2)
-    weights, num_past = noise(2, 13, 4, 6, seed=3), jnp.array([1, 3])
+    weights, how = noise(2, 13, 4, 6, seed=3), {"window": 4, "num_past": jnp.array([1, 3])}
+    actual, expected = (
+        gradients(functools.partial(attend, **how), *tensors, weights)
+        for attend in (banded_attention, reference_attention)
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 1e-5
 
-    def gradients(attend):
-        def loss(q, k, v):
-            return jnp.vdot(attend(q, k, v, window=4, num_past=num_past), weights)
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*tensors)
+# time, window, key_value_heads: within one block of 128 and beyond, a window that is wider than a block
+@pytest.mark.parametrize(("time", "window", "key_value_heads"), [(100, 30, 2), (300, 250, 2), (300, 30, 1)])
+def test_splash_attention_equals_the_reference(time: int, window: int, key_value_heads: int):
+    """Forward and gradient; in the interpreter, which runs a TPU kernel on any machine."""
+    query, weights = noise(2, time, 2, 64, seed=1), noise(2, time, 2, 64, seed=4)
+    key, value = (noise(2, time, key_value_heads, 64, seed=seed) for seed in (2, 3))
+    splash = functools.partial(splash_attention, window=window, interpret=True)
+    reference = functools.partial(reference_attention, window=window)
+    tensors = query, key, value
+    assert relative_error(jax.jit(splash)(*tensors), reference(*tensors)) < 1e-5
+    actual, expected = (gradients(attend, *tensors, weights) for attend in (splash, reference))
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 1e-5
 
-    for actual, expected in zip(gradients(BACKENDS[backend]), gradients(reference_attention), strict=True):
-        assert relative_error(actual, expected) < 1e-5
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("time", "window"), [(100, 30), (750, 250)])
+def test_cudnn_attention_equals_the_reference(time: int, window: int, dtype):
+    """Forward and gradient, as far as the dtype goes; and it is what the automatic choice takes."""
+    tensors = [jnp.asarray(noise(2, time, 8, 64, seed=seed), dtype) for seed in range(4)]
+    query, key, value, _ = tensors
+    exact = [tensor.astype(jnp.float32) for tensor in tensors]
+    cudnn = functools.partial(BACKENDS["cudnn"], window=window)
+    reference = functools.partial(reference_attention, window=window)
+    out = jax.jit(cudnn)(query, key, value)
+    assert relative_error(out, reference(*exact[:3])) < 1e-2
+    np.testing.assert_array_equal(jax.jit(functools.partial(attend, window=window))(query, key, value), out)
+    for a, e in zip(gradients(cudnn, *tensors), gradients(reference, *exact), strict=True):
+        assert relative_error(a, e) < 2e-2
 
 
 def test_long_inputs_take_the_banded_backend():
@@ -103,7 +141,9 @@ def test_long_inputs_take_the_banded_backend():
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="attention must be one of reference, banded, got 'flash'"):
+    with pytest.raises(
+        ValueError, match="attention must be one of reference, banded, cudnn, splash, got 'flash'"
+    ):
         random_module(lambda rngs: Attention(6, 2, 2, 4, 4, backend="flash", rngs=rngs))
 
 

@@ -17,13 +17,13 @@ from mimi_jax.config import MimiConfig
 from mimi_jax.conv import Conv1d, ConvTranspose1d
 from mimi_jax.rows import reset_rows
 from mimi_jax.seanet import Decoder, DecoderStage, Encoder, EncoderStage, ResidualBlock
-from mimi_jax.streaming import StreamingLayer, select_rows
+from mimi_jax.streaming import StreamingLayer
 from mimi_jax.transformer import Transformer, TransformerLayer
 from tests.models import random_like, random_module, relative_error
 
 BATCH = 3
-STRIDES = 14  # of its layer in every clip: more than three attention windows
-CUTS = [[1] * 14, [2] * 7, [3, 3, 3, 3, 2], [14], [1, 3, 2, 2, 1, 3, 2], [3, 2, 1, 1, 3, 1, 3]]
+STRIDES = 28  # of its layer in every clip: seven attention windows, and almost three rounds of their ring
+CUTS = [[1] * 28, [2] * 14, [3, 3, 3, 3, 2] * 2, [28], [1, 3, 2, 7, 1, 8, 6], [13, 2, 1, 12]]
 TOLERANCE = 1e-5
 # Hundreds of small functions, each compiled to run once: XLA's optimizations would double the time.
 jit = functools.partial(
@@ -102,10 +102,9 @@ class Case:
         self.whole = functools.partial(jit(type(self.layer).__call__), self.layer)
         self.y = np.asarray(self.whole(self.x))
 
-    def _step(self, layer: StreamingLayer, state: Any, x: jax.Array, active: jax.Array, lengths=None):
+    def _step(self, layer: StreamingLayer, state: Any, x: jax.Array, lengths: jax.Array | None = None):
         self.traces[x.shape, lengths is None] += 1
-        new_state, y = layer.step(state, x, lengths)
-        return select_rows(active, new_state, state), y
+        return layer.step(state, x, lengths)
 
     def init_state(self) -> Any:
         return self.layer.init_state(BATCH)
@@ -121,9 +120,6 @@ class Case:
         lengths = self.layer.output_lengths(jnp.array([length]))
         assert lengths is not None
         return int(lengths[0])
-
-
-ALL = np.ones(BATCH, bool)
 
 
 @pytest.fixture(scope="module", params=LAYERS)
@@ -144,7 +140,7 @@ def test_pieces_equal_the_whole(case: Case, cut: list[int]):
     state, outputs = case.init_state(), []
     before = jax.tree.map(jax.typeof, state)
     for piece in case.pieces(cut):
-        state, y = case.step(state, case.x[:, piece], ALL)
+        state, y = case.step(state, case.x[:, piece])
         outputs.append(y)
         assert jax.tree.map(jax.typeof, state) == before
     assert relative_error(np.concatenate(outputs, axis=1), case.y) < TOLERANCE
@@ -191,9 +187,9 @@ def test_a_ragged_row_equals_the_row_alone(case: Case):
 def test_a_row_can_end_inside_a_step(case: Case):
     for lengths, x in ragged(case):
         state, outputs = case.init_state(), []
-        for piece in case.pieces([7, 7]):
+        for piece in case.pieces([7, 7, 14]):
             inside = np.clip(lengths - piece.start, 0, piece.stop - piece.start)
-            state, y = case.step(state, x[:, piece], inside > 0, inside)
+            state, y = case.step(state, x[:, piece], inside)
             outputs.append(y)
         stepped, whole = np.concatenate(outputs, axis=1), case.whole(x, lengths)
         for row, end in enumerate(lengths):
@@ -208,22 +204,22 @@ def test_a_reset_row_is_a_fresh_stream(case: Case):
         if index == 2:  # after five strides row 1 starts again
             state = reset_rows(state, rows)
             x = np.where(rows[:, None, None], np.roll(x, 5 * case.stride, axis=1), x)
-        state, y = case.step(state, x[:, piece], ALL)
+        state, y = case.step(state, x[:, piece])
         outputs.append(y)
     y, reset = np.concatenate(outputs, axis=1), case.output_length(5 * case.stride)
     assert relative_error(y[::2], case.y[::2, : 2 * reset]) < TOLERANCE
     assert relative_error(y[1, reset:], case.y[1, :reset]) < TOLERANCE
 
 
-def test_an_inactive_row_keeps_its_state(case: Case):
+def test_a_row_of_length_zero_keeps_its_state(case: Case):
     """Every other step row 1 waits, and is fed NaN meanwhile."""
     state, outputs = case.init_state(), []
-    for piece in case.pieces([2] * 7):
-        state, y = case.step(state, case.x[:, piece], ALL)
+    for piece in case.pieces([2] * 14):
+        state, y = case.step(state, case.x[:, piece])
         outputs.append(y[1])
         waiting = case.x[:, piece].copy()
         waiting[1] = np.nan
-        paused, _ = case.step(state, waiting, np.array([True, False, True]))
+        paused, _ = case.step(state, waiting, waiting.shape[1] * np.array([1, 0, 1]))
         for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(paused), strict=True):
             np.testing.assert_array_equal(before[1], after[1])
         state = paused
@@ -235,7 +231,7 @@ def test_derivatives_of_steps_equal_those_of_the_whole(case: Case):
 
     def stepped(layer: StreamingLayer, x: jax.Array) -> jax.Array:
         state, outputs = layer.init_state(BATCH), []
-        for piece in case.pieces([7, 7]):
+        for piece in case.pieces([7, 7, 14]):
             state, y = layer.step(state, x[:, piece])
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1)

@@ -10,8 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "mimi_jax"
 CORE = ["config", "streaming", "conv", "attention", "transformer", "seanet", "quantizer", "model"]
 # Reading order is import order: a module imports only modules that stand before it.
 FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes"]
-STREAMS = ["rows", "state_files", "sessions", "blocks", "pipes"]
-LAYERS = [*CORE, *FILES, *STREAMS, "metrics", "picture", "__init__", "cli"]
+STREAMS = ["rows", "state_files", "sessions", "blocks", "pipes", "export"]
+# The kernels stand before the attention that chooses one, and are read by those who wonder how it is fast.
+MODEL = [*CORE[:3], "kernels", *CORE[3:]]
+LAYERS = [*MODEL, *FILES, *STREAMS, "metrics", "picture", "__init__", "cli"]
 # One step back, inside functions only: `Mimi.from_pretrained` and `Mimi.save_pretrained`.
 BACKWARD = {("model", "checkpoint")}
 # Never imported by the package, or only inside functions because they are slow to import.
@@ -19,7 +21,7 @@ FORBIDDEN = {"moshi", "torch", "transformers"}
 LAZY = {"grain", "matplotlib", "optax", "orbax", "ray"}
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_FUNCTION_LINES = 50
-MAX_CORE_LINES = 1200  # docstrings count, blank lines do not
+MAX_CORE_LINES = 1320  # docstrings count, blank lines do not
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -88,7 +90,7 @@ def test_imports_go_one_way(path: Path):
     assert list(import_errors(path.read_text(), layer)) == []
 
 
-@pytest.mark.parametrize("layer", CORE)
+@pytest.mark.parametrize("layer", MODEL)
 def test_core_functions_are_short(layer: str):
     lengths = dict(function_lines((PACKAGE / f"{layer}.py").read_text()))
     assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES} == {}

@@ -1,0 +1,397 @@
+"""The codec in one file that runs without this package's layers, on every platform it was made for.
+
+    export.save(model, "mimi.zip", batch_size=1, seconds=10.0)
+    codec = export.load("mimi.zip")
+    codes = codec.encode(audio).audio_codes
+
+Shapes are fixed when the file is made: the layers choose how to compute by the sizes of their inputs, so
+that none can stay open. The file is a zip, uncompressed, of
+
+    metadata.json          the fields of `Metadata`
+    weights.safetensors    the parameters, once: each function takes them as an argument
+    encode.bin, ...        the functions, in the serialization of `jax.export`
+
+JAX promises to read that for about six months: such a file is a cache, to be made anew from a checkpoint,
+and no archive. Both directions need the package `flatbuffers`.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax import export as jax_export
+from jax.typing import ArrayLike
+
+from mimi_jax.atomic import atomic_path
+from mimi_jax.checkpoint import model_id
+from mimi_jax.config import MimiConfig
+from mimi_jax.kernels import choose_backend
+from mimi_jax.model import (
+    DecoderOutput,
+    EncoderOutput,
+    Mimi,
+    check_audio,
+    check_mask,
+    decode,
+    decode_step,
+    encode,
+    encode_step,
+)
+from mimi_jax.quantizer import CodebookStatistic
+from mimi_jax.streaming import ceil_div, check_mask_of_rows
+
+FORMAT = "mimi_jax.export.1"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+
+Weights = dict[str, Any]  # arrays, or their shapes, by place in the model, such as "decoder.first.kernel"
+# By name: a function of the weights and more, and the shapes of what comes after the weights.
+Functions = dict[str, tuple[Callable, tuple]]
+
+
+class Metadata(NamedTuple):
+    """What an exported file says of itself."""
+
+    config: MimiConfig
+    platforms: tuple[str, ...]  # of `PLATFORMS`
+    jax_version: str  # that made it
+    model_id: str  # what its codes mean, as in files of codes
+    batch_size: int
+    num_quantizers: int  # codebooks of all codes, in and out
+    frames: int  # of the longest clip
+
+
+class ExportedMimi:
+    """What `load` returns: the codec as functions of fixed shapes, which work inside `jit` too.
+
+    A state is a list of arrays, with the batch on their first axis and zero when fresh, as everywhere in
+    this package: `take_rows`, `put_rows`, `reset_rows`, `save_state` and `load_state` work on it.
+    """
+
+    def __init__(self, metadata: Metadata, weights: Weights, functions: dict[str, jax_export.Exported]):
+        self.metadata, self._weights, self._exported = metadata, weights, functions
+        self._functions = {name: jax.jit(exported.call) for name, exported in functions.items()}
+
+    @property
+    def config(self) -> MimiConfig:
+        return self.metadata.config
+
+    def encode(self, audio: ArrayLike, padding_mask: ArrayLike | None = None) -> EncoderOutput:
+        """As `mimi_jax.encode`, for up to `metadata.frames` frames of `metadata.batch_size` clips.
+
+        Raises:
+            ValueError: the model had no encoder, or inputs of other shapes or dtypes.
+        """
+        audio, mask = self._check_audio(audio, padding_mask, self.metadata.frames)
+        frames = ceil_div(audio.shape[2], self.config.frame_size)
+        missing = self.metadata.frames * self.config.frame_size - audio.shape[2]
+        audio, mask = jnp.pad(audio, ((0, 0), (0, 0), (0, missing))), jnp.pad(mask, ((0, 0), (0, missing)))
+        codes, codes_mask = self._call("encode", audio, mask)
+        return EncoderOutput(codes[:, :, :frames], codes_mask[:, :frames])
+
+    def decode(self, audio_codes: ArrayLike, padding_mask: ArrayLike | None = None) -> DecoderOutput:
+        """As `mimi_jax.decode`, for up to `metadata.frames` frames of `metadata.batch_size` clips.
+
+        Raises:
+            ValueError: the model had no decoder, or inputs of other shapes or dtypes.
+        """
+        codes, size = self._check_codes(audio_codes), self.config.frame_size
+        batch, _, frames = codes.shape
+        if frames > self.metadata.frames:
+            raise ValueError(f"this file takes up to {self.metadata.frames} frames of codes, got {frames}")
+        if padding_mask is None:
+            padding_mask = jnp.ones((batch, frames * size), bool)
+        mask = check_mask(padding_mask, batch)[0][:, : frames * size]
+        num_samples, missing = mask.shape[1], self.metadata.frames - frames
+        codes = jnp.pad(codes, ((0, 0), (0, 0), (0, missing)))
+        mask = jnp.pad(mask, ((0, 0), (0, self.metadata.frames * size - num_samples)))
+        return DecoderOutput(self._call("decode", codes, mask)[:, :, :num_samples])
+
+    def init_encoder_state(self) -> list[jax.Array]:
+        """The state of `metadata.batch_size` fresh streams, for `encode_step`."""
+        return self._init_state("encode_step")
+
+    def init_decoder_state(self) -> list[jax.Array]:
+        """The state of `metadata.batch_size` fresh streams, for `decode_step`."""
+        return self._init_state("decode_step")
+
+    def encode_step(
+        self,
+        state: list[jax.Array],
+        audio: ArrayLike,
+        padding_mask: ArrayLike | None = None,
+        active: ArrayLike | None = None,
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """As `mimi_jax.encode_step`, for one frame.
+
+        Raises:
+            ValueError: the model had no encoder or cannot stream, or inputs of other shapes or dtypes.
+        """
+        audio, mask = self._check_audio(audio, padding_mask, 1)
+        if (num_samples := audio.shape[2]) != self.config.frame_size:
+            raise ValueError(
+                f"a step takes one frame, {self.config.frame_size} samples, got {num_samples};"
+                " pad the last frame and mark it in padding_mask"
+            )
+        return self._call("encode_step", state, audio, mask, self._check_active(active))
+
+    def decode_step(
+        self, state: list[jax.Array], audio_codes: ArrayLike, active: ArrayLike | None = None
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """As `mimi_jax.decode_step`, for one frame.
+
+        Raises:
+            ValueError: the model had no decoder or cannot stream, or inputs of other shapes or dtypes.
+        """
+        codes = self._check_codes(audio_codes)
+        if codes.shape[2] != 1:
+            raise ValueError(f"a step takes one frame of codes, got {codes.shape[2]}")
+        return self._call("decode_step", state, codes, self._check_active(active))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        self._check_has(name)
+        return self._functions[name](self._weights, *arguments)
+
+    def _check_has(self, name: str) -> None:
+        if name not in self._functions:
+            raise ValueError(
+                f"this file has no {name}, only {', '.join(self._functions)}: the model that it was made of"
+                " had not both halves, or cannot stream"
+            )
+
+    def _init_state(self, name: str) -> list[jax.Array]:
+        self._check_has(name)
+        exported = self._exported[name]
+        (_, state, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        return [jnp.asarray(np.zeros(leaf.shape, leaf.dtype)) for leaf in state]
+
+    def _check_audio(
+        self, audio: ArrayLike, padding_mask: ArrayLike | None, frames: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """As float32 [batch, channels, samples], of at most so many frames, and a bool [batch, samples]."""
+        audio, _ = check_audio(self.config, audio, padding_mask)
+        batch, _, num_samples = audio.shape
+        self._check_batch(batch)
+        if num_samples > (limit := frames * self.config.frame_size):
+            raise ValueError(f"this file takes up to {limit} samples at once, got {num_samples}")
+        mask = np.ones((batch, num_samples), bool) if padding_mask is None else padding_mask
+        return audio.astype(jnp.float32), check_mask(mask, batch)[0]
+
+    def _check_codes(self, audio_codes: ArrayLike) -> jax.Array:
+        """As int32 [batch, codebooks, frames]."""
+        codes, count = jnp.asarray(audio_codes), self.metadata.num_quantizers
+        if codes.ndim != 3 or codes.shape[1] != count or not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise ValueError(
+                f"codes must be integers [batch, codebooks={count}, frames], got {codes.dtype}"
+                f" {list(codes.shape)}"
+            )
+        self._check_batch(len(codes))
+        return codes.astype(jnp.int32)
+
+    def _check_batch(self, batch: int) -> None:
+        if batch != self.metadata.batch_size:
+            raise ValueError(f"this file takes batches of {self.metadata.batch_size}, got one of {batch}")
+
+    def _check_active(self, active: ArrayLike | None) -> jax.Array:
+        batch = self.metadata.batch_size
+        rows = np.ones(batch, bool) if active is None else jnp.asarray(active) != 0
+        return check_mask_of_rows("active", rows, batch)
+
+
+def save(
+    model: Mimi,
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 1,
+    seconds: float = 10.0,
+    num_quantizers: int | None = None,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+) -> None:
+    """Write what `load` reads, whole or not at all.
+
+    It holds whichever of encode, decode, encode_step and decode_step the model can do, for every platform,
+    whatever machine this is. Attention is computed in the way that works on all of them, so not by the
+    kernels that the model may use on a GPU or a TPU.
+
+    Args:
+        path: the file; its folder must exist.
+        batch_size: clips or streams that go together; no other number of them can.
+        seconds: how long a clip may be at most, rounded up to whole frames. Each takes as long as the
+            longest. A step is of one frame.
+        num_quantizers: how many codebooks codes are of, the first ones; None for all.
+        platforms: of "cpu", "cuda", "rocm" and "tpu".
+
+    Raises:
+        ValueError: naming the argument that is not as it must be.
+        ImportError: `flatbuffers` is not installed.
+        OSError: the file cannot be written.
+    """
+    config, platforms = model.config, tuple(platforms)
+    if not platforms or set(platforms) - set(PLATFORMS):
+        raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {list(platforms)}")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds must be positive, got {seconds!r}")
+    count = model.quantizer.check_count(config.num_quantizers if num_quantizers is None else num_quantizers)
+    frames = max(model.encoded_length(round(seconds * config.sampling_rate)), 1)
+    metadata = Metadata(config, platforms, jax.__version__, model_id(model), batch_size, count, frames)
+    weights, rebuild = _split(_with_portable_attention(model, frames))
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
+    functions: Functions = {}
+    if model.encoder is not None:
+        functions |= _encoder_functions(model, rebuild, metadata)
+    if model.decoder is not None:
+        functions |= _decoder_functions(model, rebuild, metadata)
+    files: dict[str, bytes | bytearray | str] = {
+        f"{name}.bin": jax_export.export(jax.jit(function), platforms=platforms)(shapes, *inputs).serialize()
+        for name, (function, inputs) in functions.items()
+    }
+    files["weights.safetensors"] = safetensors.numpy.save(weights)
+    fields = {"format": FORMAT, **metadata._asdict(), "config": config.to_dict()}
+    files["metadata.json"] = json.dumps(fields, indent=2)
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+        for name, data in files.items():
+            file.writestr(name, data)
+
+
+def load(path: str | os.PathLike[str]) -> ExportedMimi:
+    """Read what `save` wrote; the weights go to the default device.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or a damaged one; it was not made for JAX's default platform here;
+            or by a JAX too old or too new for the one here.
+        ImportError: `flatbuffers` is not installed.
+    """
+    name = os.fspath(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            metadata = _read_metadata(file.read("metadata.json"))
+            weights = _read_weights(file.read("weights.safetensors"))
+            programs = {entry: file.read(entry) for entry in file.namelist() if entry.endswith(".bin")}
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{name}: not an exported model, or a damaged one ({error})") from None
+    _check_platform(name, metadata)
+    try:
+        functions = {
+            entry.removesuffix(".bin"): jax_export.deserialize(bytearray(program))
+            for entry, program in programs.items()
+        }
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{name}: made by jax {metadata.jax_version}, which jax {jax.__version__} cannot read; export"
+            f" the model anew ({error})"
+        ) from None
+    return ExportedMimi(metadata, jax.device_put(weights), functions)
+
+
+def _read_metadata(text: bytes) -> Metadata:
+    fields = json.loads(text)
+    if (found := fields.pop("format")) != FORMAT:
+        raise ValueError(f"format must be {FORMAT!r}, got {found!r}")
+    fields["config"] = MimiConfig.from_dict(fields["config"])
+    fields["platforms"] = tuple(fields["platforms"])
+    return Metadata(**fields)
+
+
+def _read_weights(data: bytes) -> Weights:
+    """What `safetensors.numpy.load` would read if it knew bfloat16."""
+    return {
+        name: np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in safetensors.deserialize(data)
+    }
+
+
+def _check_platform(name: str, metadata: Metadata) -> None:
+    if (platform := jax_export.default_export_platform()) not in metadata.platforms:
+        raise ValueError(
+            f"{name}: made for {', '.join(metadata.platforms)}, and this is {platform}; name it in platforms"
+            " when you export"
+        )
+
+
+def _with_portable_attention(model: Mimi, frames: int) -> Mimi:
+    """The same model, but what it does with clips of so many frames does not depend on this machine."""
+    model = nnx.merge(*nnx.split(model))  # a copy, to be changed
+    for transformer in (model.encoder_transformer, model.decoder_transformer):
+        for block in [] if transformer is None else transformer.blocks:
+            time = frames * model.config.latent_stride
+            block.attention.backend = choose_backend(time, block.attention.window)
+    return model
+
+
+def _split(model: Mimi) -> tuple[Weights, Callable[[Weights], Mimi]]:
+    """The parameters that are used, and the function that makes them the model again.
+
+    What only training reads, as large as all codebooks, is left out.
+    """
+    graph, statistics, parameters = nnx.split(model, CodebookStatistic, ...)
+    leaves, structure = jax.tree.flatten_with_path(parameters)
+    # Each place ends in "value", of the variable.
+    weights = {
+        jax.tree_util.keystr(place[:-1], simple=True, separator="."): np.ascontiguousarray(leaf)
+        for place, leaf in leaves
+    }
+
+    def rebuild(given: Weights) -> Mimi:
+        unused = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
+        return nnx.merge(graph, unused, jax.tree.unflatten(structure, [given[name] for name in weights]))
+
+    return weights, rebuild
+
+
+def _encoder_functions(model: Mimi, rebuild: Callable[[Weights], Mimi], metadata: Metadata) -> Functions:
+    config, count, batch = metadata.config, metadata.num_quantizers, metadata.batch_size
+
+    def inputs(frames: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Audio and its mask."""
+        num_samples = frames * config.frame_size
+        audio = jax.ShapeDtypeStruct((batch, config.audio_channels, num_samples), jnp.float32)
+        return audio, jax.ShapeDtypeStruct((batch, num_samples), bool)
+
+    def run(weights: Weights, audio: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(encode(rebuild(weights), audio, mask, count))
+
+    functions: Functions = {"encode": (run, inputs(metadata.frames))}
+    if config.is_streamable:
+        state, structure = jax.tree.flatten(jax.eval_shape(lambda: model.init_encoder_state(batch)))
+
+        def step(weights: Weights, state: list, audio: jax.Array, mask: jax.Array, active: jax.Array):
+            state = jax.tree.unflatten(structure, state)
+            state, codes = encode_step(rebuild(weights), state, audio, mask, count, active)
+            return jax.tree.leaves(state), codes
+
+        functions["encode_step"] = step, (state, *inputs(1), jax.ShapeDtypeStruct((batch,), bool))
+    return functions
+
+
+def _decoder_functions(model: Mimi, rebuild: Callable[[Weights], Mimi], metadata: Metadata) -> Functions:
+    config, batch = metadata.config, metadata.batch_size
+
+    def codes_of(frames: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, metadata.num_quantizers, frames), jnp.int32)
+
+    def run(weights: Weights, codes: jax.Array, mask: jax.Array) -> jax.Array:
+        return decode(rebuild(weights), codes, mask).audio_values
+
+    mask = jax.ShapeDtypeStruct((batch, metadata.frames * config.frame_size), bool)
+    functions: Functions = {"decode": (run, (codes_of(metadata.frames), mask))}
+    if config.is_streamable:
+        state, structure = jax.tree.flatten(jax.eval_shape(lambda: model.init_decoder_state(batch)))
+
+        def step(weights: Weights, state: list, codes: jax.Array, active: jax.Array):
+            state = jax.tree.unflatten(structure, state)
+            state, audio = decode_step(rebuild(weights), state, codes, active)
+            return jax.tree.leaves(state), audio
+
+        functions["decode_step"] = step, (state, codes_of(1), jax.ShapeDtypeStruct((batch,), bool))
+    return functions

@@ -1,0 +1,140 @@
+"""Ways to compute windowed attention, all of which give the same numbers.
+
+One rule says which key a query sees: `visible`. "reference" is the way to read; the others are faster, on
+the machines and for the lengths that `choose_backend` knows. Each takes
+
+    query       [batch, time, heads, head_dim], rotated
+    key, value  [batch, time, key_value_heads, head_dim]
+    window      how many keys a query sees, its own included
+
+and returns [batch, time, heads, head_dim]. The first two also go on from a past: keys and values of more
+steps than the queries, the last of them the queries' own, of which
+
+    num_past    int [batch], says how many of those before are real, the newest ones; None for all
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mimi_jax.streaming import ceil_div
+
+
+def visible(
+    query_positions: jax.Array, key_positions: jax.Array, first_position: jax.Array | int, window: int
+) -> jax.Array:
+    """Whether a query sees a key: one of the `window` newest, itself included, that exist."""
+    distance = query_positions - key_positions
+    return (distance >= 0) & (distance < window) & (key_positions >= first_position)
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention of [..., time, heads, head_dim] under a mask [..., queries, keys]."""
+    *rest, heads, head_dim = query.shape
+    key_value_heads = key.shape[-2]
+    grouped = query.reshape(*rest, key_value_heads, heads // key_value_heads, head_dim)
+    scores = jnp.einsum("...qhgd,...khd->...hgqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[..., None, None, :, :], scores / math.sqrt(head_dim), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("...hgqk,...khd->...qhgd", weights, value).reshape(query.shape)
+
+
+def reference_attention(query, key, value, *, window, num_past=None):
+    """Every query against every key: O(time^2), and the definition the others are tested against."""
+    time, past = query.shape[1], key.shape[1] - query.shape[1]
+    positions = jnp.arange(-past, time)
+    first = -past if num_past is None else -num_past[:, None, None]
+    mask = visible(positions[past:, None], positions[None, :], first, window)
+    return _attend(query, key, value, mask)
+
+
+def banded_attention(query, key, value, *, window, num_past=None):
+    """Queries in blocks of `window`, each against its own and the block before: O(time * window)."""
+    batch, time, heads, head_dim = query.shape
+    past = key.shape[1] - time
+    num_blocks = ceil_div(time, window)
+    after = num_blocks * window - time
+    query = jnp.pad(query, ((0, 0), (0, after), (0, 0), (0, 0)))
+    query = query.reshape(batch, num_blocks, window, heads, head_dim)
+
+    def with_block_before(x: jax.Array) -> jax.Array:
+        x = x[:, max(past - window, 0) :]
+        x = jnp.pad(x, ((0, 0), (max(window - past, 0), after), (0, 0), (0, 0)))
+        x = x.reshape(batch, num_blocks + 1, window, *x.shape[2:])
+        return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
+
+    positions = jnp.arange(num_blocks)[:, None, None] * window + jnp.arange(-window, window)
+    first = -past if num_past is None else -num_past[:, None, None, None]
+    mask = visible(positions[:, 0, window:, None], positions, first, window)
+    out = _attend(query, with_block_before(key), with_block_before(value), mask)
+    return out.reshape(batch, num_blocks * window, heads, head_dim)[:, :time]
+
+
+def cudnn_attention(query, key, value, *, window):
+    """cuDNN's flash attention: NVIDIA GPUs, bfloat16 or float16."""
+    # Its window does not count the query's own key; without `is_causal` it may see the future (jax #39576).
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, local_window_size=(window - 1, 0), implementation="cudnn"
+    )
+
+
+def splash_attention(query, key, value, *, window, interpret=False):
+    """The Pallas kernel for TPUs; `interpret` runs it anywhere, slowly.
+
+    It cannot be partitioned by the compiler: on several chips call it inside `shard_map`.
+    """
+    # Imported here: Pallas takes a second, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        LocalMask,
+        MultiHeadMask,
+        make_splash_mha_single_device,
+    )
+
+    _, time, heads, head_dim = query.shape
+    blocks = BlockSizes.get_default()
+    after = -time % blocks.block_q  # padding, which comes last, so no real query sees it
+    query, key, value = (
+        jnp.swapaxes(jnp.pad(x, ((0, 0), (0, after), (0, 0), (0, 0))), 1, 2)
+        for x in (query / math.sqrt(head_dim), key, value)
+    )
+    mask = MultiHeadMask([LocalMask((time + after, time + after), (window - 1, 0), 0)] * heads)
+    kernel: Callable = make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    return jnp.swapaxes(jax.vmap(kernel)(query, key, value), 1, 2)[:, :time]
+
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference_attention,
+    "banded": banded_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
+
+
+HALF_PRECISION = (jnp.bfloat16, jnp.float16)
+FIRST_WITH_FLASH = 8.0  # compute capability: Ampere
+
+
+def choose_backend(time: int, window: int) -> str:
+    """The faster of the two that work on every platform, in every dtype.
+
+    Blocks pay as soon as they leave out more keys than they add.
+    """
+    return "banded" if time > 2 * window else "reference"
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int) -> jax.Array:
+    """The fastest way for these inputs on this machine: fused kernels compute in half precision only."""
+    choices = {"default": functools.partial(BACKENDS[choose_backend(query.shape[1], window)], window=window)}
+    device = jax.local_devices()[0]
+    if query.dtype in HALF_PRECISION:
+        if device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= FIRST_WITH_FLASH:
+            choices["cuda"] = functools.partial(cudnn_attention, window=window)
+        # The compiler cannot partition a Pallas kernel; where each device has its own program it need not.
+        if device.platform == "tpu" and (jax.device_count() == 1 or jax.typeof(query).vma):
+            choices["tpu"] = functools.partial(splash_attention, window=window)
+    return lax.platform_dependent(query, key, value, **choices)
