@@ -76,7 +76,7 @@ STEP_TURN = 5  # steps of one system before it is the other's turn, after one th
 WARMUP = 3  # runs, of steps and on a GPU: CUDA graphs are recorded in the second
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of `ru_maxrss`
 
-# What a user would write. Arguments: a model folder, a WAV file, how often it is in the batch, torch's device.
+# What a user would write. Arguments: a model folder, a WAV file, how many rows of it, torch's device.
 PROGRAMS = {
     "mimi_jax": """
 import sys
@@ -218,7 +218,8 @@ def load_rustymimi(folder: Path) -> System:
     import rustymimi
 
     file = str(folder / "kyutai" / "model.safetensors")
-    tokenizer: Any = rustymimi.Tokenizer(file, num_codebooks=CODEBOOKS)  # whose stubs are out of date
+    make_tokenizer: Any = rustymimi.Tokenizer  # whose stubs are out of date
+    tokenizer = make_tokenizer(file, num_codebooks=CODEBOOKS)
 
     def typed(direction: str, array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32 if direction == "encode" else np.uint32)

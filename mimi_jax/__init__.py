@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mimi_jax.audio import bucket_length as bucket_length
     from mimi_jax.audio import load_audio as load_audio
     from mimi_jax.audio import pad_batch as pad_batch
     from mimi_jax.audio import save_audio as save_audio
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mimi_jax.state_files import save_state as save_state
 
 _MODULES = {
-    "audio": ("load_audio", "pad_batch", "save_audio"),
+    "audio": ("bucket_length", "load_audio", "pad_batch", "save_audio"),
     "codes": ("CodeFile", "load_codes", "save_codes"),
     "config": ("MimiConfig",),
     "model": ("Mimi", "decode", "decode_step", "encode", "encode_step", "pad_to_frame"),

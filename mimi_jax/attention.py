@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mimi_jax.kernels import BACKENDS, attend, choose_backend, visible
+from mimi_jax.kernels import BACKENDS, attend, choose_backend, dot_general, visible
 from mimi_jax.streaming import StreamingLayer
 
 
@@ -73,7 +73,7 @@ class Attention(StreamingLayer):
         self.slots = window - 1 + SPARE
 
         def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=use_bias, rngs=rngs)
+            return nnx.Linear(size_in, size_out, use_bias=use_bias, dot_general=dot_general, rngs=rngs)
 
         self.query_proj = linear(features, num_heads * head_dim)
         self.key_proj = linear(features, num_key_value_heads * head_dim)

@@ -341,15 +341,32 @@ def to_int16(samples: np.ndarray) -> np.ndarray:
     return np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16)
 
 
-def pad_batch(clips: Iterable[ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
+def bucket_length(length: int, unit: int) -> int:
+    """The length to pad to, so that clips of all lengths share a few shapes, each of which compiles once.
+
+    There are four lengths to an octave, all whole units: padding is at most a quarter of a clip (or less
+    than a unit), and clips from 1 to 60 seconds have 24 shapes.
+
+    Args:
+        length: in samples, or whatever `unit` counts; at least 1.
+        unit: `config.frame_size` for audio, 1 for frames of codes.
+    """
+    units = -(-length // unit)
+    step = max(1 << ((units - 1).bit_length() - 3), 1) if units > 4 else 1
+    return -(-units // step) * step * unit
+
+
+def pad_batch(clips: Iterable[ArrayLike], frame_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Put clips of different lengths into one array, padded with zeros on the right.
 
     Args:
         clips: float [samples] or [channels, samples] each, all with the same number of channels.
+        frame_size: `config.frame_size` pads on to one of the few lengths of `bucket_length`, so that
+            batches of all lengths share a few compiled programs; None to the longest clip.
 
     Returns:
         audio, float32 [batch, channels, samples], and padding_mask, bool [batch, samples], True where
-        audio is real; `samples` is the length of the longest clip.
+        audio is real.
 
     Raises:
         ValueError: no clips, an empty clip, clips that are not float, or different channel counts.
@@ -363,8 +380,10 @@ def pad_batch(clips: Iterable[ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
             f"all clips of a batch must have the same number of channels, got {sorted(channels)}"
         )
     lengths = np.array([row.shape[1] for row in rows])
-    padding_mask = np.arange(lengths.max()) < lengths[:, None]
-    audio = np.zeros((len(rows), *channels, lengths.max()), np.float32)
+    longest = int(lengths.max())
+    num_samples = longest if frame_size is None else bucket_length(longest, frame_size)
+    padding_mask = np.arange(num_samples) < lengths[:, None]
+    audio = np.zeros((len(rows), *channels, num_samples), np.float32)
     for padded, row in zip(audio, rows, strict=True):
         padded[:, : row.shape[1]] = row
     return audio, padding_mask

@@ -1,6 +1,7 @@
 """Code clips of any length in blocks of one size, through the streaming state.
 
-One compiled program serves every length, and memory does not grow with the length. A block is a step of a
+One compiled program serves every length, and memory does not grow with the length (a model that cannot
+stream codes whole clips, padded to a few lengths). A block is a step of a
 stream, so in float32 the numbers are those of `encode` and `decode` on the whole clip. A `StreamingEncoder`
 gives each frame as soon as it is complete; this waits for whole blocks, and is faster for it.
 """
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mimi_jax.audio import bucket_length, pad_batch
 from mimi_jax.codes import check_range
 from mimi_jax.model import Mimi, decode, decode_step, encode, encode_step
 from mimi_jax.sessions import fresh_state
@@ -39,9 +41,10 @@ def encode_blocks(
     num_quantizers = model.config.num_quantizers if num_quantizers is None else num_quantizers
     num_quantizers = model.quantizer.check_count(num_quantizers)
     if not model.config.is_streamable:
-        audio = np.concatenate(list(pieces), axis=1)
-        codes = encode(model, audio[None], num_quantizers=num_quantizers).audio_codes[0]
-        yield np.asarray(codes), audio.shape[1]
+        audio, mask = pad_batch([np.concatenate(list(pieces), axis=1)], model.config.frame_size)
+        length = int(mask.sum())
+        codes = encode(model, audio, mask, num_quantizers).audio_codes
+        yield np.asarray(codes)[0, :, : model.encoded_length(length)], length
         return
     size = BLOCK_FRAMES * model.config.frame_size
     state = fresh_state(model.init_encoder_state, 1)
@@ -51,7 +54,7 @@ def encode_blocks(
         # Full blocks get a mask too: without one they would need a program of their own.
         mask = np.arange(size)[None] < length
         state, codes = encode_step(model, state, audio[None], mask, num_quantizers=num_quantizers)
-        yield np.asarray(codes[0])[:, : model.encoded_length(length)], length
+        yield np.asarray(codes)[0, :, : model.encoded_length(length)], length
 
 
 def decode_blocks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -71,7 +74,11 @@ def decode_blocks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndar
     pieces = (_check_codes(model, piece) for piece in pieces)
     if not model.config.is_streamable:
         codes = np.concatenate(list(pieces), axis=1)
-        yield np.asarray(decode(model, codes[None]).audio_values[0], np.float32)
+        length, frame_size = codes.shape[1], model.config.frame_size
+        codes = np.pad(codes, [(0, 0), (0, bucket_length(length, 1) - length)])
+        mask = np.arange(codes.shape[1] * frame_size)[None] < length * frame_size
+        audio = decode(model, codes[None], mask).audio_values
+        yield np.asarray(audio, np.float32)[0, :, : length * frame_size]
         return
     state = fresh_state(model.init_decoder_state, 1)
     for block in _blocks(pieces, BLOCK_FRAMES):
@@ -79,7 +86,7 @@ def decode_blocks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndar
         # No layer looks ahead, so what follows the last frame cannot reach it.
         codes = np.pad(block, [(0, 0), (0, BLOCK_FRAMES - length)])
         state, audio = decode_step(model, state, codes[None])
-        yield np.asarray(audio[0], np.float32)[:, : length * model.config.frame_size]
+        yield np.asarray(audio, np.float32)[0, :, : length * model.config.frame_size]
 
 
 def _blocks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -11,17 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
+from mimi_jax.kernels import conv1d
 from mimi_jax.streaming import StreamingLayer, ceil_div, fill_beyond, keep_idle_rows
-
-
-def conv1d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
-    """Unpadded convolution of x [batch, time, in] with kernel [taps, in, out]."""
-    return lax.conv_general_dilated(
-        x, kernel, (stride,), "VALID", rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")
-    )
 
 
 class ConvState(NamedTuple):

@@ -1,7 +1,8 @@
-"""Ways to compute windowed attention, all of which give the same numbers.
+"""What is computed in one of several ways, all of which give the same numbers: convolutions, products and
+windowed attention.
 
-One rule says which key a query sees: `visible`. "reference" is the way to read; the others are faster, on
-the machines and for the lengths that `choose_backend` knows. Each takes
+One rule says which key a query sees: `visible`. "reference" is the way to read; the other backends are
+faster, on the machines and for the lengths that `attend` knows. Each takes
 
     query       [batch, time, heads, head_dim], rotated
     key, value  [batch, time, key_value_heads, head_dim]
@@ -16,12 +17,55 @@ steps than the queries, the last of them the queries' own, of which
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mimi_jax.streaming import ceil_div
+
+HALF_PRECISION = (jnp.bfloat16, jnp.float16)
+
+
+def conv1d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
+    """Unpadded convolution of x [batch, time, in] with kernel [taps, in, out]."""
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x, kernel, (stride,), "VALID", rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    if x.dtype not in HALF_PRECISION or kernel.shape[0] % stride or dilation > 1:
+        return convolve(x, kernel)
+    # XLA:CPU has no convolutions in half precision, but products of whole strides.
+    by_strides = functools.partial(_convolve_strides, stride=stride)
+    return lax.platform_dependent(x, kernel, cpu=by_strides, default=convolve)
+
+
+def _convolve_strides(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+    batch, time, size_in = x.shape
+    parts, size_out = kernel.shape[0] // stride, kernel.shape[2]
+    steps = (time - kernel.shape[0]) // stride + 1
+    kernel = kernel.reshape(parts, stride * size_in, size_out)
+    total = jnp.zeros((), jnp.float32)
+    for part in range(parts):
+        strides = x[:, part * stride : (part + steps) * stride].reshape(batch, steps, stride * size_in)
+        total += jnp.matmul(strides, kernel[part], preferred_element_type=jnp.float32)
+    return total.astype(x.dtype)
+
+
+def dot_general(x: jax.Array, y: jax.Array, dimensions, **options) -> jax.Array:
+    """`lax.dot_general` with float32 sums, as GPUs and TPUs have; XLA:CPU is also several times faster so."""
+
+    def with_float32_sums(x: jax.Array, y: jax.Array) -> jax.Array:
+        options["preferred_element_type"] = jnp.float32
+        return lax.dot_general(x, y, dimensions, **options).astype(x.dtype)
+
+    if x.dtype not in HALF_PRECISION:
+        return lax.dot_general(x, y, dimensions, **options)
+    default = functools.partial(lax.dot_general, dimension_numbers=dimensions, **options)
+    return lax.platform_dependent(x, y, cpu=with_float32_sums, default=default)
 
 
 def visible(
@@ -85,7 +129,8 @@ def cudnn_attention(query, key, value, *, window):
 def splash_attention(query, key, value, *, window, interpret=False):
     """The Pallas kernel for TPUs; `interpret` runs it anywhere, slowly.
 
-    It cannot be partitioned by the compiler: on several chips call it inside `shard_map`.
+    It cannot be partitioned by the compiler: on several chips call it inside `shard_map`, which must be told
+    not to check how its results differ between devices (`check_vma=False`).
     """
     # Imported here: Pallas takes a second, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -103,8 +148,9 @@ def splash_attention(query, key, value, *, window, interpret=False):
         for x in (query / math.sqrt(head_dim), key, value)
     )
     mask = MultiHeadMask([LocalMask((time + after, time + after), (window - 1, 0), 0)] * heads)
-    kernel: Callable = make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
-    return jnp.swapaxes(jax.vmap(kernel)(query, key, value), 1, 2)[:, :time]
+    kernel = make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    out: Any = jax.vmap(kernel)(query, key, value)  # an array, unless it is asked for residuals too
+    return jnp.swapaxes(out, 1, 2)[:, :time]
 
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
@@ -115,7 +161,6 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 FIRST_WITH_FLASH = 8.0  # compute capability: Ampere
 
 
@@ -134,7 +179,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int) -
     if query.dtype in HALF_PRECISION:
         if device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= FIRST_WITH_FLASH:
             choices["cuda"] = functools.partial(cudnn_attention, window=window)
-        # The compiler cannot partition a Pallas kernel; where each device has its own program it need not.
-        if device.platform == "tpu" and (jax.device_count() == 1 or jax.typeof(query).vma):
+        in_shard_map = jax.sharding.get_abstract_mesh().manual_axes and not jax.typeof(query).vma
+        if device.platform == "tpu" and (jax.device_count() == 1 or in_shard_map):
             choices["tpu"] = functools.partial(splash_attention, window=window)
     return lax.platform_dependent(query, key, value, **choices)

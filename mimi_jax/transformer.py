@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from mimi_jax.attention import Attention, AttentionState
 from mimi_jax.config import MimiConfig
+from mimi_jax.kernels import dot_general
 from mimi_jax.streaming import Chain, StreamingLayer
 
 ACTIVATIONS = {
@@ -43,8 +44,8 @@ class TransformerLayer(StreamingLayer):
         )
         self.attention_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale))
         self.mlp_norm = norm(rngs=rngs)
-        self.mlp_in = nnx.Linear(features, hidden, use_bias=False, rngs=rngs)
-        self.mlp_out = nnx.Linear(hidden, features, use_bias=False, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, dot_general=dot_general, rngs=rngs)
+        self.mlp_in, self.mlp_out = linear(features, hidden), linear(hidden, features)
         self.mlp_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale))
         self.hidden_act = config.hidden_act
 

@@ -12,7 +12,16 @@ import pytest
 import soundfile
 import soxr
 
-from mimi_jax.audio import FORMATS, AudioReader, audio_writer, decode_audio, load_audio, pad_batch, save_audio
+from mimi_jax.audio import (
+    FORMATS,
+    AudioReader,
+    audio_writer,
+    bucket_length,
+    decode_audio,
+    load_audio,
+    pad_batch,
+    save_audio,
+)
 
 RATE = 24_000
 
@@ -504,3 +513,20 @@ def test_channels_do_not_mix_in_a_batch():
 def test_a_batch_needs_a_clip():
     with pytest.raises(ValueError, match="at least one clip, got none"):
         pad_batch([])
+
+
+def test_buckets_are_few_and_not_much_longer():
+    assert [bucket_length(n, 1) for n in (1, 2, 3, 4, 5, 8, 9, 10, 11, 16, 17, 100)] == [
+        *(1, 2, 3, 4, 5, 8, 10, 10, 12, 16, 20, 112)
+    ]
+    assert [bucket_length(n, 1920) // 1920 for n in (1, 1920, 1921, 9 * 1920)] == [1, 1, 2, 10]
+    lengths = range(24_000, 60 * 24_000 + 1, 123)
+    buckets = [bucket_length(n, 1920) for n in lengths]
+    assert len(set(buckets)) == 24
+    assert all(n <= bucket <= 1.25 * n + 1920 for n, bucket in zip(lengths, buckets, strict=True))
+
+
+def test_pad_batch_to_a_bucket():
+    audio, padding_mask = pad_batch([np.ones(81), np.ones(3)], frame_size=9)
+    assert audio.shape == (2, 1, 90)
+    assert padding_mask.sum(axis=1).tolist() == audio.sum(axis=(1, 2)).tolist() == [81, 3]

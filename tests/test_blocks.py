@@ -1,5 +1,10 @@
 """Blocks give what whole clips give, with one program for every length."""
 
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.monitoring
 import numpy as np
 import pytest
 
@@ -172,3 +177,45 @@ def test_bad_codes(codes: np.ndarray, error: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mimi_jax.blocks.decode_step", compute)
     with pytest.raises(ValueError, match=error):
         list(decode_blocks(load_fixture("base").model, [codes]))
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """A list that grows by one entry with each program that XLA is asked for."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+BUCKETS = len({mimi_jax.bucket_length(frames, 1) for frames in range(1, 201)})
+SMALL = 5  # programs of a constant or a cast
+
+
+# A stream has one program for all lengths, in each direction, and one for its fresh state.
+@pytest.mark.parametrize(("name", "most"), [("base", 4), ("noncausal", 2 * BUCKETS + SMALL)])
+def test_200_lengths_do_not_compile_200_times(name: str, most: int):
+    model = load_fixture(name).model
+    frame_size = model.config.frame_size
+    audio = noise(200 * frame_size)
+    with count_compilations() as compiled:
+        for frames in range(1, 201):
+            codes = encode_in_blocks(model, audio[:, : frames * frame_size - frames % 7])
+            assert codes.shape[1] == frames
+            assert decode_in_blocks(model, codes).shape == (1, frames * frame_size)
+    assert 2 <= len(compiled) <= most
+
+
+def test_200_batches_do_not_compile_200_times():
+    model, audio = load_fixture("base").model, noise(200 * 16)
+    with count_compilations() as compiled:
+        for length in range(16, 201 * 16, 16):
+            clips = [audio[:, :length], audio[:, : length // 2]]
+            mimi_jax.encode(model, *mimi_jax.pad_batch(clips, frame_size=16))
+    assert 2 <= len(compiled) <= BUCKETS + SMALL

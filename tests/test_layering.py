@@ -11,8 +11,8 @@ CORE = ["config", "streaming", "conv", "attention", "transformer", "seanet", "qu
 # Reading order is import order: a module imports only modules that stand before it.
 FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes"]
 STREAMS = ["rows", "state_files", "sessions", "blocks", "pipes", "export"]
-# The kernels stand before the attention that chooses one, and are read by those who wonder how it is fast.
-MODEL = [*CORE[:3], "kernels", *CORE[3:]]
+# The kernels stand before the layers that call them, and are read by those who wonder how these are fast.
+MODEL = [*CORE[:2], "kernels", *CORE[2:]]
 LAYERS = [*MODEL, *FILES, *STREAMS, "metrics", "picture", "__init__", "cli"]
 # One step back, inside functions only: `Mimi.from_pretrained` and `Mimi.save_pretrained`.
 BACKWARD = {("model", "checkpoint")}

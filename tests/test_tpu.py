@@ -41,7 +41,7 @@ def test_compiles_for_eight_chips(mesh: Mesh, function: str, dtype: str, precisi
 def test_compiles_with_the_splash_kernel(mesh: Mesh, function: str):
     """In bfloat16, each chip with a program of its own."""
     model = tpu.make_model("bfloat16", "default", "splash")
-    report = tpu.compile_for(mesh, model, function, BATCH, SECONDS)
+    report = tpu.compile_for(mesh, model, function, BATCH, SECONDS, "splash")
     assert report.collectives == []
     assert report.memory < CHIP_BYTES
 
