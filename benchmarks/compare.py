@@ -170,7 +170,8 @@ def load_transformers(folder: Path, mode: str, kind: str, device: str) -> System
         x = x.to(dtype) if direction == "encode" else x
         call = compute
         if mode != "eager":
-            torch._dynamo.reset()  # or the programs of earlier cases would count against its limit
+            torch._dynamo.reset()  # or the programs of earlier cases would count against its limit,
+            torch._dynamo.config.recompile_limit = 64  # beyond which it runs layers eagerly
             call = torch.compile(compute, dynamic=False, mode="reduce-overhead" if mode == "graphs" else None)
 
         @torch.no_grad()
@@ -511,7 +512,7 @@ def heading(systems: dict[str, System], load: float, options: argparse.Namespace
         software.append(f"torch with {torch.get_num_threads()} threads")
     return (
         f"{machine}; {', '.join(software)}; full size, {CODEBOOKS} codebooks, medians of at most"
-        f" {options.repeats} turns; ratios of times to {BASELINE}, in steps to {STEP_BASELINE}"
+        f" {options.repeats} turns; ratios are to {BASELINE}, of steps to {STEP_BASELINE}: 2x takes half"
     )
 
 
@@ -520,7 +521,7 @@ def table_rows(case: str, results: dict[str, Result], ceilings: dict[str, Result
     for name, result in results.items():
         cells = [case, name, f"{result.median:,.1f} {result.unit}", str(len(result.values)), *[""] * 4]
         if baseline:
-            cells[4] = f"{result.median / baseline.median:.2f}"
+            cells[4] = f"{baseline.median / result.median:.2f}x"
         if result.audio_seconds:
             cells[5] = f"{1000 * result.audio_seconds / result.median:,.1f}"
         if result.flops and (ceiling := ceilings.get(name.replace("mimi_jax", "jax"))):

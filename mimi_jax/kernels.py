@@ -44,6 +44,7 @@ def conv1d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 
 
 
 def _convolve_strides(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+    """One product for each stride of the kernel, with float32 sums."""
     batch, time, size_in = x.shape
     parts, size_out = kernel.shape[0] // stride, kernel.shape[2]
     steps = (time - kernel.shape[0]) // stride + 1

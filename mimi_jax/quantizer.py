@@ -3,8 +3,8 @@
 Two quantizers see the same latents: the semantic one, whose first codebook was trained to follow a
 speech model (Moshi, arXiv 2410.00037, section 3.3.2), and the acoustic one. Their outputs are added.
 
-Everything here is float32, whatever the rest computes in: in bfloat16 codes would change with the batch
-shape alone.
+Everything here is float32, in exact products, whatever the rest computes in and at whatever precision: in
+bfloat16 codes would change with the batch shape alone.
 """
 
 import jax
@@ -121,15 +121,17 @@ class SplitResidualQuantizer(nnx.Module):
         if num_quantizers is None:
             num_quantizers = self.num_quantizers
         num_acoustic = self.check_count(num_quantizers) - self.num_semantic
-        codes = self.semantic.encode(latents, self.num_semantic)
-        if num_acoustic == 0:
-            return codes
-        return jnp.concatenate([codes, self.acoustic.encode(latents, num_acoustic)], axis=1)
+        with jax.default_matmul_precision("highest"):
+            codes = self.semantic.encode(latents, self.num_semantic)
+            if num_acoustic == 0:
+                return codes
+            return jnp.concatenate([codes, self.acoustic.encode(latents, num_acoustic)], axis=1)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """int codes [batch, codebooks, frames], of some or all codebooks -> [batch, frames, hidden_size]."""
         self.check_count(codes.shape[1])
-        latents = self.semantic.decode(codes[:, : self.num_semantic])
-        if codes.shape[1] == self.num_semantic:
-            return latents
-        return latents + self.acoustic.decode(codes[:, self.num_semantic :])
+        with jax.default_matmul_precision("highest"):
+            latents = self.semantic.decode(codes[:, : self.num_semantic])
+            if codes.shape[1] == self.num_semantic:
+                return latents
+            return latents + self.acoustic.decode(codes[:, self.num_semantic :])

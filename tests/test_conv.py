@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mimi_jax.conv import Conv1d, ConvTranspose1d
+from mimi_jax.kernels import conv1d
 from mimi_jax.streaming import StreamingLayer
 from tests.models import noise, random_module, relative_error
 
@@ -126,3 +127,14 @@ def test_a_part_of_a_stride_is_refused():
     layer = random_module(lambda rngs: Conv1d(3, 2, 4, stride=2, rngs=rngs))
     with pytest.raises(ValueError, match="time must be a multiple of stride=2, got 5; pad it"):
         run(layer, noise(1, 5, 3))
+
+
+@pytest.mark.parametrize(("taps", "stride", "dilation"), [(3, 1, 1), (8, 4, 1), (7, 2, 1), (3, 1, 2)])
+def test_half_precision_adds_in_float32(taps: int, stride: int, dilation: int):
+    """Only the inputs and the output are rounded, whichever way it is computed."""
+    x, kernel = (jnp.asarray(noise(*shape), jnp.bfloat16) for shape in ((2, 40, 128), (taps, 128, 16)))
+    how = {"stride": stride, "dilation": dilation}
+    expected = conv1d(x.astype(jnp.float32), kernel.astype(jnp.float32), **how)
+    out = conv1d(x, kernel, **how)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-8, atol=1e-2)

@@ -103,3 +103,17 @@ def test_embeddings_are_sums_over_usage():
     expected = sums / np.maximum(usage, EPSILON)[..., None]
     assert relative_error(quantizer.embedding, expected) < 1e-6
     assert relative_error(quantizer.half_square, (expected**2).sum(axis=-1) / 2) < 1e-6
+
+
+def test_products_are_exact_at_any_precision_of_the_model():
+    """Where "default" means TF32 or bfloat16 passes, those of the quantizer stay float32."""
+    model, clips = load_fixture("base")
+    with jax.default_matmul_precision("default"):
+        encode = str(jax.make_jaxpr(model.quantizer.encode)(clips[0].latents))
+        decode = str(jax.make_jaxpr(model.quantizer.decode)(clips[0].audio_codes))
+    for program in (encode, decode):
+        assert (
+            program.count("dot_general[")
+            == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+            > 0
+        )
