@@ -3,9 +3,10 @@
     python -m benchmarks.agreement [MODEL] [--speech FOLDER] [--seconds 120]
 
 MODEL is what `Mimi.from_pretrained` takes; without it, the full-size random weights of the parity tests,
-which need what `make parity` installs. FOLDER holds speech (FLAC or WAV, joined); without it, the bundled clip
-is repeated. Each code depends on those of the codebooks before it: once one differs, so does what is left for the
-others, and agreement falls from codebook to codebook. The audio is decoded from the float32 codes.
+which need what `make parity` installs. FOLDER holds speech (FLAC or WAV, joined); without it, the bundled
+clip is repeated. Each code depends on those of the codebooks before it: once one differs, so does what is
+left for the others, and agreement falls from codebook to codebook. The audio is decoded from the float32
+codes.
 """
 
 import argparse
@@ -71,9 +72,8 @@ def main() -> None:
     equal = np.concatenate([result[0] for result in results], axis=1)
     error = np.sqrt(sum(result[1] for result in results) / sum(result[2] for result in results))
     shares = equal.mean(axis=1)
-    print(
-        f"{options.model or 'random weights'}, {len(clips) * CLIP_SECONDS} s, {jax.devices()[0].device_kind}\n"
-    )
+    name, device = options.model or "random weights", jax.devices()[0].device_kind
+    print(f"{name}, {len(clips) * CLIP_SECONDS} s, {device}\n")
     print("| codebook | equal codes |\n|---|---|")
     for number, share in enumerate(shares):
         print(f"| {number}{' (semantic)' * (number < model.config.num_semantic_quantizers)} | {share:.2%} |")
