@@ -19,6 +19,7 @@ Only an idle machine gives fair ratios; see `benchmarks/latency.py`.
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -219,8 +220,9 @@ def load_rustymimi(folder: Path) -> System:
     import rustymimi
 
     file = str(folder / "kyutai" / "model.safetensors")
-    make_tokenizer: Any = rustymimi.Tokenizer  # whose stubs are out of date
-    tokenizer = make_tokenizer(file, num_codebooks=CODEBOOKS)
+    tokenizer_class: Any = rustymimi.Tokenizer  # whose stubs are out of date
+    make_tokenizer = functools.partial(tokenizer_class, file, num_codebooks=CODEBOOKS)
+    tokenizer = make_tokenizer()
 
     def typed(direction: str, array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32 if direction == "encode" else np.uint32)
@@ -234,11 +236,9 @@ def load_rustymimi(folder: Path) -> System:
 
         return run
 
-    @contextlib.contextmanager
-    def stream(direction: str, batch: int) -> Iterator[Step]:
-        tokenizer.reset()
-        yield lambda frame: getattr(tokenizer, f"{direction}_step")(typed(direction, frame))
-        tokenizer.reset()
+    def stream(direction: str, batch: int) -> AbstractContextManager[Step]:
+        step = getattr(make_tokenizer(), f"{direction}_step")  # `reset` keeps the batch size of earlier steps
+        return contextlib.nullcontext(lambda frame: step(typed(direction, frame)))
 
     return System(clip, stream)
 
@@ -266,7 +266,7 @@ def warm_up(case: str, runs: dict[str, Run], count: int) -> dict[str, Any]:
             outputs[name] = run()
             for _ in range(count - 1):
                 run()
-        except (RuntimeError, subprocess.CalledProcessError) as error:
+        except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
             warn(f"{case} without {name}: {str(error).strip().splitlines()[0]}")
             del runs[name]
     return outputs
@@ -607,22 +607,18 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse_options()
+def measure_all(folder: Path, options: argparse.Namespace) -> None:
+    """Prints each row as soon as it is measured."""
     load = os.getloadavg()[0]  # before this process adds to it
-    os.environ["JAX_PLATFORMS"] = "cuda,cpu" if options.device == "gpu" else "cpu"
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs memory too
     cases, names = options.only or default_cases(options.device), installed(options.systems)
     results: dict[str, dict[str, Result]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # In a process of its own, for the sake of `start` and `memory`.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(save_models, folder).result()
-        for case, measure in (("start", measure_start), ("memory", measure_memory)):
-            if case in cases:
-                results[case] = measure(folder, names, options)
-        systems = {name: load_system(name, folder, options.device) for name in names}
+    # In a process of its own, for the sake of `start` and `memory`.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(save_models, folder).result()
+    for case, measure in (("start", measure_start), ("memory", measure_memory)):
+        if case in cases:
+            results[case] = measure(folder, names, options)
+    systems = {name: load_system(name, folder, options.device) for name in names}
     first_line = heading(systems, load, options)
     columns = ["case", "system", "median", "runs", "ratio", "x realtime", "of the ceiling", "equal codes"]
     print(f"{first_line}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
@@ -636,6 +632,14 @@ def main() -> None:
             print(row, flush=True)
     if options.json:
         write_json(options.json, first_line, load, results)
+
+
+def main() -> None:
+    options = parse_options()
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu" if options.device == "gpu" else "cpu"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs memory too
+    with tempfile.TemporaryDirectory() as folder:
+        measure_all(Path(folder), options)
 
 
 if __name__ == "__main__":
