@@ -13,8 +13,9 @@ process, so that a noisy machine is noisy for all; a number is the median of the
     encode-step-8, ...              a frame of 80 ms of 8 streams, host to host
 
 Other numbers than those of the default cases work too. The share of the ceiling is that of the matrix
-products a case needs, counted from the configuration, of the fastest `gemm` in the same arithmetic in JAX.
-Only an idle machine gives fair ratios; see `benchmarks/latency.py`.
+products a case needs, counted from the configuration, of what `gemm` reaches in the same arithmetic in
+JAX, measured between the runs of the case. Only an idle machine gives fair ratios; see
+`benchmarks/latency.py`.
 """
 
 import argparse
@@ -73,7 +74,8 @@ TORCH_DEVICE = {"cpu": "cpu", "gpu": "cuda"}
 BASELINE, STEP_BASELINE = "transformers-eager-float32", "moshi-float32"
 REFERENCE = "mimi_jax-float32"  # with whose codes those of the others are compared
 GEMM_SIZE = {"cpu": 2048, "gpu": 8192}  # on a GPU 2048 would measure launches
-STEP_TURN = 5  # steps of one system before it is the other's turn, after one that is not counted
+STEPS_IN_TURN = 5
+SHORT = 10  # seconds of audio: runs that what another system leaves behind makes slower
 WARMUP = 3  # runs, of steps and on a GPU: CUDA graphs are recorded in the second
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of `ru_maxrss`
 
@@ -117,6 +119,7 @@ class Result(NamedTuple):
     audio_seconds: float | None = None  # in all clips of the batch
     flops: int | None = None  # of the matrix products these need
     equal_codes: float | None = None  # the share of codes that are those of `REFERENCE`
+    ceiling: float | None = None  # GFLOP/s of `gemm` in the same turns
 
     @property
     def median(self) -> float:
@@ -284,18 +287,24 @@ def timed(run: Run) -> Callable[[], float]:
 
 
 def take_turns(
-    case: str, measures: dict[str, Callable[[], float]], options: argparse.Namespace, steps: bool = False
+    case: str,
+    measures: dict[str, Callable[[], float]],
+    options: argparse.Namespace,
+    counted: int = 1,
+    uncounted: int = 0,
 ) -> dict[str, list[float]]:
     """What each measure gives, again and again: `repeats` turns, or fewer where the time is over.
 
     Args:
-        steps: whether a turn is of `STEP_TURN`, after one that finds the other's data in the caches.
+        counted: how often a system is measured before it is the other's turn.
+        uncounted: how often before that: the first time finds the other's data in the caches, and its
+            threads, which spin a while after their work, on the cores.
     """
     values: dict[str, list[float]] = {name: [] for name in measures}
     end = time.perf_counter() + options.seconds * len(measures)
     for _ in tqdm(range(options.repeats), desc=case, leave=False, disable=None, unit="turn"):
         for name, measure in measures.items():
-            values[name] += [measure() for _ in range(1 + STEP_TURN)][1:] if steps else [measure()]
+            values[name] += [measure() for _ in range(uncounted + counted)][uncounted:]
         if time.perf_counter() > end:
             break
     return values
@@ -313,14 +322,29 @@ def measure_clips(case: str, systems: dict[str, System], options: argparse.Names
     array = make_input(config, direction, batch, seconds)
     if options.device == "gpu" and (torch := sys.modules.get("torch")):
         torch.cuda.empty_cache()  # of the case before
-    runs = {name: system.clip(direction, array) for name, system in systems.items()}
+    runs: dict[str, Run] = {}
+    for name, system in systems.items():
+        runs[name] = system.clip(direction, array)
+        package, kind = name.split("-")[0], name.split("-")[-1]
+        if package == "mimi_jax":  # right after it, when no thread of another library spins
+            runs[f"gemm-{kind}"] = make_gemm(kind, options.device)
     outputs = warm_up(case, runs, WARMUP if options.device == "gpu" else 1)
     equal = {}
     if direction == "encode" and REFERENCE in outputs:
-        equal = {name: float(np.mean(codes == outputs[REFERENCE])) for name, codes in outputs.items()}
-    values = take_turns(case, {name: timed(run) for name, run in runs.items()}, options)
+        equal = {
+            name: float(np.mean(outputs[name] == outputs[REFERENCE])) for name in systems if name in runs
+        }
+    measures = {name: timed(run) for name, run in runs.items()}
+    values = take_turns(case, measures, options, uncounted=int(batch * seconds <= SHORT))
     flops = batch * count_flops(config, seconds)[direction]
-    return {name: Result("ms", values[name], batch * seconds, flops, equal.get(name)) for name in values}
+    gemms = [name for name in values if name.startswith("gemm")]
+    ceilings = {
+        name.replace("gemm", "mimi_jax"): gemm_speed(values.pop(name), options.device) for name in gemms
+    }
+    return {
+        name: Result("ms", times, batch * seconds, flops, equal.get(name), ceilings.get(name))
+        for name, times in values.items()
+    }
 
 
 def measure_steps(case: str, systems: dict[str, System], options: argparse.Namespace) -> dict[str, Result]:
@@ -341,50 +365,58 @@ def measure_steps(case: str, systems: dict[str, System], options: argparse.Names
             if system.stream is not None
         }
         warm_up(case, runs, WARMUP)
-        values = take_turns(case, {name: timed(run) for name, run in runs.items()}, options, steps=True)
+        measures = {name: timed(run) for name, run in runs.items()}
+        values = take_turns(case, measures, options, STEPS_IN_TURN, uncounted=1)
     return {name: Result("ms", values[name]) for name in values}
 
 
-def measure_gemm(systems: dict[str, System], options: argparse.Namespace) -> dict[str, Result]:
-    """GFLOP/s of a product of square matrices that lie on the device, with a float32 sum."""
+def make_gemm(kind: str, device: str) -> Run:
+    """A product in JAX of square matrices that lie on the device, with float32 sums."""
     import jax
     import jax.numpy as jnp
 
-    size = GEMM_SIZE[options.device]
-    a, b = np.random.default_rng(0).standard_normal((2, size, size), np.float32)
+    dtype = jnp.bfloat16 if kind == "bfloat16" else jnp.float32
+    x, y = (jnp.asarray(matrix, dtype) for matrix in gemm_matrices(device))
+    precision = "highest" if kind == "float32" else "default"
+    product = jax.jit(lambda x, y: jnp.matmul(x, y, precision=precision, preferred_element_type="float32"))
+    return lambda: product(x, y).block_until_ready()
 
-    def jax_run(kind: str) -> Run:
-        x, y = (jnp.asarray(m, jnp.bfloat16 if kind == "bfloat16" else jnp.float32) for m in (a, b))
-        precision = "highest" if kind == "float32" else "default"
-        product = jax.jit(
-            lambda x, y: jnp.matmul(x, y, precision=precision, preferred_element_type="float32")
-        )
-        return lambda: product(x, y).block_until_ready()
 
-    def torch_run(kind: str) -> Run:
-        import torch
+def make_torch_gemm(kind: str, device: str) -> Run:
+    import torch
 
-        device = TORCH_DEVICE[options.device]
-        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-        x, y = (torch.from_numpy(m).to(device, dtype) for m in (a, b))
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    x, y = (torch.from_numpy(matrix).to(TORCH_DEVICE[device], dtype) for matrix in gemm_matrices(device))
 
-        def run() -> None:
-            allow_tf32(kind == "tf32")
-            torch.matmul(x, y)
-            if device == "cuda":
-                torch.cuda.synchronize()
+    def run() -> None:
+        allow_tf32(kind == "tf32")
+        torch.matmul(x, y)
+        if device == "gpu":
+            torch.cuda.synchronize()
 
-        return run
+    return run
 
+
+def gemm_matrices(device: str) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, GEMM_SIZE[device], GEMM_SIZE[device]), np.float32)
+
+
+def gemm_speed(times: list[float], device: str) -> float:
+    """GFLOP/s of milliseconds."""
+    return 2 * GEMM_SIZE[device] ** 3 / 1e6 / statistics.median(times)
+
+
+def measure_gemm(systems: dict[str, System], options: argparse.Namespace) -> dict[str, Result]:
     kinds = KINDS[options.device]
-    runs = {f"jax-{kind}": jax_run(kind) for kind in kinds}
+    runs = {f"jax-{kind}": make_gemm(kind, options.device) for kind in kinds}
     if any(name.startswith(("transformers", "moshi")) for name in systems):
-        runs |= {f"torch-{kind}": torch_run(kind) for kind in kinds}
+        runs |= {f"torch-{kind}": make_torch_gemm(kind, options.device) for kind in kinds}
     warm_up("gemm", runs, WARMUP)
-    values = take_turns("gemm", {name: timed(run) for name, run in runs.items()}, options, steps=True)
-    flops = 2 * size**3
+    measures = {name: timed(run) for name, run in runs.items()}
+    values = take_turns("gemm", measures, options, STEPS_IN_TURN, uncounted=1)
     return {
-        name: Result("GFLOP/s", [flops / 1e6 / value for value in times]) for name, times in values.items()
+        name: Result("GFLOP/s", [gemm_speed([time], options.device) for time in times])
+        for name, times in values.items()
     }
 
 
@@ -516,7 +548,7 @@ def heading(systems: dict[str, System], load: float, options: argparse.Namespace
     )
 
 
-def table_rows(case: str, results: dict[str, Result], ceilings: dict[str, Result]) -> Iterator[str]:
+def table_rows(case: str, results: dict[str, Result]) -> Iterator[str]:
     baseline = results.get(STEP_BASELINE if "step" in case else BASELINE)
     for name, result in results.items():
         cells = [case, name, f"{result.median:,.1f} {result.unit}", str(len(result.values)), *[""] * 4]
@@ -524,8 +556,8 @@ def table_rows(case: str, results: dict[str, Result], ceilings: dict[str, Result
             cells[4] = f"{baseline.median / result.median:.2f}x"
         if result.audio_seconds:
             cells[5] = f"{1000 * result.audio_seconds / result.median:,.1f}"
-        if result.flops and (ceiling := ceilings.get(name.replace("mimi_jax", "jax"))):
-            cells[6] = f"{result.flops / 1e6 / result.median / ceiling.median:.0%}"
+        if result.flops and result.ceiling:
+            cells[6] = f"{result.flops / 1e6 / result.median / result.ceiling:.0%}"
         if result.equal_codes is not None:
             cells[7] = f"{result.equal_codes:.2%}"
         yield f"| {' | '.join(cells)} |"
@@ -628,7 +660,7 @@ def measure_all(folder: Path, options: argparse.Namespace) -> None:
         elif case not in results:
             measure = measure_steps if "step" in case else measure_clips
             results[case] = measure(case, systems, options)
-        for row in table_rows(case, results[case], results.get("gemm", {})):
+        for row in table_rows(case, results[case]):
             print(row, flush=True)
     if options.json:
         write_json(options.json, first_line, load, results)
