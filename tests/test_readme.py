@@ -26,7 +26,7 @@ def beside_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
 def test_python(page: Path):
     code = "\n".join(snippets(page, "python"))
-    assert code.count("mimi_jax.") >= 5
+    assert "mimi_jax" in code
     exec(compile(code, page.name, "exec"), {})
 
 
