@@ -1,4 +1,4 @@
-"""The command line: `mimi-jax encode | decode | roundtrip | info | convert`.
+"""The command line: `mimi-jax encode | decode | roundtrip | info | convert | train | evaluate`.
 
 Results go to stdout. A failure is one line on stderr and exit status 1 (bad input) or 2 (bad usage), and
 leaves no output behind; 128 and more stand for a signal, 130 for Ctrl-C and 141 for a pipe without a reader.
@@ -150,7 +150,31 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("output", metavar="DST", type=Path, help="folder to make")
     layouts = ("flax", "transformers", "kyutai")
     convert.add_argument("--to", choices=layouts, required=True, help="flax is an Orbax folder")
+
+    add_training(command)
     return parser
+
+
+def add_training(command: Callable[..., argparse.ArgumentParser]) -> None:
+    train = command("train", run_train, "train or fine-tune a model (needs mimi_jax[train])")
+    train.add_argument("config", metavar="CONFIG", type=Path, help="a TOML file, such as those in configs/")
+    data_text = "a folder of audio, or a JSONL manifest"
+    train.add_argument("--data", metavar="DATA", type=Path, required=True, help=data_text)
+    text = "a folder for checkpoints, the log and the model"
+    train.add_argument("--out", metavar="DIR", type=Path, required=True, help=text)
+    text = "go on from the newest checkpoint in DIR, to the same numbers as if nothing had happened"
+    train.add_argument("--resume", action="store_true", help=text)
+
+    text = "measure the quality of a model on one's own audio (needs mimi_jax[evaluate])"
+    evaluate = command("evaluate", run_evaluate, text)
+    evaluate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    evaluate.add_argument("data", metavar="DATA", type=Path, help=data_text)
+    text = "numbers of codebooks to compare (default: the fewest, powers of two, half of all, all)"
+    evaluate.add_argument("--num-quantizers", type=int, nargs="+", metavar="N", help=text)
+    text = "only paths that match, such as 'valid/*'"
+    evaluate.add_argument("--include", metavar="PATTERN", default="*", help=text)
+    text = "all numbers; a picture of them goes beside it, with the suffix .png"
+    evaluate.add_argument("-o", "--output", metavar="OUT.json", type=Path, help=text)
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
@@ -292,6 +316,57 @@ def run_convert(arguments: argparse.Namespace) -> None:
     with atomic_path(output) as temporary:
         save(model, temporary, arguments.to)
     print(f"wrote {output}: {source} in the layout {arguments.to}")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    _check_installed("train", "grain", "optax")
+    _check_input(arguments.config)
+    from mimi_jax.train.recipe import Recipe
+    from mimi_jax.train.run import train
+
+    recipe = Recipe.from_toml(arguments.config)
+    folder = train(recipe, arguments.data, arguments.out, resume=arguments.resume)
+    print(f"wrote {folder}: the running mean of the weights after {recipe.steps} steps")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    _check_installed("evaluate", "matplotlib", "pystoi", "visqol")
+    from tqdm import tqdm
+
+    from mimi_jax import evaluation
+    from mimi_jax.atomic import atomic_path
+    from mimi_jax.picture import draw_evaluation
+    from mimi_jax.train.data import find_clips
+
+    output = arguments.output
+    if output is not None:
+        _check_output(output, arguments.data)
+    clips = find_clips(arguments.data, arguments.include)
+    model = _load_model(arguments.model)
+    config = model.config
+    counts = arguments.num_quantizers
+    counts = counts or evaluation.default_counts(config.num_quantizers, config.num_semantic_quantizers)
+    for count in counts:
+        _check_num_quantizers(model, count)
+    bar = tqdm([clip.path for clip in clips], desc="evaluating", unit="clip", disable=None)
+    result = evaluation.evaluate(model, bar, counts)
+    print(evaluation.table(result))
+    shares = [perplexity / result.codebook_size for perplexity in result.perplexities]
+    print(
+        f"\n{result.num_clips} clips, {result.seconds:.0f} s; perplexity of the codebooks"
+        f" {min(shares):.0%} to {max(shares):.0%} of their {result.codebook_size} codes"
+    )
+    if output is not None:
+        with atomic_path(output.with_suffix(".png")) as picture, atomic_path(output) as file:
+            picture.write_bytes(draw_evaluation(result, str(arguments.model)))
+            file.write_text(evaluation.to_json(result))
+        print(f"wrote {output} and {output.with_suffix('.png')}")
+
+
+def _check_installed(extra: str, *packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"this needs {' and '.join(missing)}; install: pip install 'mimi_jax[{extra}]'")
 
 
 @contextlib.contextmanager

@@ -4,10 +4,15 @@ Needs matplotlib (`pip install 'mimi_jax[plot]'`), which is imported only when a
 """
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mimi_jax.codes import CodeFile
+from mimi_jax.mel import mel_filters, to_mel
+
+if TYPE_CHECKING:
+    from mimi_jax.evaluation import Evaluation
 
 MAX_COLUMNS = 1500  # about the pixels across; longer clips are drawn, and computed, more coarsely
 NUM_BANDS = 64
@@ -62,7 +67,7 @@ def _draw_waveform(axis, samples: np.ndarray, sampling_rate: int) -> None:
 def _draw_mel(axis, mel: np.ndarray, sampling_rate: int, duration: float):
     """An image of [columns, bands] in dB below 0, the bands labelled by their frequencies."""
     ticks = [hertz for hertz in TICKS if hertz <= sampling_rate / 2]
-    positions = _to_mel(np.array(ticks)) / _to_mel(sampling_rate / 2) * NUM_BANDS
+    positions = to_mel(np.array(ticks)) / to_mel(sampling_rate / 2) * NUM_BANDS
     axis.set_yticks(positions, [f"{hertz / 1000:g}" for hertz in ticks])
     extent = (0, duration, 0, NUM_BANDS)
     return axis.imshow(
@@ -93,16 +98,36 @@ def log_mel(samples: np.ndarray, sampling_rate: int) -> np.ndarray:
     padded = np.pad(samples, window // 2)
     columns = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
     power = np.abs(np.fft.rfft(columns * np.hanning(window))) ** 2
-    return 10 * np.log10(power @ mel_filters(window, sampling_rate).T + 1e-10)
+    return 10 * np.log10(power @ mel_filters(window, sampling_rate, NUM_BANDS).T + 1e-10)
 
 
-def mel_filters(window: int, sampling_rate: int) -> np.ndarray:
-    """Overlapping triangles, float [NUM_BANDS, window / 2 + 1], equally wide on the mel scale."""
-    bins = _to_mel(np.fft.rfftfreq(window, 1 / sampling_rate))
-    width = _to_mel(sampling_rate / 2) / (NUM_BANDS + 1)
-    centres = width * np.arange(1, NUM_BANDS + 1)
-    return np.maximum(0, 1 - np.abs(bins - centres[:, None]) / width)
+def draw_evaluation(evaluation: "Evaluation", title: str) -> bytes:
+    """Quality over the number of codebooks, and how many codes of each codebook are in use: a PNG file."""
+    from matplotlib.figure import Figure
 
-
-def _to_mel(hertz):
-    return 2595 * np.log10(1 + hertz / 700)
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.suptitle(f"{title}: {evaluation.num_clips} clips, {evaluation.seconds:.0f} s")
+    axes = figure.subplots(2, 3).ravel()
+    counts = [row.num_quantizers for row in evaluation.qualities]
+    measures = {
+        "stoi": "STOI (higher is better)",
+        "visqol": "ViSQOL, 1 to 5 (higher is better)",
+        "mel_distance": "mel distance in dB (lower is better)",
+        "si_sdr": "SI-SDR in dB (higher is better)",
+    }
+    for axis, (name, label) in zip(axes, measures.items(), strict=False):
+        axis.plot(counts, [getattr(row, name) for row in evaluation.qualities], marker="o")
+        axis.set(title=label, xlabel="codebooks", xscale="log")
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    shares = 100 * np.array(evaluation.perplexities) / evaluation.codebook_size
+    axes[4].bar(np.arange(1, len(shares) + 1), shares)
+    axes[4].set(
+        title=f"perplexity in % of {evaluation.codebook_size} codes", xlabel="codebook (semantic first)"
+    )
+    axes[4].set_ylim(0, 100)
+    axes[5].set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

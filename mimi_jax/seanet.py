@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -90,11 +90,12 @@ class Network(Chain):
             return super().step(state, x, lengths)
         if state is None:
             state = self.init_state(x.shape[0], x.dtype)
-        return lax.platform_dependent(state, x, lengths, cpu=self._step_in_pieces, default=super().step)
+        return _step(self, state, x, lengths)
 
-    def _step_in_pieces(
+    def step_in_pieces(
         self, state: tuple, x: jax.Array, lengths: jax.Array | None
     ) -> tuple[tuple, jax.Array]:
+        """`step` as a CPU does it fastest."""
         step_bytes = x.shape[0] * self.hop * self.config.num_filters * x.dtype.itemsize
 
         def size(max_bytes: int, hop: int) -> int:
@@ -112,6 +113,18 @@ class Network(Chain):
             return new_state, x
 
         return step_in_pieces(step_groups, state, x, lengths, size(BUFFER_BYTES, self.groups()[0].hop))
+
+
+@jax.custom_jvp
+def _step(network: Network, state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
+    whole = functools.partial(Chain.step, network)
+    return lax.platform_dependent(state, x, lengths, cpu=network.step_in_pieces, default=whole)
+
+
+@_step.defjvp
+def _step_whole(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    # A way back needs all activations, and pieces would copy all of them for each piece.
+    return jax.jvp(Chain.step, primals, tangents)
 
 
 class Encoder(Network):

@@ -1,0 +1,70 @@
+"""The multi-scale STFT discriminator (EnCodec, arXiv 2210.13438, section 3.4).
+
+Sizes, strides and slopes are those of audiocraft's `MultiScaleSTFTDiscriminator` as its default solver
+configures it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimi_jax.train.losses import stft
+
+WINDOWS = (1024, 2048, 512, 256, 128)  # samples
+SLOPE = 0.3  # of the leaky ReLU
+DILATIONS = (1, 2, 4)
+
+
+class Judgement(NamedTuple):
+    """What each sub-discriminator says of a batch."""
+
+    logits: list[jax.Array]  # [batch, frames, bins], positive for real
+    features: list[list[jax.Array]]  # of every layer but the last, [batch, frames, bins, filters]
+
+
+class ScaleDiscriminator(nnx.Module):
+    """Convolutions over time and frequency of one complex spectrogram."""
+
+    def __init__(self, channels: int, filters: int, window: int, *, rngs: nnx.Rngs):
+        def conv(
+            size_in: int, size_out: int, kernel: tuple[int, int], stride: int = 1, dilation: int = 1
+        ) -> nnx.Conv:
+            time, frequency = (kernel[0] - 1) * dilation // 2, (kernel[1] - 1) // 2
+            return nnx.Conv(
+                size_in,
+                size_out,
+                kernel,
+                strides=(1, stride),
+                kernel_dilation=(dilation, 1),
+                padding=((time, time), (frequency, frequency)),
+                rngs=rngs,
+            )
+
+        self.window = window
+        self.first = conv(2 * channels, filters, (3, 9))
+        wide = functools.partial(conv, filters, filters)
+        self.convs = nnx.List([*(wide((3, 9), 2, dilation) for dilation in DILATIONS), wide((3, 3))])
+        self.last = conv(filters, 1, (3, 3))
+
+    def __call__(self, audio: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        spectrum = jnp.moveaxis(stft(audio, self.window), 1, -1)
+        x = jnp.concatenate([spectrum.real, spectrum.imag], axis=-1)
+        features = []
+        for conv in (self.first, *self.convs):
+            x = jax.nn.leaky_relu(conv(x), SLOPE)
+            features.append(x)
+        return self.last(x)[..., 0], features
+
+
+class Discriminator(nnx.Module):
+    """Sub-discriminators at several resolutions; audio [batch, channels, samples] -> `Judgement`."""
+
+    def __init__(self, channels: int, filters: int, *, rngs: nnx.Rngs):
+        self.scales = nnx.List(ScaleDiscriminator(channels, filters, window, rngs=rngs) for window in WINDOWS)
+
+    def __call__(self, audio: jax.Array) -> Judgement:
+        judgements = [scale(audio) for scale in self.scales]
+        return Judgement([logits for logits, _ in judgements], [features for _, features in judgements])

@@ -1,0 +1,43 @@
+"""A recipe small enough for a test to run hundreds of steps of."""
+
+import dataclasses
+from typing import Any
+
+from mimi_jax import MimiConfig
+from mimi_jax.train.recipe import DataRecipe, LossRecipe, OptimizerRecipe, QuantizerRecipe, Recipe
+
+TINY = MimiConfig(
+    sampling_rate=2400,
+    upsampling_ratios=(4, 3),
+    hidden_size=16,
+    num_filters=4,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    sliding_window=16,
+    upsample_groups=16,
+    codebook_size=16,
+    codebook_dim=8,
+    vector_quantization_hidden_dimension=8,
+    num_quantizers=4,
+)
+
+
+def tiny_recipe(**changes: Any) -> Recipe:
+    """Fields of the recipe's parts are given as `part__field`."""
+    fields: dict[str, Any] = {
+        "model": TINY,
+        "data": DataRecipe(seconds=0.96, batch_size=2, gain=(0.0, 0.0)),
+        "optimizer": OptimizerRecipe(learning_rate=3e-3),
+        "losses": LossRecipe(adversarial=0.0, features=0.0),
+        "quantizer": QuantizerRecipe(kmeans_vectors=400),
+        "steps": 20,
+        "discriminator_filters": 4,
+        "log_every": 1,
+        "checkpoint_every": 5,
+    }
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        fields[part] = dataclasses.replace(fields[part], **{field: value}) if field else value
+    return Recipe(**fields)

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+
+from mimi_jax import MimiConfig
+from mimi_jax.train.recipe import Recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def read(tmp_path: Path, text: str) -> Recipe:
+    file = tmp_path / "recipe.toml"
+    file.write_text(text)
+    return Recipe.from_toml(file)
+
+
+def test_the_defaults_are_the_published_values():
+    assert Recipe.from_toml(CONFIGS / "mimi.toml") == Recipe(checkpoint_every=10_000)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_configs_are_read(path: Path):
+    assert isinstance(Recipe.from_toml(path), Recipe)
+
+
+def test_fields_of_all_types(tmp_path: Path):
+    recipe = read(
+        tmp_path,
+        """
+        steps = 10
+        precision = "default"
+        [model]
+        num_filters = 8
+        [data]
+        seconds = 4
+        gain = [0, 3.5]
+        weights = {a = 1, b = 2.5}
+        [quantizer]
+        same = false
+        """,
+    )
+    assert recipe.model == MimiConfig(num_filters=8)
+    assert recipe.data.seconds == 4.0 and type(recipe.data.seconds) is float
+    assert recipe.data.gain == (0.0, 3.5) and recipe.data.weights == {"a": 1.0, "b": 2.5}
+    assert not recipe.quantizer.same and recipe.steps == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("step = 3", "unknown field step; the fields here are model, data"),
+        ("[losses]\nmels = 1", "unknown field losses.mels"),
+        ("[model]\nfilters = 1", "unknown field 'filters'"),
+        ("steps = 1.5", "steps must be an integer, got 1.5"),
+        ("[data]\ngain = [1]", r"data.gain must be two numbers, got \[1\]"),
+        ("[data]\nweights = {a = 'x'}", "data.weights must be a table of numbers"),
+        ("data = 3", "data must be a table"),
+        ("mode = 'encoder'", "mode must be one of full, decoder, got 'encoder'"),
+        ("mode = 'decoder'", "init must name the model whose decoder to tune, got ''"),
+        ("[data]\nseconds = 1.03", "data.seconds must be whole frames, got 1.03"),
+        ("checkpoint_every = 150", "checkpoint_every must be a multiple of log_every=100"),
+        ("[losses]\nwaveform=0\nmel=0\nadversarial=0\nfeatures=0", "losses must not all be 0"),
+        ("steps = ", "Invalid value"),
+    ],
+)
+def test_errors_name_the_field(tmp_path: Path, text: str, error: str):
+    with pytest.raises(ValueError, match=error) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).startswith(str(tmp_path / "recipe.toml"))

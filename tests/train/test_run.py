@@ -1,0 +1,174 @@
+"""Whole runs: what they leave in their folder, and that a run that was killed goes on to the same numbers."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mimi_jax import Mimi, save_audio
+from mimi_jax.train import run
+from mimi_jax.train.run import NotFiniteError, train
+from tests.train.recipes import TINY, tiny_recipe
+from tests.train.test_step import speechlike
+
+ONE = jax.devices()[:1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speech")
+    for number, clip in enumerate(speechlike(4, 3 * TINY.sampling_rate)):
+        save_audio(folder / f"{number}.flac", clip, TINY.sampling_rate)
+    return folder
+
+
+def trace(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+RECIPE = tiny_recipe(steps=10, losses__adversarial=4.0, losses__features=4.0, losses__adversarial_start=7)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(RECIPE, data, out, devices=ONE)
+    return out
+
+
+def test_what_a_run_leaves(whole: Path):
+    lines = trace(whole)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert "loss/mel" in lines[0] and "loss/discriminator" in lines[-1]
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["10", "5"]
+    model = Mimi.from_pretrained(whole / "model")
+    assert model.config == TINY
+    assert np.isfinite(model(speechlike(1, 500)).audio_values).all()
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The log is written once more, then the process is gone."""
+    write = run._Log.write
+
+    def last_words(self, done: int, means: dict) -> None:
+        write(self, done, means)
+        if done == step:
+            self._file.write('{"step": ')
+            raise Killed
+
+    monkeypatch.setattr(run._Log, "write", last_words)
+
+
+@pytest.mark.parametrize("step", [3, 5, 8])
+def test_a_resumed_run_gives_the_same_numbers(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch, step: int
+):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, step)
+        train(RECIPE, data, tmp_path / "run", devices=ONE)
+    train(RECIPE, data, tmp_path / "run", devices=ONE, resume=True)
+    assert trace(tmp_path / "run") == trace(whole)
+    weights = "model/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_longer_run_goes_on(whole: Path, data: Path, tmp_path: Path):
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "run")
+    train(dataclasses.replace(RECIPE, steps=12), data, tmp_path / "run", devices=ONE, resume=True)
+    assert [line["step"] for line in trace(tmp_path / "run")][-3:] == [10, 11, 12]
+
+
+def test_a_run_is_not_overwritten(whole: Path, data: Path):
+    before = (whole / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already; resume it"):
+        train(RECIPE, data, whole)
+    other = dataclasses.replace(RECIPE, seed=3)
+    with pytest.raises(ValueError, match="holds a run with another recipe: seed was 0 and is 3"):
+        train(other, data, whole, resume=True)
+    assert (whole / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_that_diverges_stops_with_its_last_checkpoint(data: Path, tmp_path: Path):
+    recipe = tiny_recipe(steps=100, optimizer__learning_rate=1e18, checkpoint_every=1)
+    with pytest.raises(
+        NotFiniteError, match=r"step \d+: .*not finite; the last checkpoint is from before that"
+    ):
+        train(recipe, data, tmp_path / "run", devices=ONE)
+    model = Mimi.from_pretrained(tmp_path / "run" / "model")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
+
+
+def test_a_teacher_may_be_a_function(data: Path, tmp_path: Path):
+    seen = []
+
+    def teacher(audio: np.ndarray) -> np.ndarray:
+        seen.append(audio.shape)
+        return np.ones((len(audio), audio.shape[2] // TINY.frame_size * 4, 6), np.float32)
+
+    recipe = tiny_recipe(steps=2, losses__distillation=1.0, teacher_dim=6, log_every=1, checkpoint_every=2)
+    train(recipe, data, tmp_path / "run", devices=ONE, teacher=teacher)
+    assert seen == [(2, 1, recipe.num_samples)] * 2
+    assert trace(tmp_path / "run")[-1]["loss/distillation"] < 2
+
+
+SCRIPT = """
+import sys
+import jax
+from mimi_jax.train.run import train
+from tests.train.test_run import SLOW_RECIPE
+train(SLOW_RECIPE, sys.argv[1], sys.argv[2], resume=True)
+"""
+SLOW_RECIPE = tiny_recipe(
+    steps=60, losses__adversarial=4.0, losses__features=4.0, losses__adversarial_start=30
+)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(data: Path, tmp_path: Path):
+    """SIGKILL at random moments, until one run comes through: its trace is that of a run nobody killed."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+
+    def start(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", SCRIPT, str(data), str(out)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    rng, kills = random.Random(0), 0
+    while kills < 8:
+        process = start(tmp_path / "run")
+        reached = len(complete_lines(tmp_path / "run"))
+        # From the start of the process for some, from its first step for others.
+        wait = rng.choice([rng.uniform(0, 10), None])
+        if wait is None:
+            while process.poll() is None and len(complete_lines(tmp_path / "run")) <= reached:
+                time.sleep(0.05)
+            wait = rng.uniform(0, 1.5)
+        time.sleep(wait)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 3
+    assert start(tmp_path / "run").wait() == 0
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
+def complete_lines(out: Path) -> list[str]:
+    file = out / "log.jsonl"
+    return file.read_text().split("\n")[:-1] if file.exists() else []

@@ -1,0 +1,240 @@
+"""Steps of training on a tiny codec: that it learns, what it may change, what devices share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import mimi_jax
+from mimi_jax import Mimi
+from mimi_jax.train import losses
+from mimi_jax.train.recipe import Recipe
+from mimi_jax.train.step import Trainer, TrainState, start_model, weights_of
+from mimi_jax.train.weight_norm import NormalizedKernel
+from tests.train.recipes import TINY, tiny_recipe
+
+
+def speechlike(batch: int, samples: int, seed: int = 0) -> np.ndarray:
+    """Harmonics that glide, in bursts."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(samples) / TINY.sampling_rate
+    clips = []
+    for _ in range(batch):
+        phase = 2 * np.pi * np.cumsum(120 + 40 * np.sin(2 * np.pi * rng.uniform(1, 3) * time)) / 2400
+        tone = sum(np.sin(k * phase) / k for k in range(1, 6))
+        clips.append(0.2 * tone * (0.6 + 0.4 * np.sin(2 * np.pi * rng.uniform(2, 5) * time)))
+    return np.stack(clips)[:, None].astype(np.float32)
+
+
+def batch_of(recipe: Recipe, size: int | None = None, seed: int = 0) -> dict[str, jax.Array]:
+    size = size or recipe.data.batch_size
+    return {"audio": jnp.asarray(speechlike(size, recipe.num_samples, seed))}
+
+
+def fitted(trainer: Trainer, audio: jax.Array) -> TrainState:
+    state = trainer.init()
+    latents = trainer.encode_latents(state, audio).reshape(-1, TINY.hidden_size)
+    return trainer.fit_codebooks(state, latents, len(latents))
+
+
+def run(recipe: Recipe, steps: int, batch=None) -> tuple[Trainer, TrainState, list[dict[str, float]]]:
+    trainer = Trainer(recipe, start_model(recipe))
+    batch = batch or batch_of(recipe)
+    state, logs = fitted(trainer, batch["audio"]), []
+    for step in range(steps):
+        state, values = trainer.step(state, batch, adversarial=trainer.is_adversarial(step))
+        logs.append({name: float(value) for name, value in values.items()})
+    return trainer, state, logs
+
+
+def distance(model: Mimi, audio: jax.Array) -> float:
+    return float(losses.mel_distance(audio, model(audio).audio_values, TINY.sampling_rate))
+
+
+SLOW = pytest.mark.slow
+WITHOUT = {"waveform": {"losses__mel": 0.0}, "mel": {"losses__waveform": 0.0}, "both": {}}
+
+
+@pytest.mark.parametrize(
+    "part", [pytest.param("waveform", marks=SLOW), "mel", pytest.param("both", marks=SLOW)]
+)
+def test_two_clips_are_learned_by_heart(part: str):
+    options = {"quantizer__dropout": False, "optimizer__max_norm": 1.0, "optimizer__learning_rate": 1e-2}
+    recipe = tiny_recipe(**WITHOUT[part], **options)
+    batch = batch_of(recipe)
+    trainer, state, _ = run(recipe, 400)
+    start = distance(trainer.export(fitted(trainer, batch["audio"])), batch["audio"])
+    end = distance(trainer.export(state), batch["audio"])
+    audio = np.asarray(batch["audio"])
+    spectrum = np.abs(np.fft.rfft(audio))
+    phases = np.exp(2j * np.pi * np.random.default_rng(0).random(spectrum.shape))
+    stationary = np.fft.irfft(spectrum * phases, n=audio.shape[-1])
+    # A loss that does not see when something happens can reach a noise with the spectrum of each clip, and
+    # one that does not see whose audio it is, the other clip.
+    bounds = {"spectrum": stationary.astype(np.float32), "other clip": audio[::-1]}
+    bounds = {
+        name: float(losses.mel_distance(audio, fake, TINY.sampling_rate)) for name, fake in bounds.items()
+    }
+    assert end < bounds["spectrum"] < start / 2
+    if part != "waveform":
+        assert end < bounds["other clip"] < start / 3
+
+
+def test_the_discriminator_learns_too():
+    recipe = tiny_recipe(losses__adversarial=4.0, losses__features=4.0, losses__adversarial_start=3)
+    trainer, state, logs = run(recipe, 80)
+    assert "loss/discriminator" not in logs[2] and "loss/adversarial" not in logs[2]
+    assert logs[3]["loss/discriminator"] == pytest.approx(2, abs=0.5)  # it cannot tell yet
+    assert logs[-1]["loss/discriminator"] < 1.5
+    # The means of the norms are as old as the run, and the features' gradient grows as it learns to tell.
+    shares = {name: np.mean([log[f"share/{name}"] for log in logs[40:]]) for name in trainer.balanced(True)}
+    for name, weight in trainer.balanced(True).items():
+        assert weight / 10.1 / 2 < shares[name] < weight / 10.1 * 2
+    # All of its weights move.
+    before = Trainer(recipe, start_model(recipe)).init().discriminator
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.discriminator)
+    assert all(jax.tree.leaves(moved))
+
+
+@SLOW
+def test_shares_are_as_configured_where_gradients_stay_as_they_are():
+    recipe = tiny_recipe(
+        losses__adversarial=4.0, losses__features=4.0, quantizer__rate=0.0, optimizer__learning_rate=0.0
+    )
+    trainer, _, logs = run(recipe, 3)
+    for name, weight in trainer.balanced(True).items():
+        assert logs[-1][f"share/{name}"] == pytest.approx(weight / 10.1, rel=1e-4)
+
+
+def test_everything_is_trained_and_nothing_shares_memory():
+    recipe = tiny_recipe()
+    trainer, state, _ = run(recipe, 2)
+    before = trainer.init()
+    assert [name for name, weight in before.weights.items() if _equal(weight, state.weights[name])] == []
+    assert before.weights.keys() == weights_of(trainer.model).keys()
+    pairs = {name for name, w in state.weights.items() if isinstance(w, NormalizedKernel)}
+    assert pairs == {
+        name
+        for name in state.weights
+        if name.startswith(("encoder.", "decoder.")) and name.endswith("kernel")
+    }
+
+
+def _equal(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), a, b)))
+
+
+def test_only_transformers_decay():
+    recipe = tiny_recipe()
+    trainer = Trainer(recipe, start_model(recipe))
+    state = trainer.init()
+    still = jax.tree.map(jnp.zeros_like, state.weights)
+    updates, _ = trainer.optimizer.update(still, state.optimizer, state.weights)
+    assert isinstance(updates, dict)
+    for name, update in updates.items():
+        rate = recipe.optimizer.learning_rate * recipe.optimizer.weight_decay
+        rate = rate if name.startswith(("encoder_transformer.", "decoder_transformer.")) else 0
+        expected = jax.tree.map(lambda weight, rate=rate: -rate * weight, state.weights[name])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-12), update, expected)
+
+
+@pytest.mark.parametrize("adversarial", [0.0, pytest.param(4.0, marks=SLOW)])
+def test_devices_share_a_batch(adversarial: float):
+    recipe = tiny_recipe(data__batch_size=8, losses__adversarial=adversarial, losses__features=adversarial)
+    trainer = Trainer(recipe, start_model(recipe))
+    batch = batch_of(recipe)
+    traces = []
+    for count in (1, 8):
+        mesh = Mesh(np.array(jax.devices()[:count]), ("data",))
+        rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        state = jax.device_put(fitted(trainer, batch["audio"]), whole)
+        sharded = jax.device_put(batch, rows)
+        logs = []
+        for step in range(3):
+            state, values = trainer.step(state, sharded, adversarial=trainer.is_adversarial(step))
+            logs.append({name: float(value) for name, value in values.items()})
+        traces.append(logs)
+        assert state.weights["upsample.kernel"].sharding.is_fully_replicated
+    for one, eight in zip(*traces, strict=True):
+        assert one.keys() == eight.keys()
+        for name, value in one.items():
+            assert eight[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+
+
+def test_the_average_is_not_biased_by_its_start():
+    recipe = tiny_recipe()
+    trainer = Trainer(recipe, start_model(recipe))
+    batch = batch_of(recipe)
+    state, seen = fitted(trainer, batch["audio"]), []
+    for _ in range(3):
+        state, _ = trainer.step(state, batch, adversarial=False)
+        seen.append(np.asarray(state.weights["upsample.kernel"]))
+    decay = recipe.optimizer.ema_decay
+    weights = np.array([decay**2, decay, 1])
+    expected = np.tensordot(weights / weights.sum(), seen, axes=1)
+    np.testing.assert_allclose(state.average.weights["upsample.kernel"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_tuning_the_decoder_changes_no_code(tmp_path):
+    trainer, state, _ = run(tiny_recipe(), 5)
+    trainer.export(state).save_pretrained(tmp_path / "model")
+    before = Mimi.from_pretrained(tmp_path / "model")
+    recipe = tiny_recipe(mode="decoder", init=str(tmp_path / "model"))
+    trainer = Trainer(recipe, start_model(recipe))
+    batch = batch_of(recipe)
+    state, first = trainer.init(), None
+    for _ in range(60):
+        state, logs = trainer.step(state, batch, adversarial=False)
+        first = first or {name: float(value) for name, value in logs.items()}
+    assert first is not None
+    assert logs["loss/mel"] < 0.8 * first["loss/mel"]
+    trainer.export(state).save_pretrained(tmp_path / "tuned")
+    after = Mimi.from_pretrained(tmp_path / "tuned")
+    assert mimi_jax.checkpoint.model_id(after) == mimi_jax.checkpoint.model_id(before)
+    for seed in range(5):
+        audio = batch_of(recipe, 4, seed)["audio"]
+        codes = mimi_jax.encode(before, audio).audio_codes
+        np.testing.assert_array_equal(codes, mimi_jax.encode(after, audio).audio_codes)
+        np.testing.assert_array_equal(before.dequantize(codes), after.dequantize(codes))
+    old, new = weights_of(before), weights_of(after)
+    moved = {name.split(".")[0] for name in old if not np.array_equal(old[name], new[name])}
+    assert moved == {"upsample", "decoder_transformer", "decoder"}
+
+
+def test_distillation_teaches_the_semantic_codebook():
+    recipe = tiny_recipe(losses__distillation=1.0, teacher_dim=6)
+    steps = recipe.num_samples // TINY.frame_size * 4
+    rng = np.random.default_rng(0)
+    # The centred average over two strides, of which each frame's loss is the cosine distance.
+    features = np.repeat(rng.standard_normal((2, steps // 4, 6)), 4, axis=1).astype(np.float32)
+    batch = batch_of(recipe) | {"features": jnp.asarray(features)}
+    trainer, state, logs = run(recipe, 150, batch)
+    assert logs[-1]["loss/distillation"] < 0.6 * logs[0]["loss/distillation"]
+    # The projection stays with the trainer: the model is an ordinary one.
+    assert not any(name.startswith("teacher") for name in weights_of(trainer.export(state)))
+
+
+@functools.cache
+def drawn(**changes) -> tuple[list[int], np.ndarray]:
+    recipe = tiny_recipe(**changes)
+    trainer = Trainer(recipe, start_model(recipe))
+    counts, rows = [], []
+    for seed in range(200):
+        count, is_quantized, _ = trainer._draw(jax.random.key(seed), 4)
+        counts.append(int(count))
+        rows.append([np.asarray(is_quantized[name]) for name in ("semantic", "acoustic")])
+    return counts, np.array(rows)
+
+
+def test_quantizer_dropout_spares_the_semantic_codebook():
+    counts, rows = drawn()
+    assert set(counts) == {2, 3, 4}
+    assert set(drawn(quantizer__dropout=False)[0]) == {4}
+    assert 0.45 < rows.mean() < 0.55
+    np.testing.assert_array_equal(rows[:, 0], rows[:, 1])
+    apart = drawn(quantizer__same=False)[1]
+    assert 0.3 < (apart[:, 0] != apart[:, 1]).mean() < 0.7
+    assert drawn(quantizer__rate=1.0)[1].all()
