@@ -56,13 +56,17 @@ def waveform_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(real - fake))
 
 
-def mel_loss(real: jax.Array, fake: jax.Array, sampling_rate: int) -> jax.Array:
-    """The mean over five scales of L1 between mel magnitudes and L2 between their logarithms."""
+def mel_loss(real: jax.Array, fake: jax.Array, sampling_rate: int, floor: float = FLOOR) -> jax.Array:
+    """The mean over five scales of L1 between mel magnitudes and L2 between their logarithms.
+
+    Args:
+        floor: what magnitudes are raised by before their logarithm, which hears nothing far below it.
+    """
     total = jnp.zeros(())
     for window in WINDOWS:
         x, y = (mel_spectrogram(audio, window, sampling_rate) for audio in (real, fake))
         total += jnp.mean(jnp.abs(x - y))
-        total += jnp.mean((jnp.log10(FLOOR + x) - jnp.log10(FLOOR + y)) ** 2)
+        total += jnp.mean((jnp.log10(floor + x) - jnp.log10(floor + y)) ** 2)
     return total / (2 * len(WINDOWS))
 
 

@@ -38,10 +38,11 @@ class OptimizerRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class LossRecipe:
-    """Weights: of the first four in the balancer, where only ratios matter; of the others as they are."""
+    """Weights: of the audio's losses in the balancer, where only ratios matter; of the others as they are."""
 
     waveform: float = 0.1
     mel: float = 2.0
+    mel_floor: float = 1e-5  # what magnitudes are raised by before their logarithm
     adversarial: float = 4.0
     features: float = 4.0
     commitment: float = 1.0
@@ -93,6 +94,7 @@ class Recipe:
             ("data.seconds", frames >= 1 and abs(frames - round(frames)) < 1e-6, "must be whole frames"),
             ("data.batch_size", self.data.batch_size > 0, "must be positive"),
             ("quantizer.rate", 0 <= self.quantizer.rate <= 1, "must lie in [0, 1]"),
+            ("losses.mel_floor", self.losses.mel_floor > 0, "must be positive"),
             ("losses", self.losses.waveform + self.losses.mel > 0 or self.adversarial, "must not all be 0"),
             (
                 "checkpoint_every",

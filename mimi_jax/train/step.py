@@ -281,7 +281,7 @@ class Trainer:
         rate = self.model.config.sampling_rate
         functions = {
             "waveform": lambda fake: losses.waveform_loss(real, fake),
-            "mel": lambda fake: losses.mel_loss(real, fake, rate),
+            "mel": lambda fake: losses.mel_loss(real, fake, rate, self.recipe.losses.mel_floor),
         }
         wanted = self.balanced(adversarial)
         results = {
