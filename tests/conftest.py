@@ -1,6 +1,8 @@
 """Settings and fixtures for every test; pytest reads this before any JAX computation runs."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,6 +18,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep compiled programs between runs, in pytest's own cache (`pytest --cache-clear`)."""
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Forget the programs of each file: every one holds memory maps, of which Linux gives 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -79,9 +79,9 @@ def test_two_clips_are_learned_by_heart(part: str):
     bounds = {
         name: float(losses.mel_distance(audio, fake, TINY.sampling_rate)) for name, fake in bounds.items()
     }
-    assert end < bounds["spectrum"] < start / 2
+    assert end < bounds["spectrum"]
     if part != "waveform":
-        assert end < bounds["other clip"] < start / 3
+        assert end < bounds["other clip"] and end < start / 3
 
 
 @SLOW
