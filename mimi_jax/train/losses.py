@@ -70,6 +70,7 @@ def mel_loss(real: jax.Array, fake: jax.Array, sampling_rate: int, floor: float 
     return total / (2 * len(WINDOWS))
 
 
+@jax.jit(static_argnames="sampling_rate")
 def mel_distance(real: ArrayLike, fake: ArrayLike, sampling_rate: int) -> jax.Array:
     """The part of `mel_loss` that does not depend on loudness, as a distance: mean |difference| in dB."""
     differences = []
