@@ -56,7 +56,8 @@ def test_mel_loss_is_the_sum_over_scales():
 def test_losses_of_equal_audio_are_zero():
     x = jnp.asarray(noise(1, 1, 2400))
     assert losses.mel_loss(x, x, RATE) == 0
-    assert losses.mel_distance(x, x, RATE) < 1e-6  # dB; it is compiled, and its sides may be fused differently
+    # Decibels; it is compiled, and its two sides may be fused differently.
+    assert losses.mel_distance(x, x, RATE) < 1e-6
     assert losses.waveform_loss(x, x) == 0
 
 
