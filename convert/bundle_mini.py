@@ -3,7 +3,7 @@
     python -m convert.bundle_mini runs/mini
 
 Weights are rounded to float16, half the size; they are computed with in float32, here and in `transformers`.
-The run's log goes to docs/mini/.
+The run's log goes to docs/mini/, with a picture of it.
 """
 
 import argparse
@@ -13,10 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+from matplotlib.figure import Figure
 
 from mimi_jax.checkpoint import BUNDLED
 
 DOCS = Path(__file__).parents[1] / "docs" / "mini"
+CURVES = {
+    "loss/mel": "mel loss",
+    "loss/waveform": "waveform loss",
+    "loss/commitment": "commitment loss",
+    "gradient_norm": "norm of the gradient",
+    "perplexity/semantic": "perplexity of the semantic codebook",
+    "perplexity/acoustic": "mean perplexity of the acoustic ones",
+}
 
 
 def main() -> None:
@@ -35,6 +44,25 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     DOCS.mkdir(exist_ok=True)
     shutil.copy(run / "log.jsonl", DOCS)
+    draw_log(DOCS / "log.jsonl", DOCS / "log.png")
+
+
+def draw_log(log: Path, picture: Path) -> None:
+    """Each curve, and its mean over about a fiftieth of the run."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = np.array([line["step"] for line in lines])
+    width = max(1, len(lines) // 50)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(2, 3).ravel(), CURVES.items(), strict=True):
+        values = np.array([line[name] for line in lines])
+        smooth = np.convolve(values, np.full(width, 1 / width), mode="valid")
+        axis.plot(steps, values, linewidth=0.5, alpha=0.4)
+        axis.plot(steps[width - 1 :], smooth, color="tab:blue")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if not name.startswith("perplexity"):
+            axis.set_yscale("log")
+    figure.savefig(picture, dpi=100)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from flax import nnx
 from transformers.audio_utils import mel_filter_bank
 
 import mimi_jax
+from mimi_jax.checkpoint import BUNDLED
 from mimi_jax.mel import mel_filters
 from mimi_jax.train import losses
 from mimi_jax.train.discriminator import DILATIONS, WINDOWS, Discriminator
@@ -132,8 +133,16 @@ def test_a_trained_model_is_the_same_in_transformers(tmp_path: Path):
         state, _ = trainer.step(state, batch, adversarial=False)
     ours = trainer.export(state)
     ours.save_pretrained(tmp_path)
-    theirs = transformers.MimiModel.from_pretrained(tmp_path).eval()
-    audio = noise(2, 1, 19_200, seed=5)
+    assert_same_in_transformers(ours, tmp_path, noise(2, 1, 19_200, seed=5))
+
+
+def test_mini_is_the_same_in_transformers():
+    audio = mimi_jax.load_audio(BUNDLED.parent / "samples" / "speech.flac")[None]
+    assert_same_in_transformers(mimi_jax.Mimi.from_pretrained("mini"), BUNDLED / "mini", audio)
+
+
+def assert_same_in_transformers(ours: mimi_jax.Mimi, folder: Path, audio: np.ndarray) -> None:
+    theirs = transformers.MimiModel.from_pretrained(folder).eval()
     with torch.no_grad():
         codes: Any = theirs.encode(torch.from_numpy(audio)).audio_codes
         decoded_by_them: Any = theirs.decode(codes).audio_values
