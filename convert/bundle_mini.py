@@ -1,14 +1,13 @@
 """Bundle what a training run made as the model `mini`.
 
-    python -m convert.bundle_mini runs/mini
+    python -m convert.bundle_mini runs/mini runs/mini_finish
 
 Weights are rounded to float16, half the size; they are computed with in float32, here and in `transformers`.
-The run's log goes to docs/mini/, with a picture of it.
+The log goes to docs/mini/, with a picture of it: those of several runs in a row, each begun from the one before, as one.
 """
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,15 @@ CURVES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bundle what a training run made as the model `mini`.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="a folder that `mimi-jax train` wrote")
-    run = parser.parse_args().run
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="folders that `mimi-jax train` wrote; the last one ships",
+    )
+    runs = parser.parse_args().runs
+    run = runs[-1]
     tensors = safetensors.numpy.load_file(run / "model" / "model.safetensors")
     rounded = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     for name, tensor in rounded.items():
@@ -43,8 +49,17 @@ def main() -> None:
     fields = json.loads((run / "model" / "config.json").read_text()) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     DOCS.mkdir(exist_ok=True)
-    shutil.copy(run / "log.jsonl", DOCS)
+    join_logs([run / "log.jsonl" for run in runs], DOCS / "log.jsonl")
     draw_log(DOCS / "log.jsonl", DOCS / "log.png")
+
+
+def join_logs(logs: list[Path], joined: Path) -> None:
+    lines, done = [], 0
+    for log in logs:
+        part = [json.loads(line) for line in log.read_text().splitlines()]
+        lines += [line | {"step": done + line["step"]} for line in part]
+        done += part[-1]["step"]
+    joined.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def draw_log(log: Path, picture: Path) -> None:

@@ -348,7 +348,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     counts = counts or evaluation.default_counts(config.num_quantizers, config.num_semantic_quantizers)
     for count in counts:
         _check_num_quantizers(model, count)
-    bar = tqdm([clip.path for clip in clips], desc="evaluating", unit="clip", disable=None)
+    bar = tqdm(clips, desc="evaluating", unit="clip", disable=None)
     result = evaluation.evaluate(model, bar, counts)
     print(evaluation.table(result))
     shares = [perplexity / result.codebook_size for perplexity in result.perplexities]

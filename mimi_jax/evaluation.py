@@ -5,16 +5,16 @@ the perplexity of a codebook says how many of its codes are in use.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import soxr
 
-from mimi_jax.audio import load_audio, pad_batch
+from mimi_jax.audio import pad_batch
 from mimi_jax.metrics import si_sdr
 from mimi_jax.model import Mimi, decode, encode
+from mimi_jax.train.data import Clip, read_crop
 
 VISQOL_RATE = 16_000  # Hz, of its speech mode
 
@@ -45,15 +45,12 @@ def default_counts(num_quantizers: int, num_semantic: int) -> list[int]:
     return sorted(count for count in counts if num_semantic <= count <= num_quantizers)
 
 
-def evaluate(
-    model: Mimi, paths: Iterable[Path], counts: Sequence[int], progress: Callable = iter
-) -> Evaluation:
+def evaluate(model: Mimi, clips: Iterable[Clip], counts: Sequence[int]) -> Evaluation:
     """Encode and decode clips with several numbers of codebooks.
 
     Args:
-        paths: audio files; channels are mixed to the model's.
+        clips: from `mimi_jax.train.data.find_clips`; channels are mixed to the model's.
         counts: numbers of codebooks.
-        progress: such as `tqdm`, around the clips.
 
     Raises:
         ValueError: no clips, or codebooks that the model does not have.
@@ -64,8 +61,10 @@ def evaluate(
     for count in scores:
         model.quantizer.check_count(count)
     num_clips, num_samples, visqol = 0, 0, _make_visqol()
-    for path in progress(paths):
-        audio = load_audio(path, config.sampling_rate, config.audio_channels)
+    for clip in clips:
+        audio = read_crop(
+            clip, 0.0, round(clip.num_samples * config.sampling_rate / clip.sampling_rate), config
+        )
         batch, mask = pad_batch([audio], config.frame_size)
         codes, codes_mask = encode(model, batch, mask)
         for level, level_codes in enumerate(np.asarray(codes[0, :, np.asarray(codes_mask[0])]).T):

@@ -9,6 +9,7 @@ import pytest
 from mimi_jax import Mimi, cli, evaluation, picture, save_audio
 from mimi_jax.evaluation import Evaluation, Quality
 from mimi_jax.metrics import si_sdr
+from mimi_jax.train.data import find_clips
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "mimi_jax" / "samples" / "speech.flac"
@@ -27,7 +28,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(clips: Path) -> Evaluation:
-    return evaluation.evaluate(Mimi.from_pretrained("mini"), sorted(clips.iterdir()), [1, 8])
+    return evaluation.evaluate(Mimi.from_pretrained("mini"), find_clips(clips), [1, 8])
 
 
 def test_numbers_are_means_over_clips(result: Evaluation, clips: Path):
@@ -48,6 +49,13 @@ def test_numbers_are_means_over_clips(result: Evaluation, clips: Path):
     shares = usage / usage.sum(axis=1, keepdims=True)
     entropy = [-np.sum(row[row > 0] * np.log(row[row > 0])) for row in shares]
     np.testing.assert_allclose(result.perplexities, np.exp(entropy), rtol=1e-6)
+
+
+def test_stretches_of_files_are_what_is_heard(clips: Path, tmp_path: Path):
+    entries = [{"path": str(clips / "0.flac"), "start": start, "end": start + 0.75} for start in (0.25, 0.5)]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    result = evaluation.evaluate(Mimi.from_pretrained("mini"), find_clips(tmp_path / "two.jsonl"), [1])
+    assert (result.num_clips, result.seconds) == (2, pytest.approx(1.5))
 
 
 def test_measures_know_good_from_bad():

@@ -162,7 +162,9 @@ def fit(
     """
     size = quantizer.semantic.cluster_usage.shape[1]
     if len(latents) < size:
-        raise ValueError(f"k-means needs at least codebook_size={size} latents, got {len(latents)}; raise it")
+        raise ValueError(
+            f"k-means needs at least codebook_size={size} latents, got {len(latents)}; give more"
+        )
     scale = vectors_per_step / len(latents)
     fitted = {}
     for name in PARTS:

@@ -73,6 +73,9 @@ def _manifest(data: Path) -> list[dict[str, Any]]:
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise ValueError(f"{data}, line {number}: must be a JSON object with a path, got {line[:80]!r}")
+        for name in ("start", "end"):
+            if name in entry and type(entry[name]) not in (int, float):
+                raise ValueError(f"{data}, line {number}: {name} must be seconds, got {entry[name]!r}")
         entries.append(entry)
     return entries
 
@@ -89,8 +92,10 @@ def _clip(folder: Path, entry: dict[str, Any]) -> Clip:
     end = min(round(entry["end"] * info.samplerate), info.frames) if "end" in entry else info.frames
     if not 0 <= start < end:
         raise ValueError(f"{path}: start must lie before end, in the file of {info.duration:.1f} s")
-    source, speaker = str(entry.get("source", "")), str(entry.get("speaker", path))
+    source, speaker = str(entry.get("source", "")), str(entry.get("speaker", ""))
     features = folder / entry["features"] if "features" in entry else None
+    if features is not None and not features.is_file():
+        raise FileNotFoundError(f"there is no file {features}")
     return Clip(path, source, speaker, start, end - start, info.samplerate, features)
 
 
@@ -173,6 +178,22 @@ def read_features(clip: Clip, start: float, seconds: float) -> np.ndarray:
     rate = round(rate / 12.5) * 12.5
     steps = np.arange(round(seconds * rate)) + round(start * rate)
     return np.asarray(features[np.minimum(steps, len(features) - 1)], np.float32)
+
+
+def fit_features(features: np.ndarray, frames: int) -> np.ndarray:
+    """A teacher's features [batch, time, dim] with a whole number of steps for each frame of codes.
+
+    Raises:
+        ValueError: more than two steps are missing or too many: the rate is no multiple of 12.5 Hz.
+    """
+    time = features.shape[1]
+    wanted = max(round(time / frames), 1) * frames
+    if abs(wanted - time) > 2:
+        raise ValueError(
+            f"the teacher gave {time} steps for {frames} frames of codes; their rate must be a multiple of"
+            " 12.5 Hz, of which at most two may be missing at the end"
+        )
+    return features[:, np.minimum(np.arange(wanted), time - 1)]
 
 
 def make_iterator(sampler: Sampler, seed: int, batch_size: int, num_steps: int, threads: int = 4) -> Any:

@@ -115,7 +115,7 @@ def pool_teacher(features: jax.Array, stride: int = 4) -> jax.Array:
     """A teacher's features at the rate of codes: an average over two strides, centred on each frame.
 
     The Moshi paper (section 3.3.2) pools WavLM's 50 Hz with kernel 8 and stride 4, and calls it critical
-    that this looks ahead. The ends are repeated.
+    that this looks ahead. The ends are repeated. Features at the rate of codes stay as they are.
 
     Args:
         features: [batch, time, dim]; time a multiple of `stride`.
@@ -123,6 +123,8 @@ def pool_teacher(features: jax.Array, stride: int = 4) -> jax.Array:
     Returns:
         [batch, time / stride, dim].
     """
+    if stride == 1:
+        return features
     side = stride // 2
     x = jnp.pad(features, ((0, 0), (side, stride - side), (0, 0)), mode="edge")
     strides = x.reshape(x.shape[0], -1, stride, x.shape[2]).mean(axis=2)

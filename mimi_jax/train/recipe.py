@@ -14,6 +14,7 @@ from mimi_jax.config import MimiConfig
 MODES = ("full", "decoder")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("highest", "default")
+PUBLISHED_QUANTIZERS = 8  # in training; the released file has 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,15 @@ class Recipe:
 
     Args:
         mode: "full", or "decoder" for the decoder half alone on frozen codes.
+        model: the architecture; with `init`, leave it out.
         init: a model to start from, as for `Mimi.from_pretrained`; empty for random parameters.
         precision: of matrix products on GPUs and TPUs, as in `jax.default_matmul_precision`.
         teacher_dim: channels of the teacher's features; used where `losses.distillation` is not 0.
     """
 
-    model: MimiConfig = dataclasses.field(default_factory=lambda: MimiConfig(num_quantizers=8))
+    model: MimiConfig = dataclasses.field(
+        default_factory=lambda: MimiConfig(num_quantizers=PUBLISHED_QUANTIZERS)
+    )
     data: DataRecipe = DataRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     losses: LossRecipe = LossRecipe()
@@ -97,8 +101,21 @@ class Recipe:
             ("losses.mel_floor", self.losses.mel_floor > 0, "must be positive"),
             ("losses", self.losses.waveform + self.losses.mel > 0 or self.adversarial, "must not all be 0"),
             (
+                "losses.adversarial_start",
+                self.losses.waveform + self.losses.mel > 0 or self.losses.adversarial_start == 0,
+                "must be 0 without waveform and mel losses, or the first steps have none",
+            ),
+            (
+                "losses.distillation",
+                self.losses.distillation == 0 or self.mode == "full",
+                "must be 0 in mode decoder, where nothing that it could teach learns",
+            ),
+            ("steps", self.steps > 0, "must be positive"),
+            (
                 "checkpoint_every",
-                self.log_every > 0 and self.checkpoint_every % self.log_every == 0,
+                self.log_every > 0
+                and self.checkpoint_every > 0
+                and self.checkpoint_every % self.log_every == 0,
                 f"must be a multiple of log_every={self.log_every}, so that no log line is cut in two",
             ),
         ]
@@ -141,7 +158,7 @@ def _get(recipe: Any, name: str) -> Any:
 def _build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
     """A dataclass from the table of a TOML file."""
     if cls is MimiConfig:
-        return MimiConfig.from_dict(fields)
+        return MimiConfig.from_dict({"num_quantizers": PUBLISHED_QUANTIZERS} | fields)
     types = get_type_hints(cls)
     values = {}
     for name, value in fields.items():

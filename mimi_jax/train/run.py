@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from mimi_jax.atomic import atomic_path
-from mimi_jax.train.data import Sampler, find_clips, make_iterator
+from mimi_jax.streaming import ceil_div
+from mimi_jax.train.data import Sampler, find_clips, fit_features, make_iterator
 from mimi_jax.train.recipe import Recipe
 from mimi_jax.train.step import Trainer, TrainState, start_model
 
@@ -86,14 +87,20 @@ def train(
 def _check_out(out: Path, recipe: Recipe, resume: bool) -> None:
     file = out / "recipe.json"
     if not file.exists():
+        # A run that was killed while it wrote its recipe leaves a temporary file.
+        if out.is_dir() and any(not path.name.startswith(".tmp-") for path in out.iterdir()):
+            raise ValueError(f"{out} holds files but no run; name another folder")
         return
     if not resume:
         raise ValueError(f"{out} holds a run already; resume it (--resume) or name another folder")
-    old, new = json.loads(file.read_text()), json.loads(json.dumps(recipe.to_dict()))
+    old, new = (
+        dict(_flat(fields))
+        for fields in (json.loads(file.read_text()), json.loads(json.dumps(recipe.to_dict())))
+    )
     changes = [
-        f"{name} was {a!r} and is {b!r}"
-        for (name, a), (_, b) in zip(_flat(old), _flat(new), strict=True)
-        if a != b and name not in MAY_CHANGE
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in old | new
+        if old.get(name) != new.get(name) and name not in MAY_CHANGE
     ]
     if changes:
         raise ValueError(f"{out} holds a run with another recipe: {'; '.join(changes)}")
@@ -144,6 +151,10 @@ def _start(trainer: Trainer, checkpoints: Any, batches: Any, put: Callable, samp
 
     state = put(trainer.init())
     step = checkpoints.latest_step()
+    if step is not None and step > trainer.recipe.steps:
+        raise ValueError(
+            f"the run is at step {step} already, beyond steps={trainer.recipe.steps}; raise steps"
+        )
     if step is not None:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
@@ -166,16 +177,15 @@ def _vectors(trainer: Trainer) -> int:
 def _first_latents(trainer: Trainer, state: TrainState, sampler: Sampler) -> jax.Array:
     """Latents of the untrained encoder, of crops that no step will see."""
     recipe = trainer.recipe
-    count = -(-recipe.quantizer.kmeans_vectors // _vectors(trainer))
+    wanted = max(recipe.quantizer.kmeans_vectors, trainer.model.config.codebook_size)
+    count = ceil_div(wanted, _vectors(trainer))
     batches = make_iterator(sampler, recipe.seed + 1, recipe.data.batch_size, count)
     size = trainer.model.config.hidden_size
     latents = [
         np.asarray(trainer.encode_latents(state, batch["audio"])).reshape(-1, size)
         for batch in tqdm(batches, total=count, desc="fitting codebooks", disable=None, leave=False)
     ]
-    return jnp.concatenate(latents)[
-        : max(recipe.quantizer.kmeans_vectors, trainer.model.config.codebook_size)
-    ]
+    return jnp.concatenate(latents)[:wanted]
 
 
 def _loop(
@@ -194,7 +204,8 @@ def _loop(
         for step in range(first, recipe.steps):
             batch = next(batches)
             if teacher is not None:
-                batch["features"] = np.asarray(teacher(batch["audio"]))
+                frames = recipe.num_samples // trainer.model.config.frame_size
+                batch["features"] = fit_features(np.asarray(teacher(batch["audio"])), frames)
             batch = put(batch, by_rows=True)
             state, logs = trainer.step(state, batch, adversarial=trainer.is_adversarial(step))
             since_log.append(logs)
@@ -207,6 +218,8 @@ def _loop(
             if done % recipe.checkpoint_every == 0 or is_last:
                 _save(checkpoints, state, batches)
                 trainer.export(state).save_pretrained(folder)
+    if first == recipe.steps:  # it may have been killed between its last checkpoint and its model
+        trainer.export(state).save_pretrained(folder)
 
 
 def _means(logs: list[dict[str, jax.Array]], done: int) -> dict[str, float]:
@@ -215,7 +228,7 @@ def _means(logs: list[dict[str, jax.Array]], done: int) -> dict[str, float]:
     for step, by_name in enumerate(values, done - len(values) + 1):
         if broken := [name for name, value in by_name.items() if not np.isfinite(value)]:
             raise NotFiniteError(
-                f"step {step}: {', '.join(broken)} not finite; the last checkpoint is from before that."
+                f"step {step}: {', '.join(broken)} not finite; every checkpoint is from before that."
                 " Lower optimizer.learning_rate, or set optimizer.max_norm, in a new run"
             )
     return {name: float(np.mean([by_name[name] for by_name in values])) for name in values[-1]}
@@ -237,7 +250,7 @@ class _Log:
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self._step)
+            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self._step + 1)
         return self
 
     def write(self, step: int, means: dict[str, float]) -> None:

@@ -342,7 +342,10 @@ def start_model(recipe: Recipe) -> Mimi:
     of He's, which `transformers` and `Mimi` draw, grow with depth until a run begins by shrinking them.
     """
     if recipe.init:
-        return Mimi.from_pretrained(recipe.init, precision=recipe.precision)
+        model = Mimi.from_pretrained(recipe.init, precision=recipe.precision)
+        if recipe.model not in (Recipe().model, model.config):
+            raise ValueError(f"the recipe's model is not that of init={recipe.init!r}; leave out [model]")
+        return model
     model = Mimi(recipe.model, rngs=nnx.Rngs(recipe.seed), precision=recipe.precision)
     kernels = {name: weight for name, weight in weights_of(model).items() if is_normalized(name)}
     return with_weights(model, {name: kernel / math.sqrt(6) for name, kernel in kernels.items()})

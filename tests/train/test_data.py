@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mimi_jax import MimiConfig, load_audio, save_audio
-from mimi_jax.train.data import Sampler, find_clips, make_iterator, read_crop
+from mimi_jax.train.data import Sampler, find_clips, fit_features, make_iterator, read_crop
 from mimi_jax.train.recipe import DataRecipe
 
 CONFIG = MimiConfig()
@@ -58,6 +58,8 @@ def test_manifest(data: Path):
         ({"path": "notes.txt"}, "is not a WAV, FLAC, OGG or MP3 file"),
         ({"file": "high/0.flac"}, "manifest.jsonl, line 1: must be a JSON object with a path"),
         ({"path": "high/0.flac", "start": 2.0}, "start must lie before end, in the file of 1.5 s"),
+        ({"path": "high/0.flac", "end": None}, "line 1: end must be seconds, got None"),
+        ({"path": "high/0.flac", "features": "no.npy"}, "there is no file .*no.npy"),
     ],
 )
 def test_bad_manifests(data: Path, entry: dict, error: str):
@@ -153,6 +155,15 @@ def test_features_come_with_their_crop(data: Path):
         np.testing.assert_array_equal(example["audio"], whole[:, first * 480 : first * 480 + 9600])
         starts.add(first)
     assert len(starts) > 5
+
+
+def test_features_get_whole_frames():
+    steps = np.arange(599, dtype=np.float32)[None, :, None]
+    fitted = fit_features(steps, 150)
+    np.testing.assert_array_equal(fitted[0, :, 0], [*range(599), 598])
+    assert fit_features(steps[:, :301], 150).shape == (1, 300, 1)
+    with pytest.raises(ValueError, match=r"gave 580 steps for 150 frames of codes; their rate must be"):
+        fit_features(steps[:, :580], 150)
 
 
 def test_features_are_of_every_clip_or_none(data: Path):

@@ -39,7 +39,7 @@ def test_fields_of_all_types(tmp_path: Path):
         same = false
         """,
     )
-    assert recipe.model == MimiConfig(num_filters=8)
+    assert recipe.model == MimiConfig(num_filters=8, num_quantizers=8)
     assert recipe.data.seconds == 4.0 and type(recipe.data.seconds) is float
     assert recipe.data.gain == (0.0, 3.5) and recipe.data.weights == {"a": 1.0, "b": 2.5}
     assert not recipe.quantizer.same and recipe.steps == 10
@@ -60,6 +60,13 @@ def test_fields_of_all_types(tmp_path: Path):
         ("[data]\nseconds = 1.03", "data.seconds must be whole frames, got 1.03"),
         ("checkpoint_every = 150", "checkpoint_every must be a multiple of log_every=100"),
         ("[losses]\nwaveform=0\nmel=0\nadversarial=0\nfeatures=0", "losses must not all be 0"),
+        ("checkpoint_every = 0", "checkpoint_every must be a multiple of log_every=100"),
+        ("steps = 0", "steps must be positive, got 0"),
+        ("[losses]\nwaveform=0\nmel=0\nadversarial_start=5", "losses.adversarial_start must be 0 without"),
+        (
+            "mode='decoder'\ninit='mini'\n[losses]\ndistillation=1",
+            "losses.distillation must be 0 in mode dec",
+        ),
         ("steps = ", "Invalid value"),
     ],
 )

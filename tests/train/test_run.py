@@ -105,11 +105,41 @@ def test_a_run_is_not_overwritten(whole: Path, data: Path):
     assert (whole / "log.jsonl").read_bytes() == before
 
 
+def test_files_that_are_no_run_are_left_alone(data: Path, tmp_path: Path):
+    (tmp_path / "log.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="holds files but no run; name another folder"):
+        train(RECIPE, data, tmp_path, resume=True)
+    assert (tmp_path / "log.jsonl").read_text() == "mine"
+
+
+def test_a_run_that_is_done_gives_its_model_again(whole: Path, data: Path, tmp_path: Path):
+    """It may have been killed after its last checkpoint, before its model was written."""
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    train(RECIPE, data, tmp_path / "run", devices=ONE, resume=True)
+    weights = "model/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
+    with pytest.raises(ValueError, match="the run is at step 10 already, beyond steps=8; raise steps"):
+        train(dataclasses.replace(RECIPE, steps=8), data, tmp_path / "run", devices=ONE, resume=True)
+
+
+@SLOW
+def test_a_model_is_tuned_on(whole: Path, data: Path, tmp_path: Path):
+    recipe = dataclasses.replace(RECIPE, init=str(whole / "model"), steps=2, checkpoint_every=2)
+    train(recipe, data, tmp_path / "run", devices=ONE)
+    first = trace(tmp_path / "run")[0]["loss/mel"]
+    assert first < trace(whole)[0]["loss/mel"] * 0.9
+    with pytest.raises(ValueError, match="the recipe's model is not that of init="):
+        train(
+            dataclasses.replace(recipe, model=dataclasses.replace(TINY, num_filters=8)), data, tmp_path / "x"
+        )
+
+
 def test_a_run_that_diverges_stops_with_its_last_checkpoint(data: Path, tmp_path: Path):
     recipe = tiny_recipe(steps=100, optimizer__learning_rate=1e18, checkpoint_every=1)
-    with pytest.raises(
-        NotFiniteError, match=r"step \d+: .*not finite; the last checkpoint is from before that"
-    ):
+    with pytest.raises(NotFiniteError, match=r"step \d+: .*not finite; every checkpoint is from before that"):
         train(recipe, data, tmp_path / "run", devices=ONE)
     model = Mimi.from_pretrained(tmp_path / "run" / "model")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
@@ -121,7 +151,8 @@ def test_a_teacher_may_be_a_function(data: Path, tmp_path: Path):
 
     def teacher(audio: np.ndarray) -> np.ndarray:
         seen.append(audio.shape)
-        return np.ones((len(audio), audio.shape[2] // TINY.frame_size * 4, 6), np.float32)
+        # Teachers drop a step at the end.
+        return np.ones((len(audio), audio.shape[2] // TINY.frame_size * 4 - 1, 6), np.float32)
 
     recipe = tiny_recipe(steps=2, losses__distillation=1.0, teacher_dim=6, log_every=1, checkpoint_every=2)
     train(recipe, data, tmp_path / "run", devices=ONE, teacher=teacher)
