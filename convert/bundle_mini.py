@@ -3,7 +3,7 @@
     python -m convert.bundle_mini runs/mini runs/mini_finish
 
 Weights are rounded to float16, half the size; they are computed with in float32, here and in `transformers`.
-The log goes to docs/mini/, with a picture of it: those of several runs in a row, each begun from the one before, as one.
+The log goes to docs/mini/, with a picture of it; several runs, each begun from the one before, make one log.
 """
 
 import argparse
