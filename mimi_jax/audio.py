@@ -28,6 +28,7 @@ FORMATS = {
 }
 MIN_SAMPLING_RATE = 1000  # Hz; less is a broken header, and would resample to a gigantic clip
 BLOCK = 65_536  # samples a read or write; libsndfile crashes on minutes of Vorbis in one write
+ROUNDING = 0.1  # seconds that the end of a stretch may lie beyond the end of its file
 MAX_TRAILING = 4096  # bytes of tags that may follow the last audio of a file
 MAX_OGG_PAGE = 65_307  # bytes
 MAX_WAV_BYTES = 2**32 - 4096  # of samples; the header counts in 32 bits
@@ -80,6 +81,8 @@ class AudioReader:
 
     Args:
         file, name, sampling_rate, channels: as in `decode_audio`.
+        start, end: seconds; only this stretch is read, and what lies behind it not looked at. None for the
+            end of the file.
 
     Attributes:
         num_samples: how many samples the file announces, after resampling; None where it does not.
@@ -88,7 +91,15 @@ class AudioReader:
         ValueError: at once where the file's beginning tells, else during the loop.
     """
 
-    def __init__(self, file: BinaryIO, name: str, sampling_rate: int = 24_000, channels: int = 1):
+    def __init__(
+        self,
+        file: BinaryIO,
+        name: str,
+        sampling_rate: int = 24_000,
+        channels: int = 1,
+        start: float = 0.0,
+        end: float | None = None,
+    ):
         if sampling_rate < 1:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
         self._file, self._name = file, name
@@ -101,14 +112,28 @@ class AudioReader:
         self._rate, self._sampling_rate, self._channels = self._sound.samplerate, sampling_rate, channels
         if self._rate < MIN_SAMPLING_RATE:
             raise ValueError(f"{name} has a rate of {self._rate} Hz; it must be at least {MIN_SAMPLING_RATE}")
+        self._start, self._end = self._stretch(start, end)
         self.num_samples = None
-        if self._sound.frames != UNKNOWN_LENGTH:
-            self.num_samples = self._resampled_length(self._sound.frames)
+        if (last := self._end or self._sound.frames) != UNKNOWN_LENGTH:
+            self.num_samples = self._resampled_length(last - self._start)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         with self._sound:
             for piece in self._mixed() if self._rate == self._sampling_rate else self._resampled():
                 yield np.ascontiguousarray(piece.T)
+
+    def _stretch(self, start: float, end: float | None) -> tuple[int, int | None]:
+        """The first sample at the file's own rate, and the one behind the last; None for all there are."""
+        frames = self._sound.frames
+        first, last = round(start * self._rate), None if end is None else round(end * self._rate)
+        if not 0 <= first < (frames if last is None else last) or first >= max(frames, 1):
+            length = f"{frames / self._rate:g} s"
+            raise ValueError(f"{self._name} has no audio from {start:g} to {end} s: it is {length} long")
+        if last is not None and last > frames:
+            if last - frames > ROUNDING * self._rate:
+                raise ValueError(f"{self._name} is {frames / self._rate:g} s long, and ends before {end:g} s")
+            last = frames
+        return first, last
 
     def _resampled_length(self, num_samples: int) -> int:
         return -(-num_samples * self._sampling_rate // self._rate)
@@ -140,7 +165,8 @@ class AudioReader:
 
     def _decoded(self) -> Iterator[np.ndarray]:
         """float32 [samples, any] pieces up to the announced length or, if that comes first, the end."""
-        announced = left = self._sound.frames
+        announced = self._sound.frames
+        left = (self._end or announced) - self._skip()
         while True:
             with self._reading():
                 piece = self._sound.read(min(BLOCK, left), dtype="float32", always_2d=True)
@@ -148,7 +174,20 @@ class AudioReader:
                 break
             left -= len(piece)
             yield piece
-        self._check_end(left > 0 and announced != UNKNOWN_LENGTH)
+        is_short = left > 0 and announced != UNKNOWN_LENGTH
+        if self._end is None or is_short:
+            self._check_end(is_short)
+
+    def _skip(self) -> int:
+        """Go to the first sample. Only where every sample has its place in the file can it be looked up."""
+        with self._reading():
+            if self._start and self._sound.format in ("FLAC", "WAV"):
+                self._sound.seek(self._start)
+            else:
+                left = self._start
+                while left and (count := len(self._sound.read(min(BLOCK, left)))):
+                    left -= count
+        return self._start
 
     def _check_end(self, is_short: bool) -> None:
         """Refuse a file that ends before its header says, or goes on after that."""

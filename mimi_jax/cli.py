@@ -1,4 +1,4 @@
-"""The command line: `mimi-jax encode | decode | roundtrip | info | convert | train | evaluate`.
+"""The command line: `mimi-jax encode | decode | roundtrip | info | convert | tokenize | train | evaluate`.
 
 Results go to stdout. A failure is one line on stderr and exit status 1 (bad input) or 2 (bad usage), and
 leaves no output behind; 128 and more stand for a signal, 130 for Ctrl-C and 141 for a pipe without a reader.
@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,8 +151,50 @@ def make_parser() -> argparse.ArgumentParser:
     layouts = ("flax", "transformers", "kyutai")
     convert.add_argument("--to", choices=layouts, required=True, help="flax is an Orbax folder")
 
+    add_tokenize(command)
     add_training(command)
     return parser
+
+
+def add_tokenize(command: Callable[..., argparse.ArgumentParser]) -> None:
+    text = "turn a corpus into Parquet files of codes; run it again to go on (needs mimi_jax[tokenize])"
+    tokenize = command("tokenize", run_tokenize, text)
+    text = "folders, patterns, audio files, .tar shards, .parquet files with a column audio, .jsonl manifests"
+    tokenize.add_argument("sources", metavar="SRC", nargs="+", help=text)
+    tokenize.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, required=True, help="folder to make or go on in"
+    )
+    add = tokenize.add_argument
+    add("--model", default="mini", help=f"{MODEL_HELP} (default: %(default)s)")
+    add("--num-quantizers", type=int, metavar="N", help="keep the first N codebooks (default: all)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="default: %(default)s, which is exact",
+    )
+    add(
+        "--clips-per-shard", type=int, metavar="N", default=1000, help="of plain files (default: %(default)s)"
+    )
+    text = "longer clips count as errors (default: a day)"
+    add("--max-seconds", type=float, metavar="S", default=86_400.0, help=text)
+    add("--batch-size", type=int, metavar="N", help="clips at once (default: 8 on a CPU, else 64 a device)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that decode (default: one less than there are CPUs)",
+    )
+    add("--strict", action="store_true", help="stop at the first clip that cannot be coded")
+    text = "of several processes that share the work (default: SLURM's or JAX's, else 0 of 1)"
+    add("--process-index", type=int, metavar="I", help=f"this one, from 0, {text}")
+    add("--process-count", type=int, metavar="N", help="how many there are")
+    text = "local: all devices of this process; ray: a Ray cluster (needs mimi_jax[ray])"
+    add("--engine", choices=("local", "ray"), default="local", help=text)
+    add("--ray-address", metavar="ADDRESS", help="of a cluster, such as auto (default: one on this machine)")
+    add("--ray-actors", type=int, metavar="N", help="models at once (default: as many as there is room for)")
+    text = "what each takes, such as num_cpus=8 num_gpus=1 or TPU=4 (default: num_cpus=1)"
+    add("--ray-resources", metavar="NAME=N", nargs="+", default=[], help=text)
 
 
 def add_training(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -316,6 +358,73 @@ def run_convert(arguments: argparse.Namespace) -> None:
     with atomic_path(output) as temporary:
         save(model, temporary, arguments.to)
     print(f"wrote {output}: {source} in the layout {arguments.to}")
+
+
+def run_tokenize(arguments: argparse.Namespace) -> None:
+    _check_installed("tokenize", "pyarrow")
+    names = ("num_quantizers", "dtype", "clips_per_shard", "max_seconds", "batch_size", "workers", "strict")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    if arguments.engine == "ray":
+        _check_installed("ray", "ray")
+        if arguments.process_index is not None or arguments.process_count is not None:
+            raise UsageError(
+                "--process-index and --process-count are of --engine local; Ray shares out the work itself"
+            )
+        from mimi_jax.tokenization import tokenize_on_ray as tokenize
+
+        options |= {"address": arguments.ray_address, "actors": arguments.ray_actors}
+        options |= _ray_resources(arguments.ray_resources)
+    else:
+        if arguments.ray_address or arguments.ray_actors or arguments.ray_resources:
+            raise UsageError("--ray-address, --ray-actors and --ray-resources are of --engine ray")
+        from mimi_jax.tokenization import tokenize
+
+        options |= _process(arguments.process_index, arguments.process_count)
+    summary = tokenize(arguments.sources, arguments.output, arguments.model, **options)
+    now, total = summary.now, summary.total
+    hours = now.samples / summary.sampling_rate / 3600
+    rows = {
+        "this run": f"{now.clips:,} clips, {hours:.2f} h, {now.errors:,} errors",
+        "speed": f"{hours * 3600 / summary.seconds:.0f}x realtime, {summary.seconds:.1f} s",
+        "programs compiled": "by the actors" if summary.compilations is None else str(summary.compilations),
+        "all runs": f"{total.clips:,} clips, {total.errors:,} errors, {total.frames:,} frames",
+        "shards": f"{summary.num_done:,} of {summary.num_shards:,} are done",
+    }
+    _print_table(rows)
+    print(f"wrote {arguments.output}")
+    if total.errors:
+        raise ValueError(f"{total.errors} clips could not be coded; {arguments.output / 'errors'} says why")
+
+
+def _process(index: int | None, count: int | None) -> dict[str, int]:
+    """Which of how many processes this is: as it was told, or as SLURM or JAX's variables say."""
+    if (index is None) != (count is None):
+        raise UsageError("--process-index and --process-count go together")
+    if index is not None and count is not None:
+        return {"process_index": index, "process_count": count}
+    for index_name, count_name in (
+        ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ):
+        if index_name in os.environ and count_name in os.environ:
+            return {
+                "process_index": int(os.environ[index_name]),
+                "process_count": int(os.environ[count_name]),
+            }
+    return {}
+
+
+def _ray_resources(words: list[str]) -> dict[str, Any]:
+    """num_cpus=8 TPU=4 -> {"num_cpus": 8.0, "resources": {"TPU": 4.0}}."""
+    amounts: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            amounts[name] = float(number)
+        except ValueError:
+            raise UsageError(f"--ray-resources takes NAME=NUMBER, got {word}") from None
+    own = {name: amounts.pop(name) for name in ("num_cpus", "num_gpus") if name in amounts}
+    return {**own, "resources": amounts or None}
 
 
 def run_train(arguments: argparse.Namespace) -> None:

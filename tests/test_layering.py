@@ -13,12 +13,24 @@ FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes"]
 STREAMS = ["rows", "state_files", "sessions", "blocks", "pipes", "export"]
 # The kernels stand before the layers that call them, and are read by those who wonder how these are fast.
 MODEL = [*CORE[:2], "kernels", *CORE[2:]]
-LAYERS = [*MODEL, *FILES, *STREAMS, "mel", "metrics", "train", "evaluation", "picture", "__init__", "cli"]
+LAYERS = [
+    *MODEL,
+    *FILES,
+    *STREAMS,
+    "tokenization",
+    "mel",
+    "metrics",
+    "train",
+    "evaluation",
+    "picture",
+    "__init__",
+    "cli",
+]
 # One step back, inside functions only: `Mimi.from_pretrained` and `Mimi.save_pretrained`.
 BACKWARD = {("model", "checkpoint")}
 # Never imported by the package, or only inside functions because they are slow to import.
 FORBIDDEN = {"moshi", "torch", "transformers"}
-LAZY = {"grain", "matplotlib", "optax", "orbax", "pystoi", "ray", "tensorboardX", "visqol"}
+LAZY = {"grain", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "ray", "tensorboardX", "visqol"}
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_FUNCTION_LINES = 50
 MAX_CORE_LINES = 1335  # docstrings count, blank lines do not

@@ -1,0 +1,247 @@
+"""Where codes go: a folder of Parquet files, each of which appears whole or not at all.
+
+    manifest.json                what the codes are: the model's identity and configuration, settings, totals
+    codes/00003-of-00120.parquet the clips of a shard, in the order of the input
+    errors/00003-of-00120.parquet its clips that could not be coded, with the reason, where there are any
+    work/                        locks, and files that are not whole yet
+
+A shard whose codes are there is done. Errors are written before codes, so that a kill between the two repeats
+the shard and loses nothing. pyarrow is imported by the functions that need it.
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mimi_jax.atomic import atomic_path
+
+FORMAT = "mimi_jax.tokens"
+VERSION = 1
+ROW_GROUP = 64  # clips: what a random access reads and decompresses
+
+
+class Totals(NamedTuple):
+    """Of a shard, or of all."""
+
+    clips: int = 0
+    errors: int = 0
+    samples: int = 0
+    frames: int = 0
+
+    def __add__(self, other: "Totals") -> "Totals":  # type: ignore[override]
+        return Totals(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Row(NamedTuple):
+    id: str
+    source: str
+    num_samples: int
+    codes: np.ndarray  # uint16 [num_quantizers, num_frames]
+
+
+class Failure(NamedTuple):
+    id: str
+    source: str
+    reason: str
+
+
+@functools.cache
+def code_schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source", pa.string()),
+            ("num_samples", pa.int64()),
+            ("num_frames", pa.int32()),
+            ("num_quantizers", pa.int32()),
+            ("codes", pa.list_(pa.uint16())),
+        ]
+    )
+
+
+class Output:
+    """The folder of a job, which may have been begun before, and may be written by others at the same time.
+
+    Args:
+        folder: made where there is none; its parent must exist.
+        settings: what decides the codes and where they stand, as JSON has it. `num_shards` is among them.
+        config: the model's, for the manifest.
+
+    Raises:
+        ValueError: the folder holds the codes of another job, or files that are none.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], config: dict[str, Any]):
+        self.folder, self.settings, self.config = folder, settings, config
+        self.num_shards: int = settings["num_shards"]
+        self.manifest = folder / "manifest.json"
+        self._work = folder / "work"
+        if self.manifest.exists():
+            check_same(folder, json.loads(self.manifest.read_text())["settings"], settings)
+        elif folder.is_dir() and any(path.name != "work" for path in folder.iterdir()):
+            raise ValueError(f"{folder} holds files, but not those of a tokenization; name another folder")
+        for path in (folder, *(folder / name for name in ("codes", "errors", "work"))):
+            path.mkdir(exist_ok=True)
+        with self._locked("manifest"):
+            if self.manifest.exists():  # of another process, begun at the same moment
+                check_same(folder, json.loads(self.manifest.read_text())["settings"], settings)
+            else:
+                self._write_manifest(Totals(), is_complete=False)
+
+    def name(self, shard: int) -> str:
+        return f"{shard:05}-of-{self.num_shards:05}.parquet"
+
+    def is_done(self, shard: int) -> bool:
+        return (self.folder / "codes" / self.name(shard)).exists()
+
+    @contextlib.contextmanager
+    def claim(self, shard: int, wait: bool = False) -> Iterator[bool]:
+        """Whether the shard is this process' to do: nobody else is at it, and it is not done.
+
+        The claim ends with the block, or with the process, however it ends.
+
+        Args:
+            wait: for whoever is at it to finish, or to die.
+        """
+        with open(self._work / f"{shard:05}.lock", "wb") as file:
+            is_mine = _lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if is_mine:
+                for rest in self._work.glob(f"{shard:05}.*.parquet"):  # of a process that was killed
+                    rest.unlink(missing_ok=True)
+            yield is_mine and not self.is_done(shard)
+
+    def write(self, shard: int, rows: Sequence[Row], failures: Sequence[Failure]) -> Totals:
+        """Write a shard, which is done then."""
+        import pyarrow as pa
+
+        frames = sum(row.codes.shape[1] for row in rows)
+        totals = Totals(len(rows), len(failures), sum(row.num_samples for row in rows), frames)
+        errors = self.folder / "errors" / self.name(shard)
+        if failures:
+            columns = dict(zip(Failure._fields, map(list, zip(*failures, strict=True)), strict=True))
+            self._write_tables([pa.table(columns)], errors, shard)
+        else:
+            errors.unlink(missing_ok=True)
+        metadata = {"format": FORMAT, "settings": json.dumps(self.settings), "totals": json.dumps(totals)}
+        groups = [rows[first : first + ROW_GROUP] for first in range(0, max(len(rows), 1), ROW_GROUP)]
+        tables = (_table(group).replace_schema_metadata(metadata) for group in groups)
+        self._write_tables(tables, self.folder / "codes" / self.name(shard), shard)
+        return totals
+
+    def _write_tables(self, tables: Iterable[Any], path: Path, shard: int) -> None:
+        """Each a row group of one file. Not beside `path`, where readers would take a part of it for all."""
+        import pyarrow.parquet as pq
+
+        temporary = self._work / f"{shard:05}.{secrets.token_hex(4)}.parquet"
+        try:
+            with contextlib.ExitStack() as stack:
+                writer = None
+                for table in tables:
+                    if writer is None:
+                        writer = stack.enter_context(
+                            pq.ParquetWriter(temporary, table.schema, compression="zstd")
+                        )
+                    writer.write_table(table)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def finish(self) -> tuple[Totals, int]:
+        """Bring the manifest up to date; returns the totals of all shards that are done, and their number."""
+        with self._locked("manifest"):
+            done = [shard for shard in range(self.num_shards) if self.is_done(shard)]
+            totals = sum((self.totals(shard) for shard in done), Totals())
+            self._write_manifest(totals, is_complete=len(done) == self.num_shards)
+        return totals, len(done)
+
+    def totals(self, shard: int) -> Totals:
+        """Of a shard that is done."""
+        import pyarrow.parquet as pq
+
+        metadata = pq.read_schema(self.folder / "codes" / self.name(shard)).metadata
+        return Totals(*json.loads(metadata[b"totals"]))
+
+    def _write_manifest(self, totals: Totals, is_complete: bool) -> None:
+        fields = {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": is_complete,
+            "totals": {**totals._asdict(), "hours": round(self._hours(totals), 4)},
+            "settings": self.settings,
+            "config": self.config,
+            "libraries": _versions(),
+        }
+        with atomic_path(self.manifest) as file:
+            file.write_text(json.dumps(fields, indent=2) + "\n")
+
+    def _hours(self, totals: Totals) -> float:
+        return totals.samples / self.settings["sampling_rate"] / 3600
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with open(self._work / f"{name}.lock", "wb") as file:
+            _lock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _table(rows: Sequence[Row]) -> Any:
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *(row.codes.size for row in rows)])
+    flat = np.concatenate([np.zeros(0, np.uint16), *(row.codes.ravel() for row in rows)])
+    columns = [
+        [row.id for row in rows],
+        [row.source for row in rows],
+        [row.num_samples for row in rows],
+        [row.codes.shape[1] for row in rows],
+        [len(row.codes) for row in rows],
+        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat)),
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, code_schema(), strict=True)]
+    return pa.table(arrays, schema=code_schema())
+
+
+def _lock(file: Any, operation: int) -> bool:
+    """False where another process has the lock; file systems without locks give it to everyone."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to mix codes of two kinds."""
+    changes = [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in old | new
+        if old.get(name) != new.get(name)
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} holds codes of other settings: {'; '.join(changes)}. Name another folder, or the same"
+            " settings"
+        )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        name: version(name) for name in ("mimi_jax", "jax", "flax", "numpy", "pyarrow", "soundfile", "soxr")
+    }
