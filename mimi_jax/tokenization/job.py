@@ -63,7 +63,7 @@ def plan(
     shards = find_shards(sources, clips_per_shard)
     codec = Mimi.from_pretrained(os.fspath(model), decoder=False)
     config = codec.config
-    jax.eval_shape(codec.init_encoder_state, 1)  # which refuses a model that cannot stream
+    jax.eval_shape(lambda: codec.init_encoder_state(1))  # which refuses a model that cannot stream
     settings = {
         "model_id": model_id(codec),
         "num_quantizers": codec.quantizer.check_count(num_quantizers or config.num_quantizers),
