@@ -124,11 +124,15 @@ class AudioReader:
 
     def _stretch(self, start: float, end: float | None) -> tuple[int, int | None]:
         """The first sample at the file's own rate, and the one behind the last; None for all there are."""
+        if not start and end is None:
+            return 0, None
         frames = self._sound.frames
         first, last = round(start * self._rate), None if end is None else round(end * self._rate)
-        if not 0 <= first < (frames if last is None else last) or first >= max(frames, 1):
-            length = f"{frames / self._rate:g} s"
-            raise ValueError(f"{self._name} has no audio from {start:g} to {end} s: it is {length} long")
+        if not 0 <= first < min(frames, frames if last is None else last):
+            until = "its end" if end is None else f"{end:g} s"
+            raise ValueError(
+                f"{self._name} has no audio from {start:g} s to {until}: it is {frames / self._rate:g} s long"
+            )
         if last is not None and last > frames:
             if last - frames > ROUNDING * self._rate:
                 raise ValueError(f"{self._name} is {frames / self._rate:g} s long, and ends before {end:g} s")

@@ -186,7 +186,8 @@ def _read_tar(path: str) -> Iterator[Item]:
                     continue
                 item = Item(_text(member.name), path, member.offset_data, member.size)
                 if member.offset_data + member.size > size:
-                    item = item._replace(problem="the archive is cut short inside this file")
+                    yield item._replace(problem="the archive is cut short inside this file")
+                    return
                 yield item
         with open(path, "rb") as file:
             file.seek(end)

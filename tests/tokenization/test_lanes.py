@@ -1,0 +1,133 @@
+"""Rows that take clip after clip give each the codes that it gets alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mimi_jax.tokenization.decoding import Piece
+from mimi_jax.tokenization.inputs import Item
+from mimi_jax.tokenization.job import counted_compilations
+from mimi_jax.tokenization.lanes import Lanes
+from tests.models import load_fixture
+from tests.tokenization.corpora import codes_alone, noise_clip
+
+BLOCK = 5  # frames
+FRAME = 16  # samples of a frame of the tiny models
+
+
+class FakeStream:
+    """A clip in pieces that are here already; one of them may be an error."""
+
+    def __init__(self, number: int, pieces: list[np.ndarray | Exception]):
+        self.key, self.item = number, Item(str(number))
+        self._pieces = pieces
+
+    def next(self) -> Piece:
+        piece = self._pieces.pop(0)
+        if isinstance(piece, Exception):
+            raise piece
+        return Piece(piece, is_last=not self._pieces)
+
+
+def in_pieces(audio: np.ndarray, size: int) -> list[Any]:
+    return [audio[:, first : first + size] for first in range(0, audio.shape[1], size)]
+
+
+def run(lanes: Lanes, streams: list[FakeStream]) -> dict[int, Any]:
+    results = list(lanes.run(iter(streams)))  # type: ignore[arg-type]
+    assert len({result.stream.key for result in results}) == len(results) == len(streams)
+    return {result.stream.key: result for result in results}
+
+
+LENGTHS = [1, 15, 16, 17, 79, 80, 81, 160, 161, 400, 999, 1, 333, 240, 7, 2000, 80, 80, 16, 3]
+
+
+@pytest.mark.parametrize("fixture", ["base", "stereo", "gqa", "replicate"])
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_codes_are_those_of_each_clip_alone(fixture: str, num_devices: int):
+    model = load_fixture(fixture).model
+    channels = model.config.audio_channels
+    frame_size = model.config.frame_size
+    lengths = [length * frame_size // FRAME or 1 for length in LENGTHS]
+    clips = [noise_clip(length, seed, channels) for seed, length in enumerate(lengths)]
+    streams = [FakeStream(n, in_pieces(clip, 83 * (n % 3 + 1))) for n, clip in enumerate(clips)]
+    quantizers = model.config.num_quantizers
+    lanes = Lanes(model, 8, BLOCK, quantizers, jax.local_devices()[:num_devices])
+    results = run(lanes, streams)
+    for number, clip in enumerate(clips):
+        result = results[number]
+        np.testing.assert_array_equal(result.codes, codes_alone(model, clip))
+        assert result.codes.dtype == np.uint16
+        assert result.num_samples == clip.shape[1]
+
+
+def test_fewer_codebooks_are_the_first_ones():
+    model, clip = load_fixture("base").model, noise_clip(500)
+    result = run(Lanes(model, 2, BLOCK, 3, jax.devices()[:1]), [FakeStream(0, [clip])])[0]
+    np.testing.assert_array_equal(result.codes, codes_alone(model, clip)[:3])
+
+
+def test_a_clip_that_breaks_off_leaves_no_trace():
+    model = load_fixture("base").model
+    clips = [noise_clip(length, seed) for seed, length in enumerate([900, 400, 800, 300, 700])]
+    streams = [FakeStream(n, in_pieces(clip, 100)) for n, clip in enumerate(clips)]
+    streams[0] = FakeStream(0, [clips[0][:, :200], ValueError("damaged")])
+    streams[3] = FakeStream(3, [ValueError("empty")])
+    results = run(Lanes(model, 2, BLOCK, 4, jax.devices()[:1]), streams)
+    assert [(results[n].codes is None, results[n].problem) for n in range(5)] == [
+        (True, "damaged"),
+        (False, ""),
+        (False, ""),
+        (True, "empty"),
+        (False, ""),
+    ]
+    for number in (1, 2, 4):
+        np.testing.assert_array_equal(results[number].codes, codes_alone(model, clips[number], 4))
+
+
+def test_clips_of_all_lengths_are_one_program():
+    model = load_fixture("base").model
+    with counted_compilations() as compiled:
+        lanes = Lanes(model, 4, BLOCK, 4, jax.devices()[:1])
+        run(lanes, [FakeStream(n, [noise_clip(n + 1)]) for n in range(200)])
+    assert len(compiled) <= 2  # the fresh state, and the step
+
+
+def test_bfloat16_codes_do_not_depend_on_the_company():
+    model = load_fixture("base").model.astype("bfloat16")
+    clips = [noise_clip(length, seed) for seed, length in enumerate([700, 333, 80, 1000, 16, 512])]
+    lanes = Lanes(model, 4, BLOCK, 4, jax.devices()[:1])
+    together = run(lanes, [FakeStream(n, [clip]) for n, clip in enumerate(clips)])
+    for number, clip in enumerate(clips):
+        alone = run(lanes, [FakeStream(0, [clip])])[0]
+        np.testing.assert_array_equal(together[number].codes, alone.codes)
+
+
+def test_streams_are_not_taken_long_before_their_turn():
+    taken = 0
+
+    def streams() -> Iterator[Any]:
+        nonlocal taken
+        for number in range(100):
+            taken += 1
+            yield FakeStream(number, [noise_clip(FRAME)])
+
+    results = Lanes(load_fixture("base").model, 4, BLOCK, 4, jax.devices()[:1]).run(streams())
+    for count, _ in enumerate(results, 1):
+        assert taken <= count + 4 * 5  # in rows, in flight and ahead
+    assert taken == 100
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "quantizers", "error"),
+    [
+        (3, 4, "batch_size must be a multiple of the 2 devices, got 3"),
+        (2, 99, "num_quantizers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(batch_size: int, quantizers: int, error: str):
+    with pytest.raises(ValueError, match=error):
+        Lanes(load_fixture("base").model, batch_size, BLOCK, quantizers, jax.devices()[:2])
