@@ -73,7 +73,7 @@ class Output:
     """The folder of a job, which may have been begun before, and may be written by others at the same time.
 
     Args:
-        folder: made where there is none; its parent must exist.
+        folder: made where there is none.
         settings: what decides the codes and where they stand, as JSON has it. `num_shards` is among them.
         config: the model's, for the manifest.
 
@@ -91,7 +91,7 @@ class Output:
         elif folder.is_dir() and any(path.name != "work" for path in folder.iterdir()):
             raise ValueError(f"{folder} holds files, but not those of a tokenization; name another folder")
         for path in (folder, *(folder / name for name in ("codes", "errors", "work"))):
-            path.mkdir(exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         with self._locked("manifest"):
             if self.manifest.exists():  # of another process, begun at the same moment
                 check_same(folder, json.loads(self.manifest.read_text())["settings"], settings)

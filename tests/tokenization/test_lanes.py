@@ -42,11 +42,12 @@ def run(lanes: Lanes, streams: list[FakeStream]) -> dict[int, Any]:
     return {result.stream.key: result for result in results}
 
 
-LENGTHS = [1, 15, 16, 17, 79, 80, 81, 160, 161, 400, 999, 1, 333, 240, 7, 2000, 80, 80, 16, 3]
+LENGTHS = [1, 15, 16, 17, 79, 80, 81, 160, 999, 1, 2000, 80, 80, 16, 999, 160, 999]
 
 
-@pytest.mark.parametrize("fixture", ["base", "stereo", "gqa", "replicate"])
-@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize(
+    ("fixture", "num_devices"), [("base", 1), ("base", 8), ("stereo", 8), ("replicate", 1)]
+)
 def test_codes_are_those_of_each_clip_alone(fixture: str, num_devices: int):
     model = load_fixture(fixture).model
     channels = model.config.audio_channels

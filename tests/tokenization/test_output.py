@@ -1,0 +1,150 @@
+"""Files of codes that appear whole or not at all, claims that end with their owner, totals that add up."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mimi_jax.tokenization.output import ROW_GROUP, Failure, Output, Row, Totals
+from mimi_jax.tokenization.reading import read_codes, read_manifest
+
+SETTINGS = {"num_shards": 3, "sampling_rate": 24_000, "num_quantizers": 2, "dtype": "float32"}
+
+
+def row(number: int, frames: int = 3) -> Row:
+    codes = np.arange(2 * frames, dtype=np.uint16).reshape(2, frames) + number
+    return Row(f"clip {number}", "source", 1920 * frames - 5, codes)
+
+
+def open_output(folder: Path, **changes: Any) -> Output:
+    return Output(folder, {**SETTINGS, **changes}, {"model_type": "mimi"})
+
+
+def test_a_shard_is_what_the_contract_says(tmp_path: Path):
+    output = open_output(tmp_path / "out")
+    rows = [row(number, frames=number % 4 + 1) for number in range(150)]
+    totals = output.write(1, rows, [Failure("bad", "source", "damaged")])
+    assert totals == Totals(150, 1, sum(r.num_samples for r in rows), sum(r.codes.shape[1] for r in rows))
+    table = pq.read_table(tmp_path / "out" / "codes" / "00001-of-00003.parquet")
+    assert [(field.name, str(field.type)) for field in table.schema] == [
+        ("id", "string"),
+        ("source", "string"),
+        ("num_samples", "int64"),
+        ("num_frames", "int32"),
+        ("num_quantizers", "int32"),
+        ("codes", "list<element: uint16>"),
+    ]
+    first = table.slice(2, 1).to_pylist()[0]
+    assert first == {
+        "id": "clip 2",
+        "source": "source",
+        "num_samples": 3 * 1920 - 5,
+        "num_frames": 3,
+        "num_quantizers": 2,
+        "codes": [2, 3, 4, 5, 6, 7],  # row-major
+    }
+    metadata = pq.read_metadata(tmp_path / "out" / "codes" / "00001-of-00003.parquet")
+    assert metadata.num_row_groups == -(-150 // ROW_GROUP)
+    assert metadata.row_group(0).column(5).compression == "ZSTD"
+    for clip, expected in zip(read_codes(tmp_path / "out"), rows, strict=True):
+        assert clip[:3] == expected[:3]
+        np.testing.assert_array_equal(clip.codes, expected.codes)
+    errors = pq.read_table(tmp_path / "out" / "errors" / "00001-of-00003.parquet").to_pylist()
+    assert errors == [{"id": "bad", "source": "source", "reason": "damaged"}]
+
+
+def test_the_manifest_says_what_the_codes_are_and_adds_up(tmp_path: Path):
+    output = open_output(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest["complete"], manifest["totals"]["clips"]) == (False, 0)
+    assert manifest["settings"] == SETTINGS
+    assert manifest["config"] == {"model_type": "mimi"}
+    assert {"jax", "mimi_jax", "pyarrow"} <= manifest["libraries"].keys()
+    output.write(0, [row(0), row(1)], [])
+    output.write(2, [], [Failure("a", "b", "c")])
+    assert output.finish() == (Totals(2, 1, 2 * (1920 * 3 - 5), 6), 2)
+    assert read_manifest(tmp_path / "out")["complete"] is False
+    output.write(1, [], [])
+    output.finish()
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["complete"] is True
+    assert manifest["totals"] == {"clips": 2, "errors": 1, "samples": 11510, "frames": 6, "hours": 0.0001}
+
+
+def test_other_settings_are_refused_with_both_values(tmp_path: Path):
+    open_output(tmp_path / "out")
+    with pytest.raises(ValueError, match="num_quantizers was 2 and is 4; dtype was 'float32' and is 'bf"):
+        open_output(tmp_path / "out", num_quantizers=4, dtype="bfloat16")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds files, but not those of a tokenization"):
+        open_output(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = open_output(tmp_path / "out")
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        output.write(0, [row(0)], [])
+    assert list((tmp_path / "out").rglob("*.parquet")) == []
+
+
+def test_a_shard_that_is_done_again_forgets_its_old_errors(tmp_path: Path):
+    output = open_output(tmp_path / "out")
+    output.write(0, [], [Failure("a", "b", "c")])
+    output.write(0, [row(0)], [])
+    assert list((tmp_path / "out" / "errors").iterdir()) == []
+
+
+def test_a_claim_is_one_process_at_a_time(tmp_path: Path):
+    first, second = (open_output(tmp_path / "out") for _ in range(2))
+    with first.claim(0) as mine, second.claim(0) as other, second.claim(1) as next_one:
+        assert (mine, other, next_one) == (True, False, True)
+    with second.claim(0) as now:
+        assert now
+    first.write(0, [row(0)], [])
+    with second.claim(0) as done:
+        assert not done
+
+
+def _claim_and_wait(folder: Path, claimed: Any) -> None:
+    with open_output(folder).claim(0):
+        (folder / "work" / "00000.rest.parquet").write_bytes(b"half a file")
+        claimed.set()
+        signal.pause()
+
+
+def test_a_killed_process_leaves_its_claim_and_its_rest_is_removed(tmp_path: Path):
+    output = open_output(tmp_path / "out")
+    context = multiprocessing.get_context("spawn")
+    claimed = context.Event()
+    process = context.Process(target=_claim_and_wait, args=(tmp_path / "out", claimed))
+    process.start()
+    assert claimed.wait(60)
+    with output.claim(0) as mine:
+        assert not mine
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with output.claim(0, wait=True) as mine:
+        assert mine
+    assert not (tmp_path / "out" / "work" / "00000.rest.parquet").exists()
+
+
+def test_the_settings_travel_with_each_file(tmp_path: Path):
+    open_output(tmp_path / "out").write(0, [row(0)], [])
+    metadata = pq.read_schema(tmp_path / "out" / "codes" / "00000-of-00003.parquet").metadata
+    assert json.loads(metadata[b"settings"]) == SETTINGS
