@@ -22,7 +22,7 @@ lint: .venv/with-dev  ## check format, style and types
 	$(BIN)/ruff check
 	$(BIN)/pyright
 
-parity: .venv/with-dev .venv/with-parity .venv/with-moshi  ## compare with transformers and moshi
+parity: .venv/with-dev .venv/with-parity .venv/with-peers  ## compare with transformers and moshi
 	$(BIN)/python -m pytest -m "(parity or network) and not slow" -rs
 
 slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half an hour of audio at full size
@@ -44,9 +44,9 @@ clean:  ## remove .venv, caches and what the demo wrote
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/with-moshi: pyproject.toml .venv/created
-	@echo "installing moshi"
-	@$(PIP_INSTALL) --no-deps moshi==0.2.13
+.venv/with-peers: pyproject.toml .venv/created
+	@echo "installing moshi and codec-bpe"
+	@$(PIP_INSTALL) --no-deps moshi==0.2.13 codec-bpe==1.4.1
 	@touch $@
 
 .venv/with-libtpu: pyproject.toml .venv/created
