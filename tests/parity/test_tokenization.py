@@ -1,4 +1,4 @@
-"""Tokenization beside others: a Ray cluster that loses a machine, and the libraries that read what is written."""
+"""Tokenization beside others: a Ray cluster that loses a machine, and the libraries that read its files."""
 
 import threading
 import time
