@@ -1,6 +1,6 @@
 """What XLA makes of the codec for a TPU, without one: memory, work, and the speed these cannot exceed.
 
-    python -m benchmarks.tpu [--batch 8] [--seconds 10] [--precision highest]
+    python -m benchmarks.tpu [--batch 8] [--seconds 10] [--step 0.08] [--precision highest]
 
 Full size, compiled ahead of time for the 8 chips of a v5e:2x4, the batch sharded over them and the weights
 on each; nothing runs. The numbers are those of the compiler, for one chip. It needs libtpu
@@ -70,10 +70,10 @@ def make_model(dtype: DTypeLike, precision: str, attention: str | None = None) -
 def make_program(
     model: mimi_jax.Mimi, function: str, batch: int, seconds: float
 ) -> tuple[Callable, tuple[Any, ...]]:
-    """One of `FUNCTIONS`, and the shapes of all its arguments but the model; a step is of one frame."""
+    """One of `FUNCTIONS`, and the shapes of all its arguments but the model."""
     config = model.config
     frame_size, codebooks = config.frame_size, config.num_quantizers
-    frames = 1 if function == "encode_step" else model.encoded_length(round(seconds * config.sampling_rate))
+    frames = model.encoded_length(round(seconds * config.sampling_rate))
     audio = jax.ShapeDtypeStruct((batch, config.audio_channels, frames * frame_size), jnp.float32)
     if function == "encode":
         return lambda model, audio: mimi_jax.encode(model, audio).audio_codes, (audio,)
@@ -91,7 +91,7 @@ def compile_for(
 
     Args:
         function: one of `FUNCTIONS`.
-        seconds: of audio in a clip; a step is always of one frame.
+        seconds: of audio in a clip, or in a step.
         attention: what the model was made with.
     """
     program, shapes = make_program(model, function, batch * mesh.size, seconds)
@@ -134,8 +134,6 @@ def bound(report: Report, seconds: float, passes: int) -> float:
 def table_row(mesh: Mesh, function: str, dtype: str, precision: str, batch: int, seconds: float) -> str:
     model = make_model(dtype, precision)
     report = compile_for(mesh, model, function, batch, seconds)
-    if function == "encode_step":
-        seconds = model.config.frame_size / model.config.sampling_rate
     speed = bound(report, batch * seconds, PASSES[precision] if dtype == "float32" else 1)
     cells = [function, dtype, precision, str(batch), f"{seconds:g}", f"{report.memory / 1e6:.0f}"]
     cells += [f"{report.flops / 1e9:.1f}", f"{report.bytes_accessed / 1e9:.2f}", f"{speed:,.0f}"]
@@ -150,15 +148,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8], help="rows on each chip")
     parser.add_argument("--seconds", type=float, default=10.0, help="of audio in a clip")
     parser.add_argument("--precision", choices=list(PASSES), default="highest", help="of the rows in float32")
+    parser.add_argument(
+        "--step", type=float, default=0.08, help="seconds of audio in a step; 1.28 in tokenize"
+    )
+    parser.add_argument("--functions", choices=FUNCTIONS, nargs="+", default=FUNCTIONS)
     options = parser.parse_args(arguments)
     mesh = make_mesh()
     columns = ["function", "dtype", "precision", "batch per chip", "seconds of audio", "MB per chip", "GFLOP"]
     columns += ["GB accessed", "at most x realtime", "collectives"]
     print(f"{mesh.size} chips of {mesh.devices.flat[0].device_kind}, jax {jax.__version__}; per chip\n")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-    for batch, function, dtype in itertools.product(options.batch, FUNCTIONS, DTYPES):
+    for batch, function, dtype in itertools.product(options.batch, options.functions, DTYPES):
         precision = options.precision if dtype == "float32" else "default"
-        print(table_row(mesh, function, dtype, precision, batch, options.seconds), flush=True)
+        seconds = options.step if function == "encode_step" else options.seconds
+        print(table_row(mesh, function, dtype, precision, batch, seconds), flush=True)
 
 
 if __name__ == "__main__":
