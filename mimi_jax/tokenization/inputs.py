@@ -73,7 +73,7 @@ def find_shards(sources: Sequence[str | os.PathLike[str]], clips_per_shard: int 
     if clips_per_shard < 1:
         raise ValueError(f"clips_per_shard must be positive, got {clips_per_shard}")
     shards: list[Shard] = []
-    for source in map(os.fspath, sources):
+    for source in [os.fspath(source) for source in sources]:
         items, archives = _expand(source)
         for first in range(0, len(items), clips_per_shard):
             some = tuple(items[first : first + clips_per_shard])
@@ -180,7 +180,7 @@ def _read_tar(path: str) -> Iterator[Item]:
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # which would otherwise grow
+                archive.members.clear()  # pyright: ignore - which would otherwise grow
                 end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
                 if not member.isfile() or os.path.splitext(member.name)[1].lower() not in AUDIO:
                     continue

@@ -19,7 +19,10 @@ from mimi_jax.tokenization.progress import Progress
 DTYPES = ("float32", "bfloat16")
 BATCH_SIZE = {"cpu": 8}  # rows of a device
 OTHER_BATCH_SIZE = 64
-BLOCK_FRAMES = 16  # 1.28 s: longer ones are hardly faster on a CPU, and pad the end of each clip more
+# Frames of a step. Each costs what it does for the past of its rows, and the end of a clip half a step for
+# nothing. On a CPU the first is little, so steps are short: 1.28 s.
+BLOCK_FRAMES = {"cpu": 16}
+OTHER_BLOCK_FRAMES = 50
 CLIPS_PER_SHARD = 1000
 MAX_SECONDS = 24 * 3600.0
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -144,13 +147,15 @@ class Tokenizer:
         self, model: Mimi, output: Output, batch_size: int | None, workers: int | None, strict: bool
     ):
         settings, devices = output.settings, jax.local_devices()
+        platform = devices[0].platform
         if batch_size is None:
-            batch_size = BATCH_SIZE.get(devices[0].platform, OTHER_BATCH_SIZE) * len(devices)
+            batch_size = BATCH_SIZE.get(platform, OTHER_BATCH_SIZE) * len(devices)
         if workers is None:
             workers = max(len(os.sched_getaffinity(0)) - 1, 1)
         if settings["dtype"] != "float32":
             model = model.astype(settings["dtype"])
-        self._lanes = Lanes(model, batch_size, BLOCK_FRAMES, settings["num_quantizers"], devices)
+        block_frames = BLOCK_FRAMES.get(platform, OTHER_BLOCK_FRAMES)
+        self._lanes = Lanes(model, batch_size, block_frames, settings["num_quantizers"], devices)
         target = Target(settings["sampling_rate"], model.config.audio_channels, settings["max_seconds"])
         self._decoders = Decoders(target, workers)
         self._output, self._strict = output, strict
@@ -247,7 +252,7 @@ def counted_compilations() -> Iterator[list[str]]:
     """A list that grows with every program that XLA is asked for."""
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED:
             compiled.append(event)
 

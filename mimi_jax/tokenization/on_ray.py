@@ -53,9 +53,9 @@ def tokenize_on_ray(
     with contextlib.closing(progress), _cluster(address):
         constructor = (os.fspath(model), str(folder.folder), folder.settings, batch_size, workers, strict)
         rows = [{"shard": pickle.dumps(shard)} for shard in todo]
-        pool = {"size": actors} if actors else {"min_size": 1, "max_size": max(len(todo), 1)}
+        pool: dict[str, Any] = {"size": actors} if actors else {"min_size": 1, "max_size": max(len(todo), 1)}
         results = ray.data.from_items(rows, override_num_blocks=max(len(rows), 1)).map(
-            _Actor,
+            _Actor,  # pyright: ignore[reportArgumentType] - which is for functions
             compute=ray.data.ActorPoolStrategy(**pool),
             fn_constructor_args=constructor,
             num_cpus=num_cpus,

@@ -15,16 +15,15 @@ import functools
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mimi_jax.atomic import atomic_path
-
 FORMAT = "mimi_jax.tokens"
 VERSION = 1
+OWN = {"manifest.json", "codes", "errors", "work"}
 ROW_GROUP = 64  # clips: what a random access reads and decompresses
 
 
@@ -86,14 +85,12 @@ class Output:
         self.num_shards: int = settings["num_shards"]
         self.manifest = folder / "manifest.json"
         self._work = folder / "work"
-        if self.manifest.exists():
-            check_same(folder, json.loads(self.manifest.read_text())["settings"], settings)
-        elif folder.is_dir() and any(path.name != "work" for path in folder.iterdir()):
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - OWN:
             raise ValueError(f"{folder} holds files, but not those of a tokenization; name another folder")
-        for path in (folder, *(folder / name for name in ("codes", "errors", "work"))):
+        for path in (folder / "codes", folder / "errors", self._work):
             path.mkdir(parents=True, exist_ok=True)
-        with self._locked("manifest"):
-            if self.manifest.exists():  # of another process, begun at the same moment
+        with self._locked("manifest"):  # another process may begin at the same moment
+            if self.manifest.exists():
                 check_same(folder, json.loads(self.manifest.read_text())["settings"], settings)
             else:
                 self._write_manifest(Totals(), is_complete=False)
@@ -116,7 +113,7 @@ class Output:
         with open(self._work / f"{shard:05}.lock", "wb") as file:
             is_mine = _lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if is_mine:
-                for rest in self._work.glob(f"{shard:05}.*.parquet"):  # of a process that was killed
+                for rest in self._work.glob(f"*-{self.name(shard)}"):  # of a process that was killed
                     rest.unlink(missing_ok=True)
             yield is_mine and not self.is_done(shard)
 
@@ -129,29 +126,35 @@ class Output:
         errors = self.folder / "errors" / self.name(shard)
         if failures:
             columns = dict(zip(Failure._fields, map(list, zip(*failures, strict=True)), strict=True))
-            self._write_tables([pa.table(columns)], errors, shard)
+            self._write_tables([pa.table(columns)], errors)
         else:
             errors.unlink(missing_ok=True)
         metadata = {"format": FORMAT, "settings": json.dumps(self.settings), "totals": json.dumps(totals)}
         groups = [rows[first : first + ROW_GROUP] for first in range(0, max(len(rows), 1), ROW_GROUP)]
         tables = (_table(group).replace_schema_metadata(metadata) for group in groups)
-        self._write_tables(tables, self.folder / "codes" / self.name(shard), shard)
+        self._write_tables(tables, self.folder / "codes" / self.name(shard))
         return totals
 
-    def _write_tables(self, tables: Iterable[Any], path: Path, shard: int) -> None:
-        """Each a row group of one file. Not beside `path`, where readers would take a part of it for all."""
+    def _write_tables(self, tables: Iterable[Any], path: Path) -> None:
+        """Each a row group of one file."""
         import pyarrow.parquet as pq
 
-        temporary = self._work / f"{shard:05}.{secrets.token_hex(4)}.parquet"
-        try:
+        def write(temporary: Path) -> None:
             with contextlib.ExitStack() as stack:
                 writer = None
                 for table in tables:
                     if writer is None:
-                        writer = stack.enter_context(
-                            pq.ParquetWriter(temporary, table.schema, compression="zstd")
-                        )
+                        writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
+                        stack.enter_context(writer)
                     writer.write_table(table)
+
+        self._replace(path, write)
+
+    def _replace(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write a file, whole or not at all. Not beside it, where readers would take a part of it for all."""
+        temporary = self._work / f"{secrets.token_hex(4)}-{path.name}"
+        try:
+            write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -184,8 +187,7 @@ class Output:
             "config": self.config,
             "libraries": _versions(),
         }
-        with atomic_path(self.manifest) as file:
-            file.write_text(json.dumps(fields, indent=2) + "\n")
+        self._replace(self.manifest, lambda path: path.write_text(json.dumps(fields, indent=2) + "\n"))
 
     def _hours(self, totals: Totals) -> float:
         return totals.samples / self.settings["sampling_rate"] / 3600

@@ -110,8 +110,9 @@ def _clips(table: Any) -> Iterator[TokenizedClip]:
     columns = [table[name].to_pylist() for name in names]
     lists = table["codes"].combine_chunks()
     flat, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
-    for *fields, quantizers, first, last in zip(*columns, offsets[:-1], offsets[1:], strict=True):
-        yield TokenizedClip(*fields, flat[first:last].reshape(quantizers, -1))
+    rows = zip(*columns, offsets[:-1], offsets[1:], strict=True)
+    for name, source, num_samples, quantizers, first, last in rows:
+        yield TokenizedClip(name, source, num_samples, flat[first:last].reshape(quantizers, -1))
 
 
 def to_unicode(codes: np.ndarray, codebook_size: int, unicode_offset: int = UNICODE_OFFSET) -> str:

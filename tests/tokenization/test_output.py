@@ -122,7 +122,7 @@ def test_a_claim_is_one_process_at_a_time(tmp_path: Path):
 
 def _claim_and_wait(folder: Path, claimed: Any) -> None:
     with open_output(folder).claim(0):
-        (folder / "work" / "00000.rest.parquet").write_bytes(b"half a file")
+        (folder / "work" / "123-00000-of-00003.parquet").write_bytes(b"half a file")
         claimed.set()
         signal.pause()
 
@@ -141,7 +141,7 @@ def test_a_killed_process_leaves_its_claim_and_its_rest_is_removed(tmp_path: Pat
     process.join()
     with output.claim(0, wait=True) as mine:
         assert mine
-    assert not (tmp_path / "out" / "work" / "00000.rest.parquet").exists()
+    assert list((tmp_path / "out" / "work").glob("*.parquet")) == []
 
 
 def test_the_settings_travel_with_each_file(tmp_path: Path):
