@@ -18,7 +18,7 @@ from tests.models import load_fixture
 
 ROOT = Path(__file__).parents[1]
 RATE = 24_000
-COMMANDS = ["encode", "decode", "roundtrip", "info", "convert", "train", "evaluate"]
+COMMANDS = ["encode", "decode", "roundtrip", "info", "convert", "tokenize", "train", "evaluate"]
 
 
 class Run(NamedTuple):

@@ -27,7 +27,7 @@ def beside_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_python(page: Path):
     code = "\n".join(snippets(page, "python"))
     assert "mimi_jax" in code
-    exec(compile(code, page.name, "exec"), {})
+    exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
@@ -41,7 +41,7 @@ def test_command_line():
     commands = [line for line in lines if line.startswith("mimi-jax")]
     # Training has tests of its own: the README's recipe and corpus are the reader's.
     commands = [line for line in commands if not line.startswith(("mimi-jax train", "mimi-jax evaluate"))]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         assert cli.main(shlex.split(command, comments=True)[1:]) == 0, command
     assert Path("roundtrip.png").stat().st_size > 10_000
