@@ -1,5 +1,6 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and locks between processes."""
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -46,6 +47,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+@contextmanager
+def file_lock(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
+    """Whether this process has the lock that the file stands for, until the block or the process ends.
+
+    The file is made, and stays. File systems that have no locks give them to everyone.
+
+    Args:
+        wait: for whoever has it; else a lock that another process has gives False.
+    """
+    with open(path, "wb") as file:
+        has_it = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            has_it = False
+        except OSError:
+            pass
+        yield has_it
 
 
 def _check_place(path: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mimi_jax.atomic import atomic_path
+from mimi_jax.atomic import atomic_path, file_lock
 
 
 def names(folder: Path) -> list[str]:
@@ -164,3 +164,11 @@ def test_a_folder_does_not_replace_a_file(tmp_path: Path):
         temporary.mkdir()
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out").read_text() == "old"
+
+
+def test_a_lock_is_one_block_at_a_time(tmp_path: Path):
+    with file_lock(tmp_path / "lock") as first, file_lock(tmp_path / "lock", wait=False) as second:
+        assert (first, second) == (True, False)
+    with file_lock(tmp_path / "lock", wait=False) as now:
+        assert now
+    assert names(tmp_path) == ["lock"]

@@ -10,7 +10,6 @@ the shard and loses nothing. pyarrow is imported by the functions that need it.
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from mimi_jax.atomic import file_lock
 
 FORMAT = "mimi_jax.tokens"
 VERSION = 1
@@ -89,7 +90,7 @@ class Output:
             raise ValueError(f"{folder} holds files, but not those of a tokenization; name another folder")
         for path in (folder / "codes", folder / "errors", self._work):
             path.mkdir(parents=True, exist_ok=True)
-        with self._locked("manifest"):  # another process may begin at the same moment
+        with file_lock(self._work / "manifest.lock"):  # another process may begin at the same moment
             if self.manifest.exists():
                 check_same(folder, json.loads(self.manifest.read_text())["settings"], settings)
             else:
@@ -110,8 +111,7 @@ class Output:
         Args:
             wait: for whoever is at it to finish, or to die.
         """
-        with open(self._work / f"{shard:05}.lock", "wb") as file:
-            is_mine = _lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        with file_lock(self._work / f"{shard:05}.lock", wait) as is_mine:
             if is_mine:
                 for rest in self._work.glob(f"*-{self.name(shard)}"):  # of a process that was killed
                     rest.unlink(missing_ok=True)
@@ -164,7 +164,7 @@ class Output:
 
     def finish(self) -> tuple[Totals, int]:
         """Bring the manifest up to date; returns the totals of all shards that are done, and their number."""
-        with self._locked("manifest"):
+        with file_lock(self._work / "manifest.lock"):
             done = [shard for shard in range(self.num_shards) if self.is_done(shard)]
             totals = sum((self.totals(shard) for shard in done), Totals())
             self._write_manifest(totals, is_complete=len(done) == self.num_shards)
@@ -192,12 +192,6 @@ class Output:
     def _hours(self, totals: Totals) -> float:
         return totals.samples / self.settings["sampling_rate"] / 3600
 
-    @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with open(self._work / f"{name}.lock", "wb") as file:
-            _lock(file, fcntl.LOCK_EX)
-            yield
-
 
 def _table(rows: Sequence[Row]) -> Any:
     import pyarrow as pa
@@ -214,17 +208,6 @@ def _table(rows: Sequence[Row]) -> Any:
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, code_schema(), strict=True)]
     return pa.table(arrays, schema=code_schema())
-
-
-def _lock(file: Any, operation: int) -> bool:
-    """False where another process has the lock; file systems without locks give it to everyone."""
-    try:
-        fcntl.flock(file, operation)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

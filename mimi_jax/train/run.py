@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from mimi_jax.atomic import atomic_path
+from mimi_jax.atomic import atomic_path, file_lock
 from mimi_jax.streaming import ceil_div
 from mimi_jax.train.data import Sampler, find_clips, fit_features, make_iterator
 from mimi_jax.train.recipe import Recipe
@@ -26,6 +26,7 @@ from mimi_jax.train.step import Trainer, TrainState, start_model
 Teacher = Callable[[np.ndarray], np.ndarray]
 
 KEPT = 2  # checkpoints
+LOCK = "lock"
 MAY_CHANGE = ("steps", "log_every", "checkpoint_every")  # in the recipe of a run that is resumed
 IN_BAR = ("loss/mel", "loss/features", "loss/discriminator")
 
@@ -75,9 +76,7 @@ def train(
     trainer = Trainer(recipe, model)
     put = _sharder(devices or jax.devices(), recipe.data.batch_size)
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out / "recipe.json") as file:
-        file.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
-    with _checkpoints(out / "checkpoints") as checkpoints:
+    with _alone(out, recipe), _checkpoints(out / "checkpoints") as checkpoints:
         state = _start(trainer, checkpoints, batches, put, sampler)
         with _Log(out, int(state.step)) as log:
             _loop(trainer, state, batches, put, checkpoints, log, out / "model", teacher)
@@ -87,8 +86,8 @@ def train(
 def _check_out(out: Path, recipe: Recipe, resume: bool) -> None:
     file = out / "recipe.json"
     if not file.exists():
-        # A run that was killed while it wrote its recipe leaves a temporary file.
-        if out.is_dir() and any(not path.name.startswith(".tmp-") for path in out.iterdir()):
+        # What a run leaves that was killed before it had written its recipe.
+        if out.is_dir() and any(not path.name.startswith((LOCK, ".tmp-")) for path in out.iterdir()):
             raise ValueError(f"{out} holds files but no run; name another folder")
         return
     if not resume:
@@ -104,6 +103,17 @@ def _check_out(out: Path, recipe: Recipe, resume: bool) -> None:
     ]
     if changes:
         raise ValueError(f"{out} holds a run with another recipe: {'; '.join(changes)}")
+
+
+@contextmanager
+def _alone(out: Path, recipe: Recipe) -> Iterator[None]:
+    """Take the folder, in which two processes would overwrite each other's checkpoints."""
+    with file_lock(out / LOCK, wait=False) as is_alone:
+        if not is_alone:
+            raise ValueError(f"{out} is the folder of a run that is going on; wait for it, or stop it first")
+        with atomic_path(out / "recipe.json") as file:
+            file.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+        yield
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mimi_jax import Mimi, cli, save_audio
+from mimi_jax.atomic import file_lock
 from mimi_jax.train import run
 from mimi_jax.train.run import NotFiniteError, train
 from tests.train.recipes import TINY, tiny_recipe
@@ -102,6 +103,13 @@ def test_a_run_is_not_overwritten(whole: Path, data: Path):
     other = dataclasses.replace(RECIPE, seed=3)
     with pytest.raises(ValueError, match="holds a run with another recipe: seed was 0 and is 3"):
         train(other, data, whole, resume=True)
+    assert (whole / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_that_is_going_on_is_left_alone(whole: Path, data: Path):
+    before = (whole / "log.jsonl").read_bytes()
+    with file_lock(whole / "lock"), pytest.raises(ValueError, match="a run that is going on; wait for it"):
+        train(RECIPE, data, whole, resume=True)
     assert (whole / "log.jsonl").read_bytes() == before
 
 
