@@ -28,6 +28,7 @@ FORMATS = {
 }
 MIN_SAMPLING_RATE = 1000  # Hz; less is a broken header, and would resample to a gigantic clip
 BLOCK = 65_536  # samples a read or write; libsndfile crashes on minutes of Vorbis in one write
+SEEKABLE = ("AIFF", "FLAC", "RF64", "WAV", "WAVEX")  # formats in which every sample has its place
 ROUNDING = 0.1  # seconds that the end of a stretch may lie beyond the end of its file
 MAX_TRAILING = 4096  # bytes of tags that may follow the last audio of a file
 MAX_OGG_PAGE = 65_307  # bytes
@@ -185,7 +186,7 @@ class AudioReader:
     def _skip(self) -> int:
         """Go to the first sample. Only where every sample has its place in the file can it be looked up."""
         with self._reading():
-            if self._start and self._sound.format in ("FLAC", "WAV"):
+            if self._start and self._sound.format in SEEKABLE:
                 self._sound.seek(self._start)
             else:
                 left = self._start

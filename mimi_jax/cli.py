@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -55,6 +55,13 @@ class Interrupt(KeyboardInterrupt):
     def __init__(self, number: int, reason: str = "interrupted"):
         super().__init__(reason)
         self.status = 128 + number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,7 +173,7 @@ def add_tokenize(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     add = tokenize.add_argument
     add("--model", default="mini", help=f"{MODEL_HELP} (default: %(default)s)")
-    add("--num-quantizers", type=int, metavar="N", help="keep the first N codebooks (default: all)")
+    add("--num-quantizers", type=_positive, metavar="N", help="keep the first N codebooks (default: all)")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -174,25 +181,41 @@ def add_tokenize(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="default: %(default)s, which is exact",
     )
     add(
-        "--clips-per-shard", type=int, metavar="N", default=1000, help="of plain files (default: %(default)s)"
+        "--clips-per-shard",
+        type=_positive,
+        metavar="N",
+        default=1000,
+        help="of plain files (default: %(default)s)",
     )
     text = "longer clips count as errors (default: a day)"
     add("--max-seconds", type=float, metavar="S", default=86_400.0, help=text)
-    add("--batch-size", type=int, metavar="N", help="clips at once (default: 8 on a CPU, else 64 a device)")
+    add(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="clips at once (default: 8 on a CPU, else 64 a device)",
+    )
     add(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that decode (default: one less than there are CPUs)",
+        help="processes that decode (default: one less than there are CPUs, at most 16)",
     )
     add("--strict", action="store_true", help="stop at the first clip that cannot be coded")
-    text = "of several processes that share the work (default: SLURM's or JAX's, else 0 of 1)"
+    text = "do again the shards that have errors, as after a disk or a network that failed for a while"
+    add("--retry-errors", action="store_true", help=text)
+    text = "of several processes that share the work (default: as SLURM, MPI or GKE say, else 0 of 1)"
     add("--process-index", type=int, metavar="I", help=f"this one, from 0, {text}")
-    add("--process-count", type=int, metavar="N", help="how many there are")
+    add("--process-count", type=_positive, metavar="N", help="how many there are")
     text = "local: all devices of this process; ray: a Ray cluster (needs mimi_jax[ray])"
     add("--engine", choices=("local", "ray"), default="local", help=text)
     add("--ray-address", metavar="ADDRESS", help="of a cluster, such as auto (default: one on this machine)")
-    add("--ray-actors", type=int, metavar="N", help="models at once (default: as many as there is room for)")
+    add(
+        "--ray-actors",
+        type=_positive,
+        metavar="N",
+        help="models at once (default: as many as there is room for)",
+    )
     text = "what each takes, such as num_cpus=8 num_gpus=1 or TPU=4 (default: num_cpus=1)"
     add("--ray-resources", metavar="NAME=N", nargs="+", default=[], help=text)
 
@@ -362,25 +385,18 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 def run_tokenize(arguments: argparse.Namespace) -> None:
     _check_installed("tokenize", "pyarrow")
-    names = ("num_quantizers", "dtype", "clips_per_shard", "max_seconds", "batch_size", "workers", "strict")
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    common = ("num_quantizers", "dtype", "clips_per_shard", "max_seconds", "batch_size", "workers", "strict")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in (*common, "retry_errors")}
     if arguments.engine == "ray":
-        _check_installed("ray", "ray")
-        if arguments.process_index is not None or arguments.process_count is not None:
-            raise UsageError(
-                "--process-index and --process-count are of --engine local; Ray shares out the work itself"
-            )
-        from mimi_jax.tokenization import tokenize_on_ray as tokenize
-
-        options |= {"address": arguments.ray_address, "actors": arguments.ray_actors}
-        options |= _ray_resources(arguments.ray_resources)
+        tokenize, own = _ray_engine(arguments)
     else:
-        if arguments.ray_address or arguments.ray_actors or arguments.ray_resources:
-            raise UsageError("--ray-address, --ray-actors and --ray-resources are of --engine ray")
-        from mimi_jax.tokenization import tokenize
-
-        options |= _process(arguments.process_index, arguments.process_count)
-    summary = tokenize(arguments.sources, arguments.output, arguments.model, **options)
+        tokenize, own = _local_engine(arguments)
+    try:
+        summary = tokenize(arguments.sources, arguments.output, arguments.model, **options, **own)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError("the device has too little memory; lower --batch-size") from error
     now, total = summary.now, summary.total
     hours = now.samples / summary.sampling_rate / 3600
     rows = {
@@ -396,22 +412,44 @@ def run_tokenize(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{total.errors} clips could not be coded; {arguments.output / 'errors'} says why")
 
 
-def _process(index: int | None, count: int | None) -> dict[str, int]:
-    """Which of how many processes this is: as it was told, or as SLURM or JAX's variables say."""
+def _local_engine(arguments: argparse.Namespace) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A function that tokenizes, and the options that it alone takes."""
+    if arguments.ray_address or arguments.ray_actors or arguments.ray_resources:
+        raise UsageError("--ray-address, --ray-actors and --ray-resources are of --engine ray")
+    from mimi_jax.tokenization import tokenize
+
+    index, count = arguments.process_index, arguments.process_count
     if (index is None) != (count is None):
         raise UsageError("--process-index and --process-count go together")
-    if index is not None and count is not None:
-        return {"process_index": index, "process_count": count}
-    for index_name, count_name in (
-        ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ):
-        if index_name in os.environ and count_name in os.environ:
-            return {
-                "process_index": int(os.environ[index_name]),
-                "process_count": int(os.environ[count_name]),
-            }
-    return {}
+    if index is None or count is None:
+        index, count = _process_of(os.environ)
+    if not 0 <= index < count:
+        raise UsageError(f"the process index must lie in [0, {count}), got {index}")
+    return tokenize, {"process_index": index, "process_count": count}
+
+
+def _process_of(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which of how many processes this is, as the launchers say that JAX knows too."""
+    names = [("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")]
+    for index, count in names:
+        if index in environment and count in environment:
+            return int(environment[index]), int(environment[count])
+    if "TPU_WORKER_ID" in environment and "TPU_WORKER_HOSTNAMES" in environment:  # GKE's
+        return int(environment["TPU_WORKER_ID"]), len(environment["TPU_WORKER_HOSTNAMES"].split(","))
+    return 0, 1
+
+
+def _ray_engine(arguments: argparse.Namespace) -> tuple[Callable[..., Any], dict[str, Any]]:
+    _check_installed("ray", "ray")
+    if arguments.process_index is not None or arguments.process_count is not None:
+        raise UsageError("--process-index and --process-count are of --engine local; Ray shares out the work")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # of this process: the accelerators are for the actors
+    from mimi_jax.tokenization import tokenize_on_ray
+
+    options = {"address": arguments.ray_address, "actors": arguments.ray_actors}
+    return tokenize_on_ray, options | _ray_resources(arguments.ray_resources)
 
 
 def _ray_resources(words: list[str]) -> dict[str, Any]:

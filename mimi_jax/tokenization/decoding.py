@@ -1,12 +1,12 @@
 """Files to samples, in worker processes, so that the device does not wait for either.
 
 Each worker keeps the files that it has open and answers one kind of question: what comes next of this one? A
-    clip
-of less than half a minute is one answer, and hours are no more memory than that. Nothing here imports JAX,
-whose threads and memory the workers do without.
+clip of less than half a minute is one answer, and hours are no more memory than that. Nothing here imports
+JAX, whose threads and memory the workers do without.
 """
 
 import collections
+import contextlib
 import io
 import itertools
 import multiprocessing
@@ -47,11 +47,15 @@ class Decoders:
             stream = decoders.open(item)
             piece = stream.next()
 
-    A worker that dies, as a C library may on a hostile file, takes only the file with it at which it was.
+    A worker that dies, as a C library may on a hostile file, is started anew. The file at which it was is
+    tried once more, since somebody else may have killed it; the others go on.
 
     Args:
         target: the form of the audio.
         num_workers: processes.
+
+    Raises:
+        ChildProcessError: from a stream, where workers die as they start.
     """
 
     def __init__(self, target: Target, num_workers: int):
@@ -80,6 +84,7 @@ class Stream:
     def __init__(self, worker: "_Worker", item: Item):
         self.item, self.key = item, next(self._keys)
         self.taken = 0  # pieces
+        self.crashes = 0  # of the worker, while it was at this clip
         self.known_by = -1  # the life of the worker that has the file open
         self._worker = worker
         worker.num_open += 1
@@ -96,6 +101,8 @@ class Stream:
             if self._request is None:
                 raise ValueError(self.item.problem)
             piece = self._worker.result(self)
+        except ChildProcessError:
+            raise
         except Exception as error:
             self.close()
             raise ValueError(_reason(error)) from error
@@ -123,9 +130,14 @@ class _Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
         self._pool = ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(self._target,))
+        self._process = self._pool.submit(os.getpid)  # its number, and a sign that it lives
         self._life += 1
 
     def stop(self) -> None:
+        """Whatever it is at: it may be stuck, and Python waits for it at its own end."""
+        if self._process.done() and self._process.exception() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.result(), signal.SIGKILL)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def request(self, stream: Stream) -> int:
@@ -141,31 +153,38 @@ class _Worker:
 
     def result(self, stream: Stream) -> Piece:
         try:
-            return self._asked[stream.key][1].result()
-        except BrokenProcessPool:
-            self._mourn()
-            return self._asked[stream.key][1].result()
+            while True:
+                try:
+                    return self._asked[stream.key][1].result()
+                except BrokenProcessPool:
+                    self._revive()
         finally:
             del self._asked[stream.key]
 
-    def _mourn(self) -> None:
-        """Start anew, and ask again for all but the file at which it died: the first in its queue."""
-        wait([future for _, future in self._asked.values()])  # the pool tells them one by one
+    def _revive(self) -> None:
+        """Start anew, and ask again for what was lost: first for that at which it died, the first in line."""
+        wait(future for _, future in self._asked.values())
+        if self._process.exception() is not None:
+            raise ChildProcessError(
+                "the processes that decode audio die as they start. They import the script that started them:"
+                ' what it does must stand under if __name__ == "__main__":, and it must be a file'
+            )
         lost = [
-            (stream, future)
+            stream
             for stream, future in self._asked.values()
             if isinstance(future.exception(), BrokenProcessPool)
         ]
         self.stop()
         self._start()
-        for number, (stream, _) in enumerate(lost):
-            if number == 0:
-                failed: Future[Piece] = Future()
-                failed.set_exception(ValueError("the decoder crashed on this file"))
-                self._asked[stream.key] = (stream, failed)
-            else:
-                del self._asked[stream.key]
+        for number, stream in enumerate(lost):
+            del self._asked[stream.key]
+            stream.crashes += number == 0
+            if stream.crashes < 2:
                 self.request(stream)
+            else:
+                crashed: Future[Piece] = Future()
+                crashed.set_exception(ValueError("the decoder crashed on this file"))
+                self._asked[stream.key] = (stream, crashed)
 
 
 def _reason(error: Exception) -> str:

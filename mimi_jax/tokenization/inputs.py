@@ -1,8 +1,7 @@
-"""What there is to tokenize: folders, globs, tar archives, Parquet files and manifests, as shards of clips.
+"""What there is to tokenize: folders, patterns, archives, Parquet files and manifests, as shards of clips.
 
-A shard is what becomes one file of codes. Nothing is decoded here, and of archives nothing is read before
-their
-turn: a list of a million files is made in the time that it takes to list them.
+A shard is what becomes one file of codes. Nothing is decoded here, and archives are read in their turn: a
+list of a million files is made in the time that it takes to list them.
 """
 
 import glob
@@ -10,8 +9,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mimi_jax.audio import FORMATS
@@ -19,6 +17,8 @@ from mimi_jax.audio import FORMATS
 AUDIO = (*FORMATS, ".aif", ".aiff")
 ROWS_AT_ONCE = 16  # of a Parquet file, whose rows hold whole files
 TAR_BLOCK = 512  # bytes
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+MAX_SECONDS = 1e9  # of a time in a manifest
 
 
 class Item(NamedTuple):
@@ -48,15 +48,15 @@ class Shard(NamedTuple):
     num_bytes: int
 
     def read(self) -> Iterator[Item]:
-        """The clips, each with an id of its own: of equal ones, the second ends in #2."""
-        counts: dict[str, int] = {}
-        items = _ARCHIVES[Path(self.path).suffix.lower()](self.path) if self.items is None else self.items
-        for item in items:
-            counts[item.id] = count = counts.get(item.id, 0) + 1
-            yield item if count == 1 else item._replace(id=f"{item.id}#{count}")
+        """The clips, each with an id of its own."""
+        return iter(self.items) if self.items is not None else _distinct(_reader_of(self.path)(self.path))
 
 
-def find_shards(sources: Sequence[str | os.PathLike[str]], clips_per_shard: int = 1000) -> list[Shard]:
+def find_shards(
+    sources: Sequence[str | os.PathLike[str]],
+    clips_per_shard: int = 1000,
+    without: str | os.PathLike[str] | None = None,
+) -> list[Shard]:
     """List the shards of some inputs, always in the same order.
 
     Args:
@@ -65,25 +65,36 @@ def find_shards(sources: Sequence[str | os.PathLike[str]], clips_per_shard: int 
             {bytes, path}; and manifests (.jsonl) of objects {path, id, start, end}, paths beside them, times
             in seconds, all but the path optional.
         clips_per_shard: of what lies in files of its own. An archive is one shard.
+        without: a folder that is not looked into: that of the output.
 
     Raises:
         FileNotFoundError: a source is missing, or a pattern matches nothing.
-        ValueError: a folder without any of these, a broken manifest, or the same archive twice.
+        ValueError: a source without any of these, a broken manifest, or the same file twice.
+        OSError: a folder cannot be read.
     """
     if clips_per_shard < 1:
         raise ValueError(f"clips_per_shard must be positive, got {clips_per_shard}")
     shards: list[Shard] = []
+    seen: set[str] = set()
     for source in [os.fspath(source) for source in sources]:
-        items, archives = _expand(source)
+        items: list[Item] = []
+        archives: list[tuple[str, str]] = []
+        for name, path in _files(source, without):
+            if path in seen:
+                raise ValueError(f"{name} is named twice; name each input once")
+            seen.add(path)
+            _sort(name, path, items, archives)
+        if not items and not archives:
+            kinds = ", ".join((*AUDIO, *_ARCHIVES))
+            raise ValueError(
+                f"{_text(source)} has nothing to tokenize ({kinds}); manifests are named themselves"
+            )
+        items = list(_distinct(items))
         for first in range(0, len(items), clips_per_shard):
             some = tuple(items[first : first + clips_per_shard])
             shards.append(Shard(len(shards), _text(source), some, "", sum(item.num_bytes for item in some)))
-        for path in archives:
-            shards.append(Shard(len(shards), _text(path), None, path, os.path.getsize(path)))
-    archives = [os.path.realpath(shard.path) for shard in shards if shard.path]
-    if len(set(archives)) < len(archives):
-        twice = next(path for path in archives if archives.count(path) > 1)
-        raise ValueError(f"{_text(twice)} is named twice; name each input once")
+        for name, path in archives:
+            shards.append(Shard(len(shards), name, None, path, os.path.getsize(path)))
     return shards
 
 
@@ -91,58 +102,80 @@ def fingerprint(shards: Sequence[Shard]) -> str:
     """The same for the same clips in the same shards, wherever the files lie."""
     digest = hashlib.sha256()
     for shard in shards:
-        name = os.path.basename(shard.path)
-        digest.update(json.dumps([name, shard.num_bytes if shard.items is None else 0]).encode())
+        archive = None if shard.items is not None else [os.path.basename(shard.source), shard.num_bytes]
+        digest.update(json.dumps(archive).encode())
         for item in shard.items or ():
-            digest.update(json.dumps([item.id, item.size, item.start, item.end]).encode())
+            digest.update(json.dumps([item.id, item.start, item.end]).encode())
     return digest.hexdigest()[:16]
 
 
-def _expand(source: str) -> tuple[list[Item], list[str]]:
-    """Audio files and archives of one source."""
+def _files(source: str, without: str | os.PathLike[str] | None) -> Iterator[tuple[str, str]]:
+    """Names and absolute paths of what a source is of."""
     if os.path.isdir(source):
-        files = [(_text(os.path.relpath(path, source)), path) for path in _walk(source)]
-        if not files:
-            kinds = ", ".join((*AUDIO, *_ARCHIVES))
-            raise ValueError(
-                f"{_text(source)} has no files to tokenize ({kinds}); manifests are named themselves"
-            )
-    elif os.path.isfile(source):
-        files = [(_text(source), source)]
-    else:
-        files = [
-            (_text(path), path) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)
-        ]
-        if not files:
-            raise FileNotFoundError(f"{_text(source)}: there is no such folder or file, and no match")
-    items: list[Item] = []
-    archives: list[str] = []
-    for name, path in files:
-        suffix = os.path.splitext(path)[1].lower()
-        if suffix in _ARCHIVES:
-            archives.append(path)
-        elif suffix == ".jsonl":
-            items += _manifest(path)
-        elif path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-            raise ValueError(
-                f"{name} is a compressed archive, in which nothing can be found; unpack it to .tar"
-            )
-        else:
-            items.append(Item(name, path, size=os.path.getsize(path)))
-    return items, archives
+        for path in _walk(source, without):
+            yield _text(os.path.relpath(path, source)), os.path.abspath(path)
+        return
+    paths = [source] if os.path.lexists(source) else sorted(glob.glob(source, recursive=True))
+    if not paths:
+        raise FileNotFoundError(f"{_text(source)}: there is no such folder or file, and no match")
+    for path in paths:
+        for file in _walk(path, without) if os.path.isdir(path) else [path]:
+            yield _text(file), os.path.abspath(file)
 
 
-def _walk(folder: str) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
+def _walk(folder: str, without: str | os.PathLike[str] | None) -> Iterator[str]:
+    def fail(error: OSError) -> None:  # or what cannot be read would be left out without a word
+        raise error
+
+    seen = {os.path.realpath(without)} if without is not None else set()
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in (*AUDIO, *_ARCHIVES):
+            if name.lower().endswith((*AUDIO, *_ARCHIVES, *COMPRESSED)):
                 yield os.path.join(root, name)
+
+
+def _sort(name: str, path: str, items: list[Item], archives: list[tuple[str, str]]) -> None:
+    """Put a file where it belongs."""
+    suffix = os.path.splitext(path)[1].lower()
+    if path.lower().endswith(COMPRESSED):
+        raise ValueError(f"{name} is a compressed archive, in which nothing can be found; unpack it to .tar")
+    if not os.path.isfile(path):  # a link to nothing, or a pipe, of which one would wait for ever
+        items.append(Item(name, problem="it is no file, or a link to one that is missing"))
+    elif suffix in _ARCHIVES:
+        archives.append((name, path))
+    elif suffix == ".jsonl":
+        items.extend(_manifest(path))
+    else:
+        items.append(Item(name, path, size=os.path.getsize(path)))
+
+
+def _distinct(items: Iterable[Item]) -> Iterator[Item]:
+    """Of clips with the same id, the second ends in #2."""
+    seen: set[str] = set()
+    for item in items:
+        name, count = item.id, 1
+        while name in seen:
+            count += 1
+            name = f"{item.id}#{count}"
+        seen.add(name)
+        yield item._replace(id=name)
 
 
 def _text(path: str) -> str:
     """A path that can be written in UTF-8, whatever bytes it is of."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _identity(*candidates: Any) -> str:
+    """The first that there is, as a text that can be written in UTF-8."""
+    found = next(candidate for candidate in candidates if candidate is not None)
+    return str(found).encode("utf-8", "backslashreplace").decode()
 
 
 def _manifest(path: str) -> Iterator[Item]:
@@ -156,21 +189,22 @@ def _entry(path: str, number: int, line: bytes) -> Item:
     place = f"{_text(path)}, line {number}"
     try:
         entry: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise ValueError(f"{place}: must be a JSON object with a path, got {line[:80]!r}")
     for name in ("start", "end"):
-        if entry.get(name) is not None and type(entry[name]) not in (int, float):
+        value = entry.get(name)
+        if value is not None and (type(value) not in (int, float) or not abs(value) < MAX_SECONDS):
             raise ValueError(f"{place}: {name} must be seconds, got {entry[name]!r}")
     start, end = float(entry.get("start") or 0), entry.get("end")
     if not 0 <= start < (float("inf") if end is None else end):
         raise ValueError(f"{place}: start must lie before end, got {start} and {end}")
     stretch = f"@{start:g}-{'' if end is None else format(end, 'g')}" if start or end is not None else ""
-    audio = os.path.join(os.path.dirname(path), entry["path"])
+    audio = os.path.abspath(os.path.join(os.path.dirname(path), entry["path"]))
     size = os.path.getsize(audio) if os.path.isfile(audio) else None
     problem = "" if size is not None else "there is no such file"
-    name = str(entry.get("id", entry["path"] + stretch))
+    name = _identity(entry.get("id"), entry["path"] + stretch)
     return Item(name, audio, size=size, start=start, end=end, problem=problem)
 
 
@@ -181,27 +215,44 @@ def _read_tar(path: str) -> Iterator[Item]:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # pyright: ignore - which would otherwise grow
-                end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
-                if not member.isfile() or os.path.splitext(member.name)[1].lower() not in AUDIO:
-                    continue
-                item = Item(_text(member.name), path, member.offset_data, member.size)
+                if archive.offset <= end:
+                    raise ValueError("a size is negative")
+                end = archive.offset
+                if os.path.splitext(member.name)[1].lower() in AUDIO and not member.isdir():
+                    yield _member(path, member, size)
                 if member.offset_data + member.size > size:
-                    yield item._replace(problem="the archive is cut short inside this file")
                     return
-                yield item
-        with open(path, "rb") as file:
-            file.seek(end)
-            if end <= size and file.read(TAR_BLOCK).strip(b"\0") == b"" and file.tell() > end:
-                return
-        reason = f"the archive has no end: it is cut short, or damaged after byte {min(end, size)}"
-    except (tarfile.TarError, OSError, ValueError) as error:
-        reason = f"the archive cannot be read after byte {end}: {error}"
-    yield Item("", path, problem=reason)
+        reason = _end_of_tar(path, end, size)
+    except Exception as error:  # which a hostile header can make of any kind
+        reason = f"the archive cannot be read after byte {end}: {type(error).__name__}: {error}"
+    if reason:
+        yield Item("", path, problem=reason)
+
+
+def _member(path: str, member: tarfile.TarInfo, size: int) -> Item:
+    name = _identity(member.name)
+    if not member.isfile():
+        return Item(name, path, problem="it is a link inside the archive, or no file; write the file itself")
+    if member.offset_data + member.size > size:
+        return Item(name, path, problem="the archive is cut short inside this file")
+    return Item(name, path, member.offset_data, member.size)
+
+
+def _end_of_tar(path: str, end: int, size: int) -> str:
+    """What is wrong with the end of an archive, whose last member ends at byte `end`: after it come zeros."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        zeros = file.read(TAR_BLOCK)
+        if not zeros or zeros.strip(b"\0"):
+            return f"the archive has no end: it is cut short, or damaged after byte {min(end, size)}"
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                return f"something follows the end of the archive at byte {end}, such as a second archive"
+    return ""
 
 
 def _read_parquet(path: str) -> Iterator[Item]:
     """The rows of a Parquet file in the layout of Hugging Face datasets."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = 0
@@ -215,14 +266,14 @@ def _read_parquet(path: str) -> Iterator[Item]:
                 for entry in batch.to_pylist():
                     yield _row(path, row, entry)
                     row += 1
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # which a damaged file can make of any kind
         yield Item("", path, problem=f"the file cannot be read from row {row} on: {error}")
 
 
 def _row(path: str, row: int, entry: dict[str, Any]) -> Item:
     audio = entry["audio"] if isinstance(entry["audio"], dict) else {"bytes": entry["audio"]}
     data, name = audio.get("bytes"), audio.get("path")
-    identity = str(entry.get("id") or name or row)
+    identity = _identity(entry.get("id"), name, row)
     if isinstance(data, bytes):
         return Item(identity, data=data)
     if isinstance(name, str):
@@ -230,6 +281,10 @@ def _row(path: str, row: int, entry: dict[str, Any]) -> Item:
         if os.path.isfile(beside):
             return Item(identity, beside, size=os.path.getsize(beside))
     return Item(identity, problem="the row has no audio: neither bytes nor a path that leads to a file")
+
+
+def _reader_of(path: str) -> Callable[[str], Iterator[Item]]:
+    return _ARCHIVES[os.path.splitext(path)[1].lower()]
 
 
 _ARCHIVES: dict[str, Callable[[str], Iterator[Item]]] = {".tar": _read_tar, ".parquet": _read_parquet}

@@ -1,12 +1,14 @@
 """A tokenization job: shards in, Parquet out, nothing lost, nothing twice."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mimi_jax.checkpoint import model_id
 from mimi_jax.model import Mimi
@@ -23,6 +25,7 @@ OTHER_BATCH_SIZE = 64
 # nothing. On a CPU the first is little, so steps are short: 1.28 s.
 BLOCK_FRAMES = {"cpu": 16}
 OTHER_BLOCK_FRAMES = 50
+MAX_WORKERS = 16  # by default: a core decodes thousands of seconds in one
 CLIPS_PER_SHARD = 1000
 MAX_SECONDS = 24 * 3600.0
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -63,13 +66,16 @@ def plan(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if not max_seconds > 0:
         raise ValueError(f"max_seconds must be positive, got {max_seconds}")
-    shards = find_shards(sources, clips_per_shard)
+    shards = find_shards(sources, clips_per_shard, without=output)
     codec = Mimi.from_pretrained(os.fspath(model), decoder=False)
     config = codec.config
     jax.eval_shape(lambda: codec.init_encoder_state(1))  # which refuses a model that cannot stream
     settings = {
         "model_id": model_id(codec),
-        "num_quantizers": codec.quantizer.check_count(num_quantizers or config.num_quantizers),
+        "encoder_id": _hash(codec),  # model_id is of the codebooks alone, which other encoders may share
+        "num_quantizers": codec.quantizer.check_count(
+            config.num_quantizers if num_quantizers is None else num_quantizers
+        ),
         "dtype": dtype,
         "sampling_rate": config.sampling_rate,
         "frame_size": config.frame_size,
@@ -90,8 +96,9 @@ def tokenize(
     batch_size: int | None = None,
     workers: int | None = None,
     strict: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    retry_errors: bool = False,
+    process_index: int | None = None,
+    process_count: int | None = None,
     **settings: Any,
 ) -> Summary:
     """Turn audio into Parquet files of codes, on all devices of this process.
@@ -106,10 +113,11 @@ def tokenize(
         model: as for `Mimi.from_pretrained`.
         batch_size: clips that are coded at once; a multiple of the number of devices. None for 8 on a CPU and
             64 a device on others.
-        workers: processes that read and resample; None for one less than this machine has CPUs.
+        workers: processes that read and resample; None for one less than there are CPUs, at most 16.
         strict: stop at the first clip that cannot be coded, instead of listing it.
+        retry_errors: do again the shards that have errors, as after a disk or a network that failed.
         process_index, process_count: this process does every `process_count`-th shard, from `process_index`
-            on.
+            on. None for those of `jax.distributed`, where that is initialized, else for one process alone.
         num_quantizers: how many codebooks to keep, the first ones; all by default.
         dtype: "float32", or "bfloat16" for speed.
         clips_per_shard: of files that are not in an archive.
@@ -117,10 +125,19 @@ def tokenize(
 
     Raises:
         FileNotFoundError, ValueError: inputs, model or output cannot be used, or, with `strict`, a clip.
+        ChildProcessError: worker processes cannot start. They import the script that called this, which must
+            do so under `if __name__ == "__main__":`.
     """
+    if process_index is None or process_count is None:
+        is_one_of_many = jax.distributed.is_initialized()
+        process_index, process_count = (
+            (jax.process_index(), jax.process_count()) if is_one_of_many else (0, 1)
+        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
     shards, codec, folder = plan(sources, output, model, **settings)
+    if retry_errors:
+        folder.forget_errors()
     mine = [shard for shard in shards[process_index::process_count] if not folder.is_done(shard.index)]
     progress = Progress(sum(shard.num_bytes for shard in mine), codec.config.sampling_rate)
     now = Totals()
@@ -151,7 +168,7 @@ class Tokenizer:
         if batch_size is None:
             batch_size = BATCH_SIZE.get(platform, OTHER_BATCH_SIZE) * len(devices)
         if workers is None:
-            workers = max(len(os.sched_getaffinity(0)) - 1, 1)
+            workers = min(max(_num_cpus() - 1, 1), MAX_WORKERS)
         if settings["dtype"] != "float32":
             model = model.astype(settings["dtype"])
         block_frames = BLOCK_FRAMES.get(platform, OTHER_BLOCK_FRAMES)
@@ -174,7 +191,7 @@ class Tokenizer:
         """
         with contextlib.ExitStack() as claims:
             ledger = _Ledger(self._output, self._decoders, progress, claims)
-            for result in self._lanes.run(ledger.streams(shards, wait)):
+            for result in self._lanes.run(ledger.streams(shards, wait), progress.coded):
                 if self._strict and result.codes is None:
                     raise ValueError(f"{ledger.place(result.stream)}: {result.problem}")
                 ledger.enter(result)
@@ -232,7 +249,7 @@ class _Ledger:
             self._progress.error(item.num_bytes)
         else:
             opened.results[position] = Row(item.id, source, result.num_samples, result.codes)
-            self._progress.clip(result.num_samples, item.num_bytes)
+            self._progress.clip(item.num_bytes)
         opened.num_bytes += item.num_bytes
         self._close_if_done(opened)
 
@@ -243,8 +260,23 @@ class _Ledger:
         rows = [result for result in results if isinstance(result, Row)]
         failures = [result for result in results if isinstance(result, Failure)]
         self.totals += self._output.write(opened.shard.index, rows, failures)
-        self._progress.shard(0, 0, 0, max(opened.shard.num_bytes - opened.num_bytes, 0))
+        self._progress.read(max(opened.shard.num_bytes - opened.num_bytes, 0))
         opened.release()
+
+
+def _num_cpus() -> int:
+    """That this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _hash(model: Mimi) -> str:
+    """16 hexadecimal digits of all weights."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(model):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ clips come together.
 
 import collections
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -76,14 +76,17 @@ class Lanes:
         self._rows: list[_Row | None] = [None] * batch_size
         self._running: collections.deque[tuple[jax.Array, list[_Part]]] = collections.deque()
 
-    def run(self, streams: Iterator[Stream]) -> Iterator[Result]:
+    def run(self, streams: Iterator[Stream], coded: Callable[[int], object]) -> Iterator[Result]:
         """Code clips, as many at once as there are rows; results come as the clips end.
 
         Args:
+            coded: is told how many samples each step has coded.
             streams: taken as rows become free, and some ahead, so that the workers always have what to
                 decode.
         """
         waiting: collections.deque[Stream] = collections.deque()
+        self._rows = [None] * self.batch_size
+        self._running.clear()
         while True:
             yield from self._fill(streams, waiting)
             if not any(self._rows):
@@ -93,9 +96,9 @@ class Lanes:
             if parts:
                 self._step(blocks, fresh, parts)
             if len(self._running) > IN_FLIGHT:
-                yield from self._collect()
+                yield from self._collect(coded)
         while self._running:
-            yield from self._collect()
+            yield from self._collect(coded)
 
     def _fill(self, streams: Iterator[Stream], waiting: collections.deque[Stream]) -> Iterator[Result]:
         """Give every free row the next clip that can be read."""
@@ -141,12 +144,13 @@ class Lanes:
         )
         self._running.append((codes, parts))
 
-    def _collect(self) -> Iterator[Result]:
+    def _collect(self, coded: Callable[[int], object]) -> Iterator[Result]:
         codes, parts = self._running.popleft()
         codes = np.asarray(codes)
+        coded(sum(part.length for part in parts))
         for part in parts:
             frames = -(-part.length // self.config.frame_size)
-            part.row.codes.append(codes[part.number, :, :frames])
+            part.row.codes.append(codes[part.number, :, :frames].copy())  # or it would keep all of `codes`
             if part.is_last:
                 yield Result(part.row.stream, part.row.num_samples, np.concatenate(part.row.codes, axis=1))
 

@@ -32,6 +32,7 @@ def tokenize_on_ray(
     batch_size: int | None = None,
     workers: int | None = None,
     strict: bool = False,
+    retry_errors: bool = False,
     **settings: Any,
 ) -> Summary:
     """`tokenize` on a Ray cluster, whose machines see inputs, model and output under the same paths.
@@ -40,17 +41,20 @@ def tokenize_on_ray(
         address: of the cluster, such as "auto" or "ray://head:10001"; None for one on this machine.
         actors: how many models work at once; None for as many as the cluster has room for.
         num_cpus, num_gpus, resources: what each of them takes, such as `resources={"TPU": 4}`.
-        sources, output, model, batch_size, workers, strict, and the rest: as for `tokenize`.
+        workers: of each; None for one less than `num_cpus`.
+        sources, output, model, batch_size, strict, retry_errors, and the rest: as for `tokenize`.
     """
     import ray
 
-    sources = [_absolute(source) for source in sources]
     model = os.path.abspath(model) if os.path.exists(model) else model
     shards, codec, folder = plan(sources, os.path.abspath(output), model, **settings)
+    if retry_errors:
+        folder.forget_errors()
     todo = [shard for shard in shards if not folder.is_done(shard.index)]
     progress = Progress(sum(shard.num_bytes for shard in todo), codec.config.sampling_rate)
     now = Totals()
     with contextlib.closing(progress), _cluster(address):
+        workers = workers or max(int(num_cpus) - 1, 1)
         constructor = (os.fspath(model), str(folder.folder), folder.settings, batch_size, workers, strict)
         rows = [{"shard": pickle.dumps(shard)} for shard in todo]
         pool: dict[str, Any] = {"size": actors} if actors else {"min_size": 1, "max_size": max(len(todo), 1)}
@@ -75,7 +79,6 @@ def _cluster(address: str | None) -> Iterator[None]:
     """A connection to Ray, which stays where there was one; its errors in our words."""
     import ray
     import ray.data
-    from ray.exceptions import RayError
 
     was_connected = ray.is_initialized()
     try:
@@ -85,19 +88,16 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
     except ConnectionError as error:
         raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
-    except RayError as error:
-        cause = error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Ray Data's own are of no common kind
+        cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ValueError(f"the cluster gave up: {cause}") from error
     finally:
         if not was_connected:
             ray.shutdown()
-
-
-def _absolute(source: str | os.PathLike[str]) -> str:
-    """Actors do not run in the folder of whoever named the input."""
-    return os.path.abspath(os.fspath(source))
 
 
 class _Actor:

@@ -86,7 +86,7 @@ class Output:
         self.num_shards: int = settings["num_shards"]
         self.manifest = folder / "manifest.json"
         self._work = folder / "work"
-        if folder.is_dir() and {path.name for path in folder.iterdir()} - OWN:
+        if not _is_own(folder):
             raise ValueError(f"{folder} holds files, but not those of a tokenization; name another folder")
         for path in (folder / "codes", folder / "errors", self._work):
             path.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,11 @@ class Output:
             if self.manifest.exists():
                 check_same(folder, json.loads(self.manifest.read_text())["settings"], settings)
             else:
-                self._write_manifest(Totals(), is_complete=False)
+                self._write_manifest(Totals(), 0)
 
     def name(self, shard: int) -> str:
-        return f"{shard:05}-of-{self.num_shards:05}.parquet"
+        width = max(5, len(str(self.num_shards)))  # so that names sort as numbers do
+        return f"{shard:0{width}}-of-{self.num_shards:0{width}}.parquet"
 
     def is_done(self, shard: int) -> bool:
         return (self.folder / "codes" / self.name(shard)).exists()
@@ -112,9 +113,6 @@ class Output:
             wait: for whoever is at it to finish, or to die.
         """
         with file_lock(self._work / f"{shard:05}.lock", wait) as is_mine:
-            if is_mine:
-                for rest in self._work.glob(f"*-{self.name(shard)}"):  # of a process that was killed
-                    rest.unlink(missing_ok=True)
             yield is_mine and not self.is_done(shard)
 
     def write(self, shard: int, rows: Sequence[Row], failures: Sequence[Failure]) -> Totals:
@@ -164,11 +162,25 @@ class Output:
 
     def finish(self) -> tuple[Totals, int]:
         """Bring the manifest up to date; returns the totals of all shards that are done, and their number."""
+        done = [shard for shard in range(self.num_shards) if self.is_done(shard)]
+        totals = sum((self.totals(shard) for shard in done), Totals())
         with file_lock(self._work / "manifest.lock"):
-            done = [shard for shard in range(self.num_shards) if self.is_done(shard)]
-            totals = sum((self.totals(shard) for shard in done), Totals())
-            self._write_manifest(totals, is_complete=len(done) == self.num_shards)
+            if (
+                len(done) >= json.loads(self.manifest.read_text())["shards_done"]
+            ):  # else others have seen more
+                self._write_manifest(totals, len(done))
+        if len(done) == self.num_shards:
+            for rest in self._work.glob("*.parquet"):  # of processes that were killed
+                rest.unlink(missing_ok=True)
         return totals, len(done)
+
+    def forget_errors(self) -> None:
+        """Undo the shards that have errors, so that they are done again."""
+        for errors in sorted((self.folder / "errors").glob("*.parquet")):
+            (self.folder / "codes" / errors.name).unlink(missing_ok=True)
+            errors.unlink(missing_ok=True)
+        with file_lock(self._work / "manifest.lock"):
+            self._write_manifest(Totals(), 0)  # of which `finish` makes the true ones
 
     def totals(self, shard: int) -> Totals:
         """Of a shard that is done."""
@@ -177,11 +189,12 @@ class Output:
         metadata = pq.read_schema(self.folder / "codes" / self.name(shard)).metadata
         return Totals(*json.loads(metadata[b"totals"]))
 
-    def _write_manifest(self, totals: Totals, is_complete: bool) -> None:
+    def _write_manifest(self, totals: Totals, num_done: int) -> None:
         fields = {
             "format": FORMAT,
             "version": VERSION,
-            "complete": is_complete,
+            "complete": num_done == self.num_shards,
+            "shards_done": num_done,
             "totals": {**totals._asdict(), "hours": round(self._hours(totals), 4)},
             "settings": self.settings,
             "config": self.config,
@@ -208,6 +221,19 @@ def _table(rows: Sequence[Row]) -> Any:
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, code_schema(), strict=True)]
     return pa.table(arrays, schema=code_schema())
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is a tokenization's, or nobody's yet."""
+    if not folder.is_dir():
+        return not folder.exists()
+    if {path.name for path in folder.iterdir()} - OWN:
+        return False
+    manifest = folder / "manifest.json"
+    try:
+        return not manifest.exists() or json.loads(manifest.read_text())["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

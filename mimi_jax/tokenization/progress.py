@@ -44,14 +44,17 @@ class Progress:
         """Seconds of audio in a second."""
         return self.samples / self._rate / max(self.seconds, 1e-9)
 
-    def clip(self, num_samples: int, num_bytes: int) -> None:
-        self.clips += 1
+    def coded(self, num_samples: int) -> None:
         self.samples += num_samples
-        self._advance(num_bytes)
+        self._show()
+
+    def clip(self, num_bytes: int) -> None:
+        self.clips += 1
+        self.read(num_bytes)
 
     def error(self, num_bytes: int) -> None:
         self.errors += 1
-        self._advance(num_bytes)
+        self.read(num_bytes)
 
     def shard(self, clips: int, errors: int, samples: int, num_bytes: int) -> None:
         """Count a shard that was done elsewhere."""
@@ -60,7 +63,14 @@ class Progress:
             self.errors + errors,
             self.samples + samples,
         )
-        self._advance(num_bytes)
+        self.read(num_bytes)
+
+    def read(self, num_bytes: int) -> None:
+        """Count bytes that are done with."""
+        num_bytes = min(num_bytes, self._num_bytes - self._bytes)
+        self._bytes += num_bytes
+        self._bar.update(num_bytes)
+        self._show()
 
     def close(self) -> None:
         self._bar.close()
@@ -69,16 +79,12 @@ class Progress:
         hours = self.samples / self._rate / 3600
         return f"{hours:.2f} h, {self.realtime:.0f}x realtime, {self.clips:,} clips, {self.errors:,} errors"
 
-    def _advance(self, num_bytes: int) -> None:
-        num_bytes = min(num_bytes, self._num_bytes - self._bytes)
-        self._bytes += num_bytes
+    def _show(self) -> None:
         if self._is_terminal:
             self._bar.set_postfix_str(str(self), refresh=False)
-            self._bar.update(num_bytes)
         elif time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
             share = self._bytes / max(self._num_bytes, 1)
             left = "?" if not share else tqdm.format_interval(self.seconds / share - self.seconds)
-            print(
-                f"{time.strftime('%H:%M:%S')} {share:.0%}: {self}, {left} left", file=self._stream, flush=True
-            )
+            line = f"{time.strftime('%H:%M:%S')} {share:.0%}: {self}, {left} left"
+            print(line, file=self._stream, flush=True)

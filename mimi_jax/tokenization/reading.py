@@ -90,13 +90,13 @@ class CodeSource:
     def _read(self, number: int) -> list[TokenizedClip]:
         import pyarrow.parquet as pq
 
-        if (clips := self._cache.get(number)) is None:
+        if (clips := self._cache.pop(number, None)) is None:
             file, group = self._groups[number]
             with pq.ParquetFile(self._paths[file]) as opened:
                 clips = list(_clips(opened.read_row_group(group)))
-            self._cache[number] = clips
-            while len(self._cache) > CACHED_GROUPS:
-                self._cache.popitem(last=False)
+        self._cache[number] = clips
+        if len(self._cache) > CACHED_GROUPS:
+            self._cache.popitem(last=False)
         return clips
 
 

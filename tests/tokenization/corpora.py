@@ -49,6 +49,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any] | None]) -> None:
     import pyarrow.parquet as pq
 
     audio = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"audio": audio, "text": ["words"] * len(rows)}), path)
 
 

@@ -3,6 +3,9 @@
 import io
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,23 +111,77 @@ def test_a_problem_that_is_known_is_passed_on(decoders: Decoders):
         missing.next()
 
 
-def test_a_worker_that_dies_takes_one_clip_with_it(tmp_path: Path):
-    seconds = PIECE_SECONDS * 2 + 1
-    audio = noise_clip(seconds * RATE)
-    os.mkfifo(tmp_path / "stuck.wav")  # whoever opens it waits for ever
+def kill_worker(decoders: Decoders) -> None:
+    os.kill(decoders._workers[0]._process.result(), signal.SIGKILL)
+    time.sleep(0.3)
+
+
+@pytest.fixture
+def one() -> Iterator[Decoders]:
     with Decoders(Target(RATE, 1, MAX_SECONDS), num_workers=1) as decoders:
-        item = Item("good", data=audio_bytes(audio))
-        begun = decoders.open(item)
-        first = begun.next().audio  # and the next piece is asked for
-        time.sleep(1)
-        stuck = decoders.open(Item("stuck", str(tmp_path / "stuck.wav")))
-        behind = [decoders.open(item) for _ in range(3)]
-        time.sleep(1)
-        (process,) = decoders._workers[0]._pool._processes.values()
-        os.kill(process.pid or 0, signal.SIGKILL)
-        expected = whole(decoders.open(item))
-        for stream in behind:
-            np.testing.assert_array_equal(whole(stream), expected)
-        np.testing.assert_array_equal(np.concatenate([first, whole(begun)], axis=1), expected)
-        with pytest.raises(ValueError, match="the decoder crashed on this file"):
-            stuck.next()
+        yield decoders
+
+
+def test_what_a_dead_worker_had_open_goes_on(one: Decoders):
+    item = Item("good", data=audio_bytes(noise_clip((PIECE_SECONDS * 2 + 1) * RATE)))
+    begun = one.open(item)
+    first = begun.next().audio  # and the next piece is asked for
+    kill_worker(one)
+    behind = [one.open(item) for _ in range(3)]
+    expected = whole(one.open(item))
+    for stream in behind:
+        np.testing.assert_array_equal(whole(stream), expected)
+    np.testing.assert_array_equal(np.concatenate([first, whole(begun)], axis=1), expected)
+
+
+def test_a_file_that_kills_its_worker_twice_is_blamed_alone(one: Decoders, tmp_path: Path):
+    os.mkfifo(tmp_path / "stuck.wav")  # whoever opens it waits, until it is killed
+    stuck = Item("stuck", str(tmp_path / "stuck.wav"))
+    good = Item("good", data=audio_bytes(noise_clip(1000)))
+    streams = [one.open(item) for item in (stuck, good, stuck, good)]
+
+    def kill_often() -> None:
+        for _ in range(4):
+            time.sleep(1)
+            kill_worker(one)
+
+    killer = threading.Thread(target=kill_often)
+    killer.start()
+    for stream in streams:
+        if stream.item is good:
+            assert whole(stream).shape == (1, 1000)
+        else:
+            with pytest.raises(ValueError, match="the decoder crashed on this file"):
+                stream.next()
+    killer.join()
+
+
+def test_workers_that_cannot_start_blame_no_file(tmp_path: Path):
+    """Such as those of a script that tokenizes as it is imported."""
+    (tmp_path / "x.wav").write_bytes(audio_bytes(noise_clip(1000)))
+    script = f"""
+from mimi_jax.tokenization import tokenize
+tokenize([{str(tmp_path / "x.wav")!r}], {str(tmp_path / "out")!r})
+"""
+    (tmp_path / "script.py").write_text(script)
+    result = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'must stand under if __name__ == "__main__":' in result.stderr
+    assert list((tmp_path / "out" / "codes").iterdir()) == []
+
+
+def test_a_stuck_worker_does_not_keep_the_process(tmp_path: Path):
+    os.mkfifo(tmp_path / "stuck.wav")
+    script = f"""
+import time
+from mimi_jax.tokenization.decoding import Decoders, Target
+from mimi_jax.tokenization.inputs import Item
+if __name__ == "__main__":
+    with Decoders(Target(24_000, 1, 100), 1) as decoders:
+        decoders.open(Item("stuck", {str(tmp_path / "stuck.wav")!r}))
+        time.sleep(2)
+    print("ends")
+"""
+    (tmp_path / "script.py").write_text(script)
+    line = [sys.executable, str(tmp_path / "script.py")]
+    assert subprocess.run(line, capture_output=True, text=True, timeout=30).stdout == "ends\n"

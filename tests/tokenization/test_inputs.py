@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,8 @@ def test_a_manifest_names_stretches(tmp_path: Path):
         ("nonsense", "line 2: must be a JSON object with a path, got b'nonsense"),
         ('{"path": 3}', "line 2: must be a JSON object with a path"),
         ('{"path": "x", "start": "1"}', "line 2: start must be seconds, got '1'"),
+        ('{"path": "x", "end": 1' + "0" * 400 + "}", "line 2: end must be seconds, got 1000"),
+        ("[" * 5000, "line 2: must be a JSON object"),
         ('{"path": "x", "start": 2, "end": 1}', "line 2: start must lie before end, got 2.0 and 1"),
     ],
 )
@@ -158,21 +161,119 @@ def test_names_of_any_bytes_can_be_written(tmp_path: Path):
     ("name", "error"),
     [
         ("nothing*.wav", "no such folder or file, and no match"),
-        ("empty", "has no files to tokenize"),
+        ("empty", "has nothing to tokenize"),
+        ("empty.jsonl", "has nothing to tokenize"),
         ("a.tar.gz", "is a compressed archive"),
     ],
 )
 def test_sources_that_cannot_be_used_are_refused(tmp_path: Path, name: str, error: str):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.tar.gz").write_bytes(b"")
+    (tmp_path / "empty.jsonl").write_bytes(b"\n")
     with pytest.raises((ValueError, FileNotFoundError), match=error):
         find_shards([tmp_path / name])
 
 
-def test_an_archive_that_is_named_twice_is_refused(tmp_path: Path):
+def test_a_compressed_archive_in_a_folder_is_not_left_out_without_a_word(tmp_path: Path):
+    (tmp_path / "x.wav").write_bytes(WAV)
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a compressed archive"):
+        find_shards([tmp_path])
+
+
+@pytest.mark.parametrize("second", [".", "a.tar", "x.wav", "*.wav", "sub", "sub/y.wav"])
+def test_what_is_named_twice_is_refused(tmp_path: Path, second: str):
     write_tar(tmp_path / "a.tar", {"1.wav": WAV})
-    with pytest.raises(ValueError, match="named twice"):
-        find_shards([tmp_path, tmp_path / "a.tar"])
+    (tmp_path / "sub").mkdir()
+    for name in ("x.wav", "sub/y.wav"):
+        (tmp_path / name).write_bytes(WAV)
+    with pytest.raises(ValueError, match="is named twice; name each input once"):
+        find_shards([tmp_path, tmp_path / second])
+
+
+def test_the_output_is_no_input(tmp_path: Path):
+    write_parquet(tmp_path / "tokens" / "codes" / "a.parquet", [{"bytes": WAV, "path": "x"}])
+    (tmp_path / "x.wav").write_bytes(WAV)
+    (shard,) = find_shards([tmp_path], without=tmp_path / "tokens")
+    assert ids(list(shard.read())) == ["x.wav"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.wav").write_bytes(WAV)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    (shard,) = find_shards([tmp_path / "data"])
+    assert ids(list(shard.read())) == ["linked/x.wav"]
+
+
+def test_a_pattern_may_match_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_folder(tmp_path, [100, 200])
+    monkeypatch.chdir(tmp_path)
+    (shard,) = find_shards(["speaker*"])
+    assert ids(list(shard.read())) == ["speaker 0/clip_000.wav", "speaker 1/clip_000.wav"]
+
+
+def test_what_is_no_file_is_told(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    (shard,) = find_shards([tmp_path])
+    assert all("it is no file, or a link" in item.problem for item in shard.read())
+    assert len(list(shard.read())) == 2
+
+
+def test_odd_members_of_a_tar_are_told(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("hard.wav", tarfile.LNKTYPE), ("soft.wav", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "1.wav"
+            archive.addfile(member)
+    (shard,) = find_shards([tmp_path])
+    assert [(item.id, "a link inside the archive" in item.problem) for item in shard.read()] == [
+        ("hard.wav", True),
+        ("soft.wav", True),
+    ]
+
+
+def test_a_second_archive_behind_the_first_is_told(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", {"1.wav": WAV})
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data + data)
+    (shard,) = find_shards([tmp_path])
+    first, second = shard.read()
+    assert (first.id, first.problem) == ("1.wav", "")
+    assert "such as a second archive" in second.problem
+
+
+def test_a_tar_with_a_negative_size_ends(tmp_path: Path):
+    header = bytearray(tarfile.TarInfo("2.wav").tobuf())
+    header[124:136] = b"\xff" * 10 + b"\xf0\x00"  # -4096 in base 256
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    write_tar(tmp_path / "a.tar", {"1.wav": WAV})
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[:1024] + bytes(header) + data[1024:])
+    (shard,) = find_shards([tmp_path])
+    first, second = list(shard.read())
+    assert (first.id, first.problem) == ("1.wav", "")
+    assert "cannot be read after byte 1024" in second.problem
+
+
+def test_ids_of_a_manifest_can_always_be_written(tmp_path: Path):
+    lines = [{"path": "x.wav", "id": None}, {"path": "x.wav", "id": 0}, {"path": "bad\udcff.wav"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "x.wav").write_bytes(WAV)
+    (shard,) = find_shards([tmp_path / "m.jsonl"])
+    assert ids(list(shard.read())) == ["x.wav", "0", "bad\\udcff.wav"]
+
+
+def test_ids_are_distinct_across_shards_and_beside_names_like_them(tmp_path: Path):
+    lines = [{"path": "x.wav", "id": name} for name in ("a", "a#2", "a", "a")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "x.wav").write_bytes(WAV)
+    shards = find_shards([tmp_path / "m.jsonl"], clips_per_shard=1)
+    assert [ids(list(shard.read())) for shard in shards] == [["a"], ["a#2"], ["a#3"], ["a#4"]]
 
 
 def test_the_fingerprint_is_of_the_clips_and_not_of_their_place(tmp_path: Path):

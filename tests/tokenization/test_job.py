@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from flax import nnx
 
 import mimi_jax
 from mimi_jax import Mimi, cli
@@ -160,6 +162,48 @@ def test_a_model_that_cannot_stream_is_refused_before_anything_is_made(tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_errors_are_retried_when_asked(tmp_path: Path, tiny: Path, model: Mimi):
+    write_folder(tmp_path / "data", [100, 200, 300, 400])
+    bad = tmp_path / "data" / "speaker 1" / "clip_001.wav"
+    data = bad.read_bytes()
+    bad.write_bytes(b"")
+    options: dict[str, Any] = {"clips_per_shard": 2}
+    assert tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options).total.errors == 1
+    bad.write_bytes(data)
+    assert tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options).total.errors == 1
+    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, retry_errors=True, **options)
+    assert (summary.now.clips, summary.total.clips, summary.total.errors) == (2, 4, 0)
+    check_folder(tmp_path / "out", tmp_path / "data", model)
+
+
+def test_bfloat16_codes_are_the_same_in_any_company(tmp_path: Path, tiny: Path):
+    write_folder(tmp_path / "data", LENGTHS)
+    for name, batch_size in (("many", 64), ("few", 8)):
+        tokenize([tmp_path / "data"], tmp_path / name, tiny, dtype="bfloat16", batch_size=batch_size)
+    many, few = codes_by_id(tmp_path / "many"), codes_by_id(tmp_path / "few")
+    assert len(many) == len(LENGTHS)
+    for name, codes in many.items():
+        np.testing.assert_array_equal(codes, few[name])
+    assert read_manifest(tmp_path / "many")["settings"]["dtype"] == "bfloat16"
+
+
+def test_the_output_may_lie_in_the_input(tmp_path: Path, tiny: Path, model: Mimi):
+    write_folder(tmp_path / "data", [100, 200])
+    for _ in range(2):
+        tokenize([tmp_path / "data"], tmp_path / "data" / "tokens", tiny)
+    check_folder(tmp_path / "data" / "tokens", tmp_path / "data", model)
+
+
+def test_another_encoder_is_refused(tmp_path: Path, tiny: Path):
+    write_folder(tmp_path / "data", [100, 200])
+    tokenize([tmp_path / "data"], tmp_path / "out", tiny)
+    tuned = nnx.clone(load_fixture("base").model)
+    tuned.downsample.kernel[...] *= 1.01  # type: ignore[union-attr]
+    tuned.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="encoder_id was"):
+        tokenize([tmp_path / "data"], tmp_path / "out", tmp_path / "tuned")
+
+
 def test_strict_stops_at_the_first_clip_that_is_broken(tmp_path: Path, tiny: Path):
     write_folder(tmp_path / "data", [100, 200])
     (tmp_path / "data" / "bad.wav").write_bytes(b"")
@@ -264,8 +308,9 @@ def kill_and_rerun(line: list[str], out: Path, kills: int, span: float, seed: in
         before = len(list((out / "codes").glob("*.parquet"))) if out.exists() else 0
         process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         start = time.monotonic()
-        # Counted from the first shard that it writes, so that most kills come in the middle of the work.
-        while process.poll() is None and time.monotonic() - start < 120:
+        # Most are counted from the first shard that it writes, so that they come in the middle of the work.
+        limit = 120 if generator.random() < 0.8 else generator.uniform(0, 3)
+        while process.poll() is None and time.monotonic() - start < limit:
             if out.exists() and len(list((out / "codes").glob("*.parquet"))) > before:
                 break
             time.sleep(0.01)
@@ -287,7 +332,7 @@ def test_60_real_clips_survive_three_kills(tmp_path: Path, shared_speech: list[P
     found = codes_by_id(tmp_path / "out")
     assert list(found) == [f"{path}@0.25-2.5" for path in clips]
     mini = Mimi.from_pretrained("mini", decoder=False)
-    for path in clips[::6]:
+    for path in clips:
         with path.open("rb") as file:
             reader = mimi_jax.audio.AudioReader(file, "it", start=0.25, end=2.5)
             audio = np.concatenate(list(reader), axis=1)
@@ -341,9 +386,11 @@ def test_the_command_prints_a_table_and_its_status_tells_of_errors(
     [
         (["--process-index", "1"], {}, "--process-index and --process-count go together"),
         (["--ray-actors", "2"], {}, "are of --engine ray"),
-        (["--process-index", "2", "--process-count", "2"], {}, "process_index must lie in [0, 2), got 2"),
-        ([], {"JAX_PROCESS_ID": "5", "JAX_NUM_PROCESSES": "5"}, "process_index must lie in [0, 5), got 5"),
-        ([], {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4"}, "process_index must lie in [0, 4), got 4"),
+        (["--batch-size", "0"], {}, "argument --batch-size: must be positive, got 0"),
+        (["--process-index", "2", "--process-count", "2"], {}, "must lie in [0, 2), got 2"),
+        ([], {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4"}, "must lie in [0, 4), got 4"),
+        ([], {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "5"}, "must lie in [0, 5), got 5"),
+        ([], {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b"}, "must lie in [0, 2), got 2"),
     ],
 )
 def test_the_process_is_named_by_options_or_variables(
@@ -358,5 +405,5 @@ def test_the_process_is_named_by_options_or_variables(
         monkeypatch.setenv(name, value)
     write_folder(tmp_path / "data", [100])
     status = cli.main(["tokenize", str(tmp_path / "data"), "-o", str(tmp_path / "out"), *words])
-    assert status in (1, 2)
+    assert status == 2
     assert error in capsys.readouterr().err

@@ -37,7 +37,7 @@ def in_pieces(audio: np.ndarray, size: int) -> list[Any]:
 
 
 def run(lanes: Lanes, streams: list[FakeStream]) -> dict[int, Any]:
-    results = list(lanes.run(iter(streams)))  # type: ignore[arg-type]
+    results = list(lanes.run(iter(streams), lambda _: None))  # type: ignore[arg-type]
     assert len({result.stream.key for result in results}) == len(results) == len(streams)
     return {result.stream.key: result for result in results}
 
@@ -116,7 +116,7 @@ def test_streams_are_not_taken_long_before_their_turn():
             taken += 1
             yield FakeStream(number, [noise_clip(FRAME)])
 
-    results = Lanes(load_fixture("base").model, 4, BLOCK, 4, jax.devices()[:1]).run(streams())
+    results = Lanes(load_fixture("base").model, 4, BLOCK, 4, jax.devices()[:1]).run(streams(), lambda _: None)
     for count, _ in enumerate(results, 1):
         assert taken <= count + 4 * 5  # in rows, in flight and ahead
     assert taken == 100

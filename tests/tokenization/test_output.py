@@ -83,6 +83,21 @@ def test_other_settings_are_refused_with_both_values(tmp_path: Path):
         open_output(tmp_path / "out", num_quantizers=4, dtype="bfloat16")
 
 
+def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path):
+    for text in ('{"name": "my app"}', "no JSON", "[]"):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="holds files, but not those of a tokenization"):
+            open_output(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_names_of_many_shards_sort_as_numbers_do(tmp_path: Path):
+    output = open_output(tmp_path / "out", num_shards=1_000_000)
+    names = [output.name(shard) for shard in (9, 99_999, 100_000, 999_999)]
+    assert names == sorted(names)
+    assert names[0] == "0000009-of-1000000.parquet"
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="holds files, but not those of a tokenization"):
@@ -141,7 +156,14 @@ def test_a_killed_process_leaves_its_claim_and_its_rest_is_removed(tmp_path: Pat
     process.join()
     with output.claim(0, wait=True) as mine:
         assert mine
-    assert list((tmp_path / "out" / "work").glob("*.parquet")) == []
+    output.write(0, [row(0)], [])
+    output.finish()
+    rest = tmp_path / "out" / "work" / "123-00000-of-00003.parquet"
+    assert rest.exists()  # somebody may still be at it
+    for shard in (1, 2):
+        output.write(shard, [], [])
+    output.finish()
+    assert not rest.exists()
 
 
 def test_the_settings_travel_with_each_file(tmp_path: Path):
