@@ -58,7 +58,7 @@ def time_encode(model: Mimi, batches: list[tuple[np.ndarray, np.ndarray]]) -> fl
         running.append(mimi_jax.encode(model, audio, mask, NUM_QUANTIZERS).audio_codes)
         if len(running) > IN_FLIGHT:
             np.asarray(running.popleft())
-    jax.block_until_ready(running)
+    jax.block_until_ready(list(running))
     return time.perf_counter() - start
 
 

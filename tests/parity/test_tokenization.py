@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mimi_jax import Mimi
+from mimi_jax import Mimi, cli
 from mimi_jax.audio import to_int16
 from mimi_jax.tokenization import Summary, read_codes, to_unicode, tokenize, tokenize_on_ray
 from tests.models import load_fixture
@@ -48,12 +48,14 @@ def test_a_cluster_that_loses_a_machine_codes_each_clip_once(
 ):
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    node = cluster.add_node(num_cpus=1)
+    # Room for one actor on each of two machines.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"seat": 1}})
+    node = cluster.add_node(num_cpus=1, resources={"seat": 1})
     out, summaries = tmp_path / "out", []
 
     def run() -> None:
         options: dict[str, Any] = {"address": cluster.address, "actors": 2, "clips_per_shard": 2}
+        options["resources"] = {"seat": 1}
         summaries.append(tokenize_on_ray([corpus], out, tiny, batch_size=2, workers=1, **options))
 
     job = threading.Thread(target=run)
@@ -75,6 +77,26 @@ def test_a_cluster_that_loses_a_machine_codes_each_clip_once(
     assert found.keys() == expected.keys()
     for name, codes in found.items():
         np.testing.assert_array_equal(codes, expected[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_line_runs_ray_and_goes_on_without(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jax.config.update", lambda *_: None)  # these tests have their devices already
+    write_folder(tmp_path / "data", LENGTHS[:6])
+    words = ["tokenize", str(tmp_path / "data"), "-o", str(tmp_path / "out"), "--model", str(tiny)]
+    words += ["--clips-per-shard", "2"]
+    ray = ["--engine", "ray", "--ray-actors", "1", "--ray-resources", "num_cpus=1"]
+    assert cli.main([*words, *ray]) == 0
+    assert "6 clips, 0.00 h, 0 errors" in capfd.readouterr().out
+    (tmp_path / "out" / "codes" / "00001-of-00003.parquet").unlink()
+    assert cli.main(words) == 0
+    assert "2 clips, 0.00 h, 0 errors" in capfd.readouterr().out
+    (tmp_path / "data" / "bad.wav").write_bytes(b"")
+    words[3] = str(tmp_path / "strict")
+    assert cli.main([*words, *ray, "--strict"]) == 1
+    assert "bad.wav: the file is empty" in capfd.readouterr().err
 
 
 def test_every_clip_has_its_own_codes(tokens: Path):
