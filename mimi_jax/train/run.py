@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from mimi_jax.atomic import atomic_path, file_lock
 from mimi_jax.streaming import ceil_div
-from mimi_jax.train.data import Sampler, find_clips, fit_features, make_iterator
+from mimi_jax.train.data import Clip, Sampler, find_clips, fit_features, make_iterator
 from mimi_jax.train.recipe import Recipe
 from mimi_jax.train.step import Trainer, TrainState, start_model
 
@@ -46,7 +47,7 @@ def train(
 ) -> Path:
     """Train, and keep in a folder
 
-        recipe.json         what it was started with
+        recipe.json         what it was started with, and which clips
         log.jsonl           the means of all losses, every `log_every` steps; tensorboard/ the same
         checkpoints/        the newest states, with the position in the data
         model/              the running mean of the weights, as `Mimi.from_pretrained` reads it
@@ -69,21 +70,29 @@ def train(
     out = Path(out)
     model = start_model(recipe)
     recipe = dataclasses.replace(recipe, model=model.config)
-    _check_out(out, recipe, resume)
     features = bool(recipe.losses.distillation) and teacher is None
-    sampler = Sampler(find_clips(Path(data), recipe.data.include), recipe.data, model.config, features)
+    clips = find_clips(Path(data), recipe.data.include)
+    sampler = Sampler(clips, recipe.data, model.config, features)
     batches = make_iterator(sampler, recipe.seed, recipe.data.batch_size, recipe.steps)
     trainer = Trainer(recipe, model)
     put = _sharder(devices or jax.devices(), recipe.data.batch_size)
+    fields = recipe.to_dict() | {"clips": _describe(clips)}
+    _check_out(out, fields, resume)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out, recipe), _checkpoints(out / "checkpoints") as checkpoints:
+    with _alone(out, fields), _checkpoints(out / "checkpoints") as checkpoints:
         state = _start(trainer, checkpoints, batches, put, sampler)
         with _Log(out, int(state.step)) as log:
             _loop(trainer, state, batches, put, checkpoints, log, out / "model", teacher)
     return out / "model"
 
 
-def _check_out(out: Path, recipe: Recipe, resume: bool) -> None:
+def _describe(clips: list[Clip]) -> str:
+    """Which clips a run learns from: their names and lengths, and not where they lie."""
+    stretches = [(clip.path.name, clip.source, clip.speaker, clip.start, clip.num_samples) for clip in clips]
+    return f"{len(clips)}, {hashlib.sha256(json.dumps(stretches).encode()).hexdigest()[:16]}"
+
+
+def _check_out(out: Path, fields: dict[str, Any], resume: bool) -> None:
     file = out / "recipe.json"
     if not file.exists():
         # What a run leaves that was killed before it had written its recipe.
@@ -92,27 +101,24 @@ def _check_out(out: Path, recipe: Recipe, resume: bool) -> None:
         return
     if not resume:
         raise ValueError(f"{out} holds a run already; resume it (--resume) or name another folder")
-    old, new = (
-        dict(_flat(fields))
-        for fields in (json.loads(file.read_text()), json.loads(json.dumps(recipe.to_dict())))
-    )
+    old, new = (dict(_flat(json.loads(text))) for text in (file.read_text(), json.dumps(fields)))
     changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in old | new
         if old.get(name) != new.get(name) and name not in MAY_CHANGE
     ]
     if changes:
-        raise ValueError(f"{out} holds a run with another recipe: {'; '.join(changes)}")
+        raise ValueError(f"{out} holds a run with another recipe or other data: {'; '.join(changes)}")
 
 
 @contextmanager
-def _alone(out: Path, recipe: Recipe) -> Iterator[None]:
+def _alone(out: Path, fields: dict[str, Any]) -> Iterator[None]:
     """Take the folder, in which two processes would overwrite each other's checkpoints."""
     with file_lock(out / LOCK, wait=False) as is_alone:
         if not is_alone:
             raise ValueError(f"{out} is the folder of a run that is going on; wait for it, or stop it first")
         with atomic_path(out / "recipe.json") as file:
-            file.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+            file.write_text(json.dumps(fields, indent=2) + "\n")
         yield
 
 

@@ -339,6 +339,20 @@ def test_60_real_clips_survive_three_kills(tmp_path: Path, shared_speech: list[P
         np.testing.assert_array_equal(found[f"{path}@0.25-2.5"], codes_alone(mini, audio, 8))
 
 
+def test_an_interrupted_job_says_so_and_goes_on(tmp_path: Path, tiny: Path, model: Mimi):
+    write_folder(tmp_path / "data", [3000] * 60)
+    line = command(tmp_path / "data", tmp_path / "out", "--clips-per-shard", "2", "--model", str(tiny))
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("out/codes/*.parquet")):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.communicate()[1] == "mimi-jax tokenize: error: interrupted\n"
+    assert process.returncode == 128 + signal.SIGTERM
+    assert 0 < len(list(tmp_path.glob("out/codes/*.parquet"))) < 30
+    assert subprocess.run(line, stdout=subprocess.DEVNULL).returncode == 0
+    check_folder(tmp_path / "out", tmp_path / "data", model)
+
+
 @pytest.mark.slow
 def test_300_clips_survive_30_kills(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", [100 + 7 * (n % 9) for n in range(300)])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,8 +90,6 @@ def test_a_resumed_run_gives_the_same_numbers(
 
 @SLOW
 def test_a_longer_run_goes_on(whole: Path, data: Path, tmp_path: Path):
-    import shutil
-
     shutil.copytree(whole, tmp_path / "run")
     train(dataclasses.replace(RECIPE, steps=12), data, tmp_path / "run", devices=ONE, resume=True)
     assert [line["step"] for line in trace(tmp_path / "run")][-3:] == [10, 11, 12]
@@ -101,9 +100,33 @@ def test_a_run_is_not_overwritten(whole: Path, data: Path):
     with pytest.raises(ValueError, match="holds a run already; resume it"):
         train(RECIPE, data, whole)
     other = dataclasses.replace(RECIPE, seed=3)
-    with pytest.raises(ValueError, match="holds a run with another recipe: seed was 0 and is 3"):
+    with pytest.raises(ValueError, match="another recipe or other data: seed was 0 and is 3"):
         train(other, data, whole, resume=True)
     assert (whole / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_other_data(whole: Path, data: Path, tmp_path: Path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "0.flac").unlink()
+    with pytest.raises(ValueError, match=r"other data: clips was '4, .*' and is '3, "):
+        train(RECIPE, tmp_path / "data", whole, resume=True)
+
+
+def test_tensorboard_has_every_loss(whole: Path):
+    events = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
+    for name in trace(whole)[0].keys() - {"step"}:
+        assert events.count(name.encode()) == 10, name
+
+
+def test_a_run_on_eight_devices_has_the_same_losses(data: Path, tmp_path: Path):
+    # With the lowest floor, logarithms of near silence show how the order of a sum rounds it.
+    recipe = tiny_recipe(steps=3, data__batch_size=8, losses__mel_floor=1e-2)
+    for name, devices in (("one", ONE), ("eight", None)):
+        train(recipe, data, tmp_path / name, devices=devices)
+    for one, eight in zip(trace(tmp_path / "one"), trace(tmp_path / "eight"), strict=True):
+        assert one.keys() == eight.keys()
+        assert eight["loss/mel"] == pytest.approx(one["loss/mel"], rel=2e-3)
+        assert eight["loss/waveform"] == pytest.approx(one["loss/waveform"], rel=2e-3)
 
 
 def test_a_run_that_is_going_on_is_left_alone(whole: Path, data: Path):
@@ -122,8 +145,6 @@ def test_files_that_are_no_run_are_left_alone(data: Path, tmp_path: Path):
 
 def test_a_run_that_is_done_gives_its_model_again(whole: Path, data: Path, tmp_path: Path):
     """It may have been killed after its last checkpoint, before its model was written."""
-    import shutil
-
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
     train(RECIPE, data, tmp_path / "run", devices=ONE, resume=True)
