@@ -44,7 +44,7 @@ def tokenize_on_ray(
         workers: of each; None for one less than `num_cpus`.
         sources, output, model, batch_size, strict, retry_errors, and the rest: as for `tokenize`.
     """
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     model = os.path.abspath(model) if os.path.exists(model) else model
     shards, codec, folder = plan(sources, os.path.abspath(output), model, **settings)
@@ -77,8 +77,8 @@ def tokenize_on_ray(
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
     """A connection to Ray, which stays where there was one; its errors in our words."""
-    import ray
-    import ray.data
+    import ray  # pyright: ignore[reportMissingImports]
+    import ray.data  # pyright: ignore[reportMissingImports]
 
     was_connected = ray.is_initialized()
     try:
