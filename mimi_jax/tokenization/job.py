@@ -136,9 +136,10 @@ def tokenize(
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
     shards, codec, folder = plan(sources, output, model, **settings)
-    if retry_errors:
-        folder.forget_errors()
-    mine = [shard for shard in shards[process_index::process_count] if not folder.is_done(shard.index)]
+    mine = shards[process_index::process_count]
+    if retry_errors:  # of these alone: other processes may have retried theirs already
+        folder.forget_errors(shard.index for shard in mine)
+    mine = [shard for shard in mine if not folder.is_done(shard.index)]
     progress = Progress(sum(shard.num_bytes for shard in mine), codec.config.sampling_rate)
     now = Totals()
     with contextlib.closing(progress), counted_compilations() as compiled:

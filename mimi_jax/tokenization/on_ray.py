@@ -49,7 +49,7 @@ def tokenize_on_ray(
     model = os.path.abspath(model) if os.path.exists(model) else model
     shards, codec, folder = plan(sources, os.path.abspath(output), model, **settings)
     if retry_errors:
-        folder.forget_errors()
+        folder.forget_errors(shard.index for shard in shards)
     todo = [shard for shard in shards if not folder.is_done(shard.index)]
     progress = Progress(sum(shard.num_bytes for shard in todo), codec.config.sampling_rate)
     now = Totals()

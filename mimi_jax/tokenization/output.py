@@ -174,11 +174,12 @@ class Output:
                 rest.unlink(missing_ok=True)
         return totals, len(done)
 
-    def forget_errors(self) -> None:
-        """Undo the shards that have errors, so that they are done again."""
-        for errors in sorted((self.folder / "errors").glob("*.parquet")):
-            (self.folder / "codes" / errors.name).unlink(missing_ok=True)
-            errors.unlink(missing_ok=True)
+    def forget_errors(self, shards: Iterable[int]) -> None:
+        """Undo those of some shards that have errors, so that they are done again."""
+        for name in map(self.name, shards):
+            if (self.folder / "errors" / name).exists():
+                (self.folder / "codes" / name).unlink(missing_ok=True)
+                (self.folder / "errors" / name).unlink(missing_ok=True)
         with file_lock(self._work / "manifest.lock"):
             self._write_manifest(Totals(), 0)  # of which `finish` makes the true ones
 

@@ -171,6 +171,9 @@ def test_errors_are_retried_when_asked(tmp_path: Path, tiny: Path, model: Mimi):
     assert tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options).total.errors == 1
     bad.write_bytes(data)
     assert tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options).total.errors == 1
+    other: dict[str, Any] = {"process_index": 0, "process_count": 2, "retry_errors": True, **options}
+    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, **other)  # whose shards have none
+    assert (summary.num_done, summary.total.errors) == (2, 1)
     summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, retry_errors=True, **options)
     assert (summary.now.clips, summary.total.clips, summary.total.errors) == (2, 4, 0)
     check_folder(tmp_path / "out", tmp_path / "data", model)
