@@ -27,7 +27,7 @@ import mimi_jax
 from mimi_jax import Mimi, MimiConfig
 from mimi_jax.audio import FORMATS
 from mimi_jax.tokenization import Summary, tokenize
-from mimi_jax.tokenization.lanes import IN_FLIGHT
+from mimi_jax.tokenization.coding import IN_FLIGHT
 
 BATCH_SIZE = 8
 NUM_QUANTIZERS = 8

@@ -1,5 +1,6 @@
 """Windowed self-attention with rotary positions (reference: `MimiAttention`)."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -104,7 +105,9 @@ class Attention(StreamingLayer):
         else:
             past, state = state, self._write(state, key, value, lengths)
             if time <= SPARE:
-                out = self._attend_to_ring(state, query)
+                out = self._attend_to_ring(state, query, jnp.arange(1 - time, 1))
+            elif time <= self.slots:
+                out = self._attend_to_ring(past, query, jnp.arange(1, time + 1), key, value)
             else:
                 out = self._attend_in_order(past, query, key, value)
         return state, self.output_proj(out.reshape(batch, time, self.num_heads * self.head_dim))
@@ -137,13 +140,25 @@ class Attention(StreamingLayer):
             end,
         )
 
-    def _attend_to_ring(self, state: AttentionState, query: jax.Array) -> jax.Array:
-        """Attention of the newest steps, whose keys and values are in the ring already."""
+    def _attend_to_ring(
+        self,
+        ring: AttentionState,
+        query: jax.Array,
+        ahead: jax.Array,
+        key: jax.Array | None = None,
+        value: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention to what is in the ring, and to keys and values that are not in it yet.
+
+        Args:
+            ahead: int [time], of the queries, counted from the newest step in the ring.
+            key, value: of the queries' own steps; None where the ring holds them.
+        """
         batch, time, heads, head_dim = query.shape
         slots, key_value_heads = self.slots, self.num_key_value_heads
         groups = heads // key_value_heads
-        newest = (state.position[:, None] - 1) % slots
-        positions = newest + jnp.arange(1 - time, 1)
+        newest = (ring.position[:, None] - 1) % slots
+        positions = newest + ahead
 
         def rotated(positions: jax.Array) -> jax.Array:
             """[batch, key_value_heads, groups, time, head_dim]"""
@@ -153,18 +168,25 @@ class Attention(StreamingLayer):
         # A slot after the newest one holds a step of the round before, from which a query is one further.
         before = jnp.arange(slots) > newest
         queries = jnp.stack([rotated(positions), rotated(positions + slots)], axis=3)
-        scores = jnp.einsum("bhgrtd,bhds->bhgrts", queries, state.key, preferred_element_type=jnp.float32)
+        products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = products("bhgrtd,bhds->bhgrts", queries, ring.key)
         scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
-        slot_positions = jnp.arange(slots) - jnp.where(before, slots, 0)
-        first = newest + 1 - jnp.minimum(state.position, slots)[:, None]
-        mask = visible(positions[:, :, None], slot_positions[:, None], first[:, :, None], self.window)
+        key_positions = jnp.arange(slots) - jnp.where(before, slots, 0)
+        if key is not None:
+            new = products("bhgtd,bshd->bhgts", queries[:, :, :, 0], self._rotate(key, positions))
+            scores = jnp.concatenate([scores, new], axis=-1)
+            key_positions = jnp.concatenate([key_positions, positions], axis=-1)
+        first = newest + 1 - jnp.minimum(ring.position, slots)[:, None]
+        mask = visible(positions[:, :, None], key_positions[:, None], first[:, :, None], self.window)
         # Not -inf: a row that has not begun and stands still sees nothing at all.
         lowest = jnp.finfo(scores.dtype).min
         scores = jnp.where(mask[:, None, None], scores / math.sqrt(head_dim), lowest)
-        weights = jax.nn.softmax(scores, axis=-1).astype(state.value.dtype)
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
         # Heads before time here too, or XLA:CPU copies the whole ring to another layout.
-        out = jnp.einsum("bhgts,bhsd->bhgtd", weights, state.value)
-        return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape)
+        out = products("bhgts,bhsd->bhgtd", weights[..., :slots], ring.value)
+        if value is not None:
+            out += products("bhgts,bshd->bhgtd", weights[..., slots:], value)
+        return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape).astype(query.dtype)
 
     def _attend_in_order(
         self, state: AttentionState, query: jax.Array, key: jax.Array, value: jax.Array

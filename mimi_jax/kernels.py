@@ -180,7 +180,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int) -
     if query.dtype in HALF_PRECISION:
         if device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= FIRST_WITH_FLASH:
             choices["cuda"] = functools.partial(cudnn_attention, window=window)
-        in_shard_map = jax.sharding.get_abstract_mesh().manual_axes and not jax.typeof(query).vma
+        in_shard_map = (
+            jax.sharding.get_abstract_mesh().manual_axes and not jax.typeof(query).manual_axis_type.varying
+        )
         if device.platform == "tpu" and (jax.device_count() == 1 or in_shard_map):
             choices["tpu"] = functools.partial(splash_attention, window=window)
     return lax.platform_dependent(query, key, value, **choices)

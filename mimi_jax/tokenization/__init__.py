@@ -2,7 +2,7 @@
 
     inputs      what there is to do: folders, tar archives, Parquet files, manifests
     decoding    worker processes that read and resample
-    lanes       many clips at once through one compiled program
+    coding      many clips at once, in a handful of compiled programs
     output      Parquet files, errors, the manifest; claims on shards
     progress    a bar, or a line a minute
     job         all of it: `tokenize`

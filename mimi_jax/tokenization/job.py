@@ -12,17 +12,17 @@ import numpy as np
 
 from mimi_jax.checkpoint import model_id
 from mimi_jax.model import Mimi
+from mimi_jax.tokenization.coding import Coder, Result
 from mimi_jax.tokenization.decoding import Decoders, Stream, Target
 from mimi_jax.tokenization.inputs import Shard, find_shards, fingerprint
-from mimi_jax.tokenization.lanes import Lanes, Result
 from mimi_jax.tokenization.output import Failure, Output, Row, Totals
 from mimi_jax.tokenization.progress import Progress
 
 DTYPES = ("float32", "bfloat16")
 BATCH_SIZE = {"cpu": 8}  # rows of a device
 OTHER_BATCH_SIZE = 64
-# Frames of a step. Each costs what it does for the past of its rows, and the end of a clip half a step for
-# nothing. On a CPU the first is little, so steps are short: 1.28 s.
+# Frames of long clips that are coded at once. Each step costs what it does for the past of its rows, and the
+# end of a clip half a step for nothing. On a CPU the first is little, so steps are short: 1.28 s.
 BLOCK_FRAMES = {"cpu": 16}
 OTHER_BLOCK_FRAMES = 50
 MAX_WORKERS = 16  # by default: a core decodes thousands of seconds in one
@@ -173,7 +173,7 @@ class Tokenizer:
         if settings["dtype"] != "float32":
             model = model.astype(settings["dtype"])
         block_frames = BLOCK_FRAMES.get(platform, OTHER_BLOCK_FRAMES)
-        self._lanes = Lanes(model, batch_size, block_frames, settings["num_quantizers"], devices)
+        self._coder = Coder(model, batch_size, block_frames, settings["num_quantizers"], devices)
         target = Target(settings["sampling_rate"], model.config.audio_channels, settings["max_seconds"])
         self._decoders = Decoders(target, workers)
         self._output, self._strict = output, strict
@@ -192,7 +192,7 @@ class Tokenizer:
         """
         with contextlib.ExitStack() as claims:
             ledger = _Ledger(self._output, self._decoders, progress, claims)
-            for result in self._lanes.run(ledger.streams(shards, wait), progress.coded):
+            for result in self._coder.run(ledger.streams(shards, wait), progress.coded):
                 if self._strict and result.codes is None:
                     raise ValueError(f"{ledger.place(result.stream)}: {result.problem}")
                 ledger.enter(result)

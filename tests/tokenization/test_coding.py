@@ -1,4 +1,4 @@
-"""Rows that take clip after clip give each the codes that it gets alone."""
+"""Clips that are coded together, short or long, get the codes that they get alone."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from mimi_jax.tokenization.coding import PATIENCE, Coder
 from mimi_jax.tokenization.decoding import Piece
 from mimi_jax.tokenization.inputs import Item
 from mimi_jax.tokenization.job import counted_compilations
-from mimi_jax.tokenization.lanes import Lanes
 from tests.models import load_fixture
-from tests.tokenization.corpora import codes_alone, noise_clip
+from tests.tokenization.corpora import RATE, codes_alone, noise_clip
 
 BLOCK = 5  # frames
 FRAME = 16  # samples of a frame of the tiny models
@@ -36,8 +36,12 @@ def in_pieces(audio: np.ndarray, size: int) -> list[Any]:
     return [audio[:, first : first + size] for first in range(0, audio.shape[1], size)]
 
 
-def run(lanes: Lanes, streams: list[FakeStream]) -> dict[int, Any]:
-    results = list(lanes.run(iter(streams), lambda _: None))  # type: ignore[arg-type]
+def ignore(_: int) -> None:
+    pass
+
+
+def run(coder: Coder, streams: list[FakeStream]) -> dict[int, Any]:
+    results = list(coder.run(iter(streams), ignore))  # type: ignore[arg-type]
     assert len({result.stream.key for result in results}) == len(results) == len(streams)
     return {result.stream.key: result for result in results}
 
@@ -56,8 +60,8 @@ def test_codes_are_those_of_each_clip_alone(fixture: str, num_devices: int):
     clips = [noise_clip(length, seed, channels) for seed, length in enumerate(lengths)]
     streams = [FakeStream(n, in_pieces(clip, 83 * (n % 3 + 1))) for n, clip in enumerate(clips)]
     quantizers = model.config.num_quantizers
-    lanes = Lanes(model, 8, BLOCK, quantizers, jax.local_devices()[:num_devices])
-    results = run(lanes, streams)
+    coder = Coder(model, 8, BLOCK, quantizers, jax.local_devices()[:num_devices])
+    results = run(coder, streams)
     for number, clip in enumerate(clips):
         result = results[number]
         np.testing.assert_array_equal(result.codes, codes_alone(model, clip))
@@ -67,7 +71,7 @@ def test_codes_are_those_of_each_clip_alone(fixture: str, num_devices: int):
 
 def test_fewer_codebooks_are_the_first_ones():
     model, clip = load_fixture("base").model, noise_clip(500)
-    result = run(Lanes(model, 2, BLOCK, 3, jax.devices()[:1]), [FakeStream(0, [clip])])[0]
+    result = run(Coder(model, 2, BLOCK, 3, jax.devices()[:1]), [FakeStream(0, [clip])])[0]
     np.testing.assert_array_equal(result.codes, codes_alone(model, clip)[:3])
 
 
@@ -77,7 +81,7 @@ def test_a_clip_that_breaks_off_leaves_no_trace():
     streams = [FakeStream(n, in_pieces(clip, 100)) for n, clip in enumerate(clips)]
     streams[0] = FakeStream(0, [clips[0][:, :200], ValueError("damaged")])
     streams[3] = FakeStream(3, [ValueError("empty")])
-    results = run(Lanes(model, 2, BLOCK, 4, jax.devices()[:1]), streams)
+    results = run(Coder(model, 2, BLOCK, 4, jax.devices()[:1]), streams)
     assert [(results[n].codes is None, results[n].problem) for n in range(5)] == [
         (True, "damaged"),
         (False, ""),
@@ -89,22 +93,57 @@ def test_a_clip_that_breaks_off_leaves_no_trace():
         np.testing.assert_array_equal(results[number].codes, codes_alone(model, clips[number], 4))
 
 
-def test_clips_of_all_lengths_are_one_program():
+def test_clips_of_many_lengths_are_few_programs():
     model = load_fixture("base").model
+    clips = [noise_clip(1 + 480 * n, seed=n) for n in range(200)]  # 4 seconds
     with counted_compilations() as compiled:
-        lanes = Lanes(model, 4, BLOCK, 4, jax.devices()[:1])
-        run(lanes, [FakeStream(n, [noise_clip(n + 1)]) for n in range(200)])
-    assert len(compiled) <= 2  # the fresh state, and the step
+        coder = Coder(model, 3, BLOCK, 4, jax.devices()[:1])
+        results = run(coder, [FakeStream(n, [clip]) for n, clip in enumerate(clips)])
+    assert len(compiled) == 9  # four an octave, from 1 second on
+    for number in range(0, 200, 17):
+        np.testing.assert_array_equal(results[number].codes, codes_alone(model, clips[number], 4))
 
 
-def test_bfloat16_codes_do_not_depend_on_the_company():
-    model = load_fixture("base").model.astype("bfloat16")
-    clips = [noise_clip(length, seed) for seed, length in enumerate([700, 333, 80, 1000, 16, 512])]
-    lanes = Lanes(model, 4, BLOCK, 4, jax.devices()[:1])
-    together = run(lanes, [FakeStream(n, [clip]) for n, clip in enumerate(clips)])
+def test_a_batch_of_longer_clips_has_fewer_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mimi_jax.tokenization.coding.BATCH_SECONDS", 4)
+    model = load_fixture("base").model
+    coder = Coder(model, 8, BLOCK, 4, jax.devices()[:2])
+    assert [coder._num_rows(seconds * RATE) for seconds in (1, 2, 3, 4, 5)] == [8, 4, 2, 2, 2]
+    clips = [noise_clip(seconds * RATE, seed=seconds) for seconds in (1, 3, 2, 1, 3, 4)]
+    results = run(coder, [FakeStream(n, [clip]) for n, clip in enumerate(clips)])
     for number, clip in enumerate(clips):
-        alone = run(lanes, [FakeStream(0, [clip])])[0]
-        np.testing.assert_array_equal(together[number].codes, alone.codes)
+        np.testing.assert_array_equal(results[number].codes, codes_alone(model, clip, 4))
+
+
+def test_the_last_long_clips_are_not_coded_beside_empty_rows():
+    model = load_fixture("base").model
+    clips = [noise_clip(length, seed) for seed, length in enumerate([3000, 500, 600, 5000, 700])]
+    coder, sizes = Coder(model, 16, BLOCK, 4, jax.devices()[:1]), []
+    code_blocks = coder._code_blocks
+
+    def spy() -> Iterator[Any]:
+        sizes.append(len(coder._rows))
+        return code_blocks()
+
+    coder._code_blocks = spy  # type: ignore[method-assign]
+    results = run(coder, [FakeStream(n, in_pieces(clip, 100)) for n, clip in enumerate(clips)])
+    assert (sizes[0], sizes[-1]) == (16, 1)
+    assert sizes == sorted(sizes, reverse=True)
+    assert set(sizes) == {16, 4, 1}
+    for number, clip in enumerate(clips):
+        np.testing.assert_array_equal(results[number].codes, codes_alone(model, clip, 4))
+
+
+def test_a_clip_of_a_rare_length_does_not_wait_forever():
+    rare, count = noise_clip(2 * RATE), 0
+    streams = [FakeStream(n, [rare if n == 1 else noise_clip(FRAME)]) for n in range(3 * PATIENCE * 2)]
+    streams[2] = FakeStream(2, in_pieces(noise_clip(3 * BLOCK * FRAME), 100))
+    for count, result in enumerate(
+        Coder(load_fixture("base").model, 2, BLOCK, 4, jax.devices()[:1]).run(iter(streams), ignore), 1
+    ):
+        if result.stream.key in (1, 2):
+            assert count <= PATIENCE * 2
+    assert count == len(streams)
 
 
 def test_streams_are_not_taken_long_before_their_turn():
@@ -116,9 +155,9 @@ def test_streams_are_not_taken_long_before_their_turn():
             taken += 1
             yield FakeStream(number, [noise_clip(FRAME)])
 
-    results = Lanes(load_fixture("base").model, 4, BLOCK, 4, jax.devices()[:1]).run(streams(), lambda _: None)
+    results = Coder(load_fixture("base").model, 4, BLOCK, 4, jax.devices()[:1]).run(streams(), ignore)
     for count, _ in enumerate(results, 1):
-        assert taken <= count + 4 * 5  # in rows, in flight and ahead
+        assert taken <= count + 4 * 5  # waiting, in flight and ahead
     assert taken == 100
 
 
@@ -131,4 +170,4 @@ def test_streams_are_not_taken_long_before_their_turn():
 )
 def test_what_does_not_fit_is_refused(batch_size: int, quantizers: int, error: str):
     with pytest.raises(ValueError, match=error):
-        Lanes(load_fixture("base").model, batch_size, BLOCK, quantizers, jax.devices()[:2])
+        Coder(load_fixture("base").model, batch_size, BLOCK, quantizers, jax.devices()[:2])
