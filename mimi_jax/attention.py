@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mimi_jax.kernels import BACKENDS, attend, choose_backend, dot_general, visible
-from mimi_jax.streaming import StreamingLayer
+from mimi_jax.kernels import BACKENDS, attend, dot_general, visible
+from mimi_jax.streaming import StreamingLayer, step_in_pieces
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -30,8 +30,8 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-# How many new steps the ring takes in before the oldest one that any of them still sees is overwritten;
-# more go the longer way. With Mimi's window of 250 the ring has 256 slots.
+# How many new steps the ring takes in before the oldest one that any of them still sees is overwritten; more
+# are attended to beside it. With Mimi's window of 250 the ring has 256 slots.
 SPARE = 7
 
 
@@ -92,6 +92,8 @@ class Attention(StreamingLayer):
     def step(
         self, state: AttentionState | None, x: jax.Array, lengths: jax.Array | None = None
     ) -> tuple[AttentionState | None, jax.Array]:
+        if state is not None and x.shape[1] > self.slots:
+            return step_in_pieces(self.step, state, x, lengths, self.slots)
         batch, time, _ = x.shape
         query = self.query_proj(x).reshape(batch, time, self.num_heads, self.head_dim)
         key = self.key_proj(x).reshape(batch, time, self.num_key_value_heads, self.head_dim)
@@ -106,10 +108,8 @@ class Attention(StreamingLayer):
             past, state = state, self._write(state, key, value, lengths)
             if time <= SPARE:
                 out = self._attend_to_ring(state, query, jnp.arange(1 - time, 1))
-            elif time <= self.slots:
-                out = self._attend_to_ring(past, query, jnp.arange(1, time + 1), key, value)
             else:
-                out = self._attend_in_order(past, query, key, value)
+                out = self._attend_to_ring(past, query, jnp.arange(1, time + 1), key, value)
         return state, self.output_proj(out.reshape(batch, time, self.num_heads * self.head_dim))
 
     def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -118,11 +118,10 @@ class Attention(StreamingLayer):
     def _write(
         self, state: AttentionState, key: jax.Array, value: jax.Array, lengths: jax.Array | None
     ) -> AttentionState:
-        """Put the last steps into their slots."""
+        """Put new steps, of which there are no more than slots, into theirs."""
         time, slots = key.shape[1], self.slots
-        last = jnp.arange(max(time - slots, 0), time)
-        positions = (state.position[:, None] + last) % slots
-        key = self._rotate(key[:, last], positions)
+        positions = (state.position[:, None] + jnp.arange(time)) % slots
+        key = self._rotate(key, positions)
         end = state.position + time
         end = jnp.where(end < 2 * slots, end, slots + end % slots)
         if lengths is not None:  # a row that stands still writes nowhere
@@ -136,7 +135,7 @@ class Attention(StreamingLayer):
         put_channels = jax.vmap(jax.vmap(jax.vmap(put, (0, None, 0)), (0, None, 0)))
         return AttentionState(
             put_channels(state.key, positions, jnp.transpose(key, (0, 2, 3, 1))),
-            put_heads(state.value, positions, jnp.swapaxes(value[:, last], 1, 2)),
+            put_heads(state.value, positions, jnp.swapaxes(value, 1, 2)),
             end,
         )
 
@@ -187,24 +186,3 @@ class Attention(StreamingLayer):
         if value is not None:
             out += products("bhgts,bshd->bhgtd", weights[..., slots:], value)
         return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape).astype(query.dtype)
-
-    def _attend_in_order(
-        self, state: AttentionState, query: jax.Array, key: jax.Array, value: jax.Array
-    ) -> jax.Array:
-        """Attention of many steps: worth putting the past in order, oldest first."""
-        time, past = query.shape[1], self.window - 1
-        order = (state.position[:, None] + jnp.arange(-past, 0)) % self.slots
-        past_key, past_value = (
-            jnp.take_along_axis(x, order[:, :, None, None], axis=1)
-            for x in (jnp.transpose(state.key, (0, 3, 1, 2)), jnp.swapaxes(state.value, 1, 2))
-        )
-        # From the position of its slot to that counted from the start of this step.
-        past_key = self._rotate(past_key, jnp.arange(-past, 0) - order)
-        positions = jnp.arange(time)
-        return BACKENDS[choose_backend(time, self.window)](
-            self._rotate(query, positions),
-            jnp.concatenate([past_key, self._rotate(key, positions)], axis=1),
-            jnp.concatenate([past_value, value], axis=1),
-            window=self.window,
-            num_past=jnp.minimum(state.position, past),
-        )

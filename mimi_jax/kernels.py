@@ -8,10 +8,7 @@ faster, on the machines and for the lengths that `attend` knows. Each takes
     key, value  [batch, time, key_value_heads, head_dim]
     window      how many keys a query sees, its own included
 
-and returns [batch, time, heads, head_dim]. The first two also go on from a past: keys and values of more
-steps than the queries, the last of them the queries' own, of which
-
-    num_past    int [batch], says how many of those before are real, the newest ones; None for all
+and returns [batch, time, heads, head_dim].
 """
 
 import functools
@@ -88,33 +85,27 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array)
     return jnp.einsum("...hgqk,...khd->...qhgd", weights, value).reshape(query.shape)
 
 
-def reference_attention(query, key, value, *, window, num_past=None):
+def reference_attention(query, key, value, *, window):
     """Every query against every key: O(time^2), and the definition the others are tested against."""
-    time, past = query.shape[1], key.shape[1] - query.shape[1]
-    positions = jnp.arange(-past, time)
-    first = -past if num_past is None else -num_past[:, None, None]
-    mask = visible(positions[past:, None], positions[None, :], first, window)
-    return _attend(query, key, value, mask)
+    positions = jnp.arange(query.shape[1])
+    return _attend(query, key, value, visible(positions[:, None], positions[None, :], 0, window))
 
 
-def banded_attention(query, key, value, *, window, num_past=None):
+def banded_attention(query, key, value, *, window):
     """Queries in blocks of `window`, each against its own and the block before: O(time * window)."""
     batch, time, heads, head_dim = query.shape
-    past = key.shape[1] - time
     num_blocks = ceil_div(time, window)
     after = num_blocks * window - time
     query = jnp.pad(query, ((0, 0), (0, after), (0, 0), (0, 0)))
     query = query.reshape(batch, num_blocks, window, heads, head_dim)
 
     def with_block_before(x: jax.Array) -> jax.Array:
-        x = x[:, max(past - window, 0) :]
-        x = jnp.pad(x, ((0, 0), (max(window - past, 0), after), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (window, after), (0, 0), (0, 0)))
         x = x.reshape(batch, num_blocks + 1, window, *x.shape[2:])
         return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
 
     positions = jnp.arange(num_blocks)[:, None, None] * window + jnp.arange(-window, window)
-    first = -past if num_past is None else -num_past[:, None, None, None]
-    mask = visible(positions[:, 0, window:, None], positions, first, window)
+    mask = visible(positions[:, 0, window:, None], positions, 0, window)
     out = _attend(query, with_block_before(key), with_block_before(value), mask)
     return out.reshape(batch, num_blocks * window, heads, head_dim)[:, :time]
 

@@ -136,7 +136,9 @@ def test_the_last_long_clips_are_not_coded_beside_empty_rows():
 
 def test_a_clip_of_a_rare_length_does_not_wait_forever():
     rare, count = noise_clip(2 * RATE), 0
-    streams = [FakeStream(n, [rare if n == 1 else noise_clip(FRAME)]) for n in range(3 * PATIENCE * 2)]
+    streams: list[Any] = [
+        FakeStream(n, [rare if n == 1 else noise_clip(FRAME)]) for n in range(3 * PATIENCE * 2)
+    ]
     streams[2] = FakeStream(2, in_pieces(noise_clip(3 * BLOCK * FRAME), 100))
     for count, result in enumerate(
         Coder(load_fixture("base").model, 2, BLOCK, 4, jax.devices()[:1]).run(iter(streams), ignore), 1
