@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint parity slow tpu clean
+.PHONY: help demo test lint parity slow notebooks docs tpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ parity: .venv/with-dev .venv/with-parity .venv/with-peers  ## compare with trans
 
 slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half an hour of audio at full size
 	$(BIN)/python -m pytest -m slow
+
+notebooks: .venv/with-dev  ## run the notebooks
+	$(BIN)/python -m pytest -m notebooks
+
+docs: .venv/with-dev .venv/with-docs  ## the API from its docstrings, in build/docs
+	$(BIN)/pdoc --docformat google --output-directory build/docs mimi_jax
 
 # libtpu stays out of .venv: where it is installed, JAX looks for a TPU in every process.
 tpu: .venv/with-dev .venv/with-libtpu  ## compile for a TPU of eight chips, on any machine
