@@ -31,8 +31,12 @@ slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half a
 notebooks: .venv/with-dev  ## run the notebooks
 	$(BIN)/python -m pytest -m notebooks
 
+# What users import; modules with __all__ hide the others.
+API := mimi_jax $(addprefix mimi_jax.,audio blocks codes evaluation export int8 kernels streaming tokenization train train.recipe)
+
 docs: .venv/with-dev .venv/with-docs  ## the API from its docstrings, in build/docs
-	$(BIN)/pdoc --docformat google --output-directory build/docs mimi_jax
+	# pdoc warns of names that are imported when they are first used, and finds them.
+	@PYTHONWARNINGS=ignore::UserWarning $(BIN)/pdoc --docformat google --output-directory build/docs $(API)
 
 # libtpu stays out of .venv: where it is installed, JAX looks for a TPU in every process.
 tpu: .venv/with-dev .venv/with-libtpu  ## compile for a TPU of eight chips, on any machine

@@ -41,6 +41,7 @@ _MODULES = {
 _HOMES = {name: f"mimi_jax.{module}" for module, names in _MODULES.items() for name in names}
 
 __version__ = "0.1.0"
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

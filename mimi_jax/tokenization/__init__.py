@@ -32,6 +32,7 @@ _MODULES = {
     "reading": ("CodeSource", "TokenizedClip", "from_unicode", "read_codes", "read_manifest", "to_unicode"),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
