@@ -31,11 +31,10 @@ slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half a
 notebooks: .venv/with-dev  ## run the notebooks
 	$(BIN)/python -m pytest -m notebooks
 
-# What users import; modules with __all__ hide the others.
+# What users import. pdoc warns of names that are imported when they are first used, and finds them.
 API := mimi_jax $(addprefix mimi_jax.,audio blocks codes evaluation export int8 kernels streaming tokenization train train.recipe)
 
 docs: .venv/with-dev .venv/with-docs  ## the API from its docstrings, in build/docs
-	# pdoc warns of names that are imported when they are first used, and finds them.
 	@PYTHONWARNINGS=ignore::UserWarning $(BIN)/pdoc --docformat google --output-directory build/docs $(API)
 
 # libtpu stays out of .venv: where it is installed, JAX looks for a TPU in every process.

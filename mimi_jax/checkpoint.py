@@ -2,7 +2,9 @@
 
 A model is a folder with a `config.json` and its parameters in one of three layouts: `model.safetensors`
 as `transformers` or as Kyutai names them, or an Orbax folder `params/` with this model's own arrays,
-which restores sharded.
+which restores sharded. A model with int8 weights has a layout of its own: `model.safetensors` with this
+model's own arrays, such as `encoder.first.kernel` (int8) and `encoder.first.kernel_scale`, and
+`"quantization_config": {"weights": "int8"}` in `config.json`.
 """
 
 import hashlib
@@ -22,6 +24,15 @@ from jax.typing import DTypeLike
 
 from mimi_jax.atomic import atomic_path
 from mimi_jax.config import MimiConfig
+from mimi_jax.int8 import (
+    Int8,
+    Int8Param,
+    check_name,
+    present_halves,
+    quantization_of,
+    quantize,
+    quantize_abstract,
+)
 from mimi_jax.model import Mimi
 from mimi_jax.quantizer import Codebook
 from mimi_jax.weight_names import (
@@ -54,18 +65,31 @@ def load(
     attention: str | None = None,
     encoder: bool = True,
     decoder: bool = True,
+    quantization: str | None = None,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Mimi:
     """`Mimi.from_pretrained`, which documents the arguments."""
+    if quantization is not None:
+        check_name(quantization)
     path = find(name)
-    config, halves = _read_config(path, encoder, decoder)
+    config, halves, stored = _read_config(path, encoder, decoder)
     model = abstract_model(config, precision=precision, attention=attention, **halves)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if stored is not None:
+        if quantization and present_halves(model, quantization) != present_halves(model, stored):
+            raise ValueError(
+                f"{path}: this model was saved with quantization={stored!r}, and {quantization!r} was asked"
+                " for; leave it out, or quantize the model it was made of"
+            )
+        model = quantize_abstract(model, stored)
+        arrays = _read_int8(_open_safetensors(file), model, stored, source=str(file))
+        return fill(model, arrays, dtype, sharding)
     if (path / "params").is_dir():
         arrays = _restore(path / "params", model, sharding)
     else:
-        file = path / "model.safetensors" if path.is_dir() else path
         arrays = read_tensors(_open_safetensors(file), model, source=str(file))
-    return fill(model, arrays, dtype, sharding)
+    model = fill(model, arrays, dtype, sharding)
+    return model if quantization is None else quantize(model, quantization)
 
 
 def find(name: str | Path) -> Path:
@@ -107,13 +131,14 @@ def _download(repository: str) -> Path:
     return Path(config).parent
 
 
-def _read_config(path: Path, encoder: bool, decoder: bool) -> tuple[MimiConfig, dict[str, bool]]:
-    """The configuration beside the weights, for a lone file the published one; and the halves to load."""
+def _read_config(path: Path, encoder: bool, decoder: bool) -> tuple[MimiConfig, dict[str, bool], str | None]:
+    """The configuration beside the weights, for a lone file the published one; the halves to load; and the
+    stored weights' name in `int8.QUANTIZATIONS`."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         if path.is_dir():
             raise FileNotFoundError(f"{path}: a model folder holds a config.json, found none")
-        return MimiConfig(), {"encoder": encoder, "decoder": decoder}
+        return MimiConfig(), {"encoder": encoder, "decoder": decoder}, None
     config = MimiConfig.from_json(file)
     fields = json.loads(file.read_text())
     # null marks a half that was dropped before saving, here and in `transformers`.
@@ -122,14 +147,26 @@ def _read_config(path: Path, encoder: bool, decoder: bool) -> tuple[MimiConfig, 
     if (encoder or decoder) and not any(halves.values()):
         missing = "encoder" if encoder else "decoder"
         raise ValueError(f"{path}: this model was saved without its {missing}, which was asked for")
-    return config, halves
+    return config, halves, _read_quantization(fields, source=str(file))
+
+
+def _read_quantization(fields: dict[str, Any], source: str) -> str | None:
+    if (mark := fields.get("quantization_config")) is None:
+        return None
+    name = mark.get("weights") if isinstance(mark, dict) else mark
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return name
 
 
 def layout_of(path: Path) -> str:
-    """Which of `LAYOUTS` a model that `find` found is stored in."""
+    """Which of `LAYOUTS` a model that `find` found is stored in, or "int8"."""
     if (path / "params").is_dir():
         return "flax"
-    return _torch_layout(_open_safetensors(path / "model.safetensors" if path.is_dir() else path))
+    names = _open_safetensors(path / "model.safetensors" if path.is_dir() else path)
+    return "int8" if any(name.endswith(".kernel_scale") for name in names) else _torch_layout(names)
 
 
 def _torch_layout(names: Iterable[str]) -> str:
@@ -166,6 +203,10 @@ def _variables(model: Mimi) -> dict[Place, nnx.Variable]:
     return {cast(Place, place): leaf for place, leaf in flat if not isinstance(leaf, Codebook)}
 
 
+def _kind(dtype: DTypeLike) -> str:
+    return "floating point" if jnp.issubdtype(dtype, jnp.floating) else str(dtype)
+
+
 def _compare(
     found: Mapping[str, Any], expected: Mapping[str, Any], known: Collection[str], source: str
 ) -> None:
@@ -179,9 +220,9 @@ def _compare(
         if found[name].shape != expected[name].shape
     ]
     problems += [
-        f"{name} holds {found[name].dtype}, expected floating point"
+        f"{name} holds {found[name].dtype}, expected {_kind(expected[name].dtype)}"
         for name in sorted(expected.keys() & found.keys())
-        if not jnp.issubdtype(found[name].dtype, jnp.floating)
+        if _kind(found[name].dtype) != _kind(expected[name].dtype)
     ]
     if problems:
         raise ValueError(f"{source}: the tensors do not fit the configuration: {'; '.join(problems)}")
@@ -200,7 +241,7 @@ def read_tensors(tensors: LazyTensors, model: Mimi, source: str) -> Arrays:
     """
     layout = _torch_layout(tensors)
     rows, config = _rows(model), model.config
-    shapes = {path: np.broadcast_to(np.int8(0), v.shape) for path, v in _variables(model).items()}
+    shapes = {path: np.broadcast_to(np.float16(0), v.shape) for path, v in _variables(model).items()}
     expected = to_tensors(shapes, rows, config, layout)
     known = {getattr(row, layout) for row in weight_table(config)}
     parts: dict[str, dict[str, Callable[[], np.ndarray]]] = {}
@@ -221,6 +262,30 @@ def read_tensors(tensors: LazyTensors, model: Mimi, source: str) -> Arrays:
     return to_arrays(found, rows, config, layout)
 
 
+def _names(model: Mimi) -> dict[Place, Any]:
+    """What an int8 file calls the parameter at each place, or its values and scales."""
+    names: dict[Place, Any] = {}
+    for place, variable in _variables(model).items():
+        name = ".".join(map(str, place))
+        names[place] = Int8(name, f"{name}_scale") if isinstance(variable, Int8Param) else name
+    return names
+
+
+def _int8_tensors(model: Mimi) -> dict[str, Any]:
+    """What an int8 file holds, or the shapes of it."""
+    values = {place: variable.get_raw_value() for place, variable in _variables(model).items()}
+    return dict(zip(jax.tree.leaves(_names(model)), jax.tree.leaves(values), strict=True))
+
+
+def _read_int8(tensors: LazyTensors, model: Mimi, quantization: str, source: str) -> dict[Place, Any]:
+    """As `read_tensors`, an int8 file; `model` from `quantize_abstract`."""
+    expected = _int8_tensors(model)
+    known = _int8_tensors(quantize_abstract(abstract_model(model.config), quantization))
+    found = {name: read() for name, read in tensors.items() if name in expected or name not in known}
+    _compare(found, expected, known, source)
+    return {place: jax.tree.map(found.__getitem__, names) for place, names in _names(model).items()}
+
+
 def fill(
     model: Mimi,
     arrays: Mapping[Place, Any],
@@ -230,7 +295,7 @@ def fill(
     """Give an abstract model its values.
 
     Args:
-        arrays: NumPy or JAX arrays by place in the model.
+        arrays: NumPy or JAX arrays, or `Int8` of such, by place in the model.
         dtype: of all but the quantizer, which is float32; None keeps what is stored.
         sharding: where to put every array; None for the default device.
     """
@@ -270,16 +335,23 @@ def _restore(folder: Path, model: Mimi, sharding: jax.sharding.Sharding | None) 
     return {place: restored[name] for name, place in expected.items()}
 
 
-def save(model: Mimi, folder: str | Path, layout: str = "transformers") -> None:
+def save(model: Mimi, folder: str | Path, layout: str | None = None) -> None:
     """Write a model folder that `load` reads back bit for bit.
 
     Args:
         layout: "transformers" or "kyutai" for a `model.safetensors` that they read too, or "flax" for an
-            Orbax folder.
+            Orbax folder. None is "transformers", but for int8 weights, which have their own.
 
     Raises:
-        ValueError: for another layout, or where Kyutai's cannot hold the model.
+        ValueError: for another layout, or where it cannot hold the model.
     """
+    quantization = quantization_of(model)
+    if quantization is not None and layout is not None:
+        raise ValueError(
+            f"int8 weights cannot be stored in the layout {layout!r}, only in their own, without a layout;"
+            " or convert `mimi_jax.int8.dequantize(model)`"
+        )
+    layout = layout or "transformers"
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     folder = Path(folder)
@@ -288,20 +360,28 @@ def save(model: Mimi, folder: str | Path, layout: str = "transformers") -> None:
     for half in ("encoder", "decoder"):
         if getattr(model, half) is None:
             fields[f"{half}_config"] = None
-    if layout == "flax":
+    if quantization is not None:
+        # Without a "quant_method" transformers refuses; one that it does not know it would overlook.
+        fields["quantization_config"] = {"weights": quantization}
+        _save_safetensors(folder, _int8_tensors(model), {"format": "mimi_jax"})
+    elif layout == "flax":
         folder.mkdir(parents=True, exist_ok=True)
         _save_orbax(folder / "params", {".".join(map(str, p)): v[...] for p, v in variables.items()})
     else:
         arrays = {place: np.asarray(variable[...]) for place, variable in variables.items()}
         tensors = to_tensors(arrays, _rows(model), model.config, layout)
-        # Strided views would be stored in their memory order.
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "model.safetensors") as file:
-            # transformers loads only files that name their framework. `save_file` would make them private.
-            file.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        # transformers loads only files that name their framework.
+        _save_safetensors(folder, tensors, {"format": "pt"})
     with atomic_path(folder / "config.json") as file:
         file.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _save_safetensors(folder: Path, tensors: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    # Strided views would be stored in their memory order.
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "model.safetensors") as file:
+        file.write_bytes(safetensors.numpy.save(tensors, metadata))  # `save_file` would make it private
 
 
 def _save_orbax(folder: Path, arrays: dict[str, jax.Array]) -> None:

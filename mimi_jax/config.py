@@ -15,7 +15,7 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 _IGNORED_FIELDS = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype",
     "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
-    "problem_type", "return_dict", "torch_dtype", "transformers_version",
+    "problem_type", "quantization_config", "return_dict", "torch_dtype", "transformers_version",
 }
 # fmt: on
 

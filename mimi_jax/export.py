@@ -50,7 +50,7 @@ from mimi_jax.streaming import ceil_div, check_mask_of_rows
 
 FORMAT = "mimi_jax.export.1"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "I8": jnp.int8}
 
 Weights = dict[str, Any]  # arrays, or their shapes, by place in the model, such as "decoder.first.kernel"
 # By name: a function of the weights and more, and the shapes of what comes after the weights.
@@ -336,11 +336,10 @@ def _split(model: Mimi) -> tuple[Weights, Callable[[Weights], Mimi]]:
     """
     graph, statistics, parameters = nnx.split(model, CodebookStatistic, ...)
     leaves, structure = jax.tree.flatten_with_path(parameters)
-    # Each place ends in "value", of the variable.
-    weights = {
-        jax.tree_util.keystr(place[:-1], simple=True, separator="."): np.ascontiguousarray(leaf)
-        for place, leaf in leaves
-    }
+    names = [jax.tree_util.keystr(place, simple=True, separator=".") for place, _ in leaves]
+    # Each ends in "value", of the variable; in an int8 one, values and scales come after that.
+    names = [name.removesuffix(".value") for name in names]
+    weights = {name: np.ascontiguousarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
     def rebuild(given: Weights) -> Mimi:
         unused = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)

@@ -123,6 +123,7 @@ class Mimi(nnx.Module):
         attention: str | None = None,
         encoder: bool = True,
         decoder: bool = True,
+        quantization: str | None = None,
         sharding: jax.sharding.Sharding | None = None,
     ) -> "Mimi":
         """Load a model.
@@ -134,10 +135,13 @@ class Mimi(nnx.Module):
                 each tensor's stored dtype.
             precision, attention: as for `Mimi`.
             encoder, decoder: False leaves out that half.
+            quantization: "int8" makes the kernels of both halves int8, as `mimi_jax.int8` does,
+                "int8-encoder" and "int8-decoder" of one; None keeps what is stored.
             sharding: where to put every parameter; None for the default device.
 
         Raises:
             FileNotFoundError: no such model, or the Hub cannot be reached.
+            ImportError: to quantize takes `pip install 'mimi_jax[int8]'`.
             ValueError: naming every tensor that is missing, unexpected or of another shape, and every
                 unknown or unsupported field of the configuration.
         """
@@ -150,11 +154,12 @@ class Mimi(nnx.Module):
             attention=attention,
             encoder=encoder,
             decoder=decoder,
+            quantization=quantization,
             sharding=sharding,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, which `transformers` loads too, bit for bit."""
+        """Write `config.json` and `model.safetensors`, which `transformers` loads too, unless it is int8."""
         from mimi_jax import checkpoint
 
         checkpoint.save(self, folder)
@@ -168,8 +173,12 @@ class Mimi(nnx.Module):
 
     def astype(self, dtype: DTypeLike) -> "Mimi":
         """The same model in another dtype, such as bfloat16; the quantizer stays float32."""
+
+        def cast(x: jax.Array) -> jax.Array:
+            return x if x.dtype == jnp.int8 else x.astype(dtype)
+
         graph, quantizer, rest = nnx.split(self, nnx.PathContains("quantizer"), ...)
-        return nnx.merge(graph, quantizer, jax.tree.map(lambda x: x.astype(dtype), rest))
+        return nnx.merge(graph, quantizer, jax.tree.map(cast, rest))
 
     def encoded_length(self, num_samples):
         """How many frames a clip of `num_samples` (an integer, or an array of them) has."""

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-OPTIONAL = {"grain", "matplotlib", "moshi", "optax", "ray", "torch", "transformers"}
+OPTIONAL = {"grain", "matplotlib", "moshi", "optax", "qwix", "ray", "torch", "transformers"}
 HEAVY = OPTIONAL | {"huggingface_hub", "orbax", "tensorstore"}
 
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mimi_jax"
 CORE = ["config", "streaming", "conv", "attention", "transformer", "seanet", "quantizer", "model"]
 # Reading order is import order: a module imports only modules that stand before it.
-FILES = ["atomic", "weight_names", "checkpoint", "audio", "codes"]
+FILES = ["atomic", "weight_names", "int8", "checkpoint", "audio", "codes"]
 STREAMS = ["rows", "state_files", "sessions", "blocks", "pipes", "export"]
 # The kernels stand before the layers that call them, and are read by those who wonder how these are fast.
 MODEL = [*CORE[:2], "kernels", *CORE[2:]]
@@ -30,7 +30,7 @@ LAYERS = [
 BACKWARD = {("model", "checkpoint")}
 # Never imported by the package, or only inside functions because they are slow to import.
 FORBIDDEN = {"moshi", "torch", "transformers"}
-LAZY = {"grain", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "ray", "tensorboardX", "visqol"}
+LAZY = {"grain", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "qwix", "ray", "tensorboardX", "visqol"}
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_FUNCTION_LINES = 50
 MAX_CORE_LINES = 1335  # docstrings count, blank lines do not

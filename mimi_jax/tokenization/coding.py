@@ -91,16 +91,16 @@ class Coder:
             coded: is told how many samples each batch has coded.
         """
         self._coded = coded
-        self._short.clear()
+        self._short.clear()  # of a run that was broken off
         self._running.clear()
-        self._rows = [None] * self.batch_size
+        self._rows, self._state = [None] * self.batch_size, None
         for count, stream in enumerate(_ahead(streams, self.batch_size), 1):
             try:
                 clip = _Clip(stream)
             except ValueError as error:
                 yield Result(stream, 0, None, str(error))
-                continue
-            yield from self._add_short(clip) if clip.is_here else self._add_long(clip)
+            else:
+                yield from self._add_short(clip) if clip.is_here else self._add_long(clip)
             if count % (PATIENCE * self.batch_size) == 0:
                 yield from self._finish()
         yield from self._finish()

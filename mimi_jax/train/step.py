@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from mimi_jax.int8 import dequantize
 from mimi_jax.model import Mimi
 from mimi_jax.train import codebooks as vq
 from mimi_jax.train import losses
@@ -342,7 +343,7 @@ def start_model(recipe: Recipe) -> Mimi:
     of He's, which `transformers` and `Mimi` draw, grow with depth until a run begins by shrinking them.
     """
     if recipe.init:
-        model = Mimi.from_pretrained(recipe.init, precision=recipe.precision)
+        model = dequantize(Mimi.from_pretrained(recipe.init, precision=recipe.precision))
         if recipe.model not in (Recipe().model, model.config):
             raise ValueError(f"the recipe's model is not that of init={recipe.init!r}; leave out [model]")
         return model

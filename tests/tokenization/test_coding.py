@@ -134,6 +134,18 @@ def test_the_last_long_clips_are_not_coded_beside_empty_rows():
         np.testing.assert_array_equal(results[number].codes, codes_alone(model, clip, 4))
 
 
+def test_a_run_that_was_broken_off_leaves_no_trace():
+    model = load_fixture("base").model
+    clips = [noise_clip(length, seed) for seed, length in enumerate([9000, 700, 3000, 8000, 500, 600])]
+    coder = Coder(model, 4, BLOCK, 4, jax.devices()[:1])
+    streams = [FakeStream(n, in_pieces(clip, 100)) for n, clip in enumerate(clips)]
+    broken_off = coder.run(iter(streams), ignore)  # type: ignore[arg-type]
+    assert [next(broken_off).stream.key for _ in range(5)][-1] == 3  # of the last one, alone in few rows
+    results = run(coder, [FakeStream(n, in_pieces(clip, 100)) for n, clip in enumerate(clips)])
+    for number, clip in enumerate(clips):
+        np.testing.assert_array_equal(results[number].codes, codes_alone(model, clip, 4))
+
+
 def test_a_clip_of_a_rare_length_does_not_wait_forever():
     rare, count = noise_clip(2 * RATE), 0
     streams: list[Any] = [
