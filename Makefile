@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 .PHONY: help demo test lint parity slow notebooks docs tpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/with-plot  ## encode and decode the bundled speech: a table, demo.wav and demo.png
 	$(BIN)/mimi-jax roundtrip mimi_jax/samples/speech.flac -o demo.wav

@@ -28,6 +28,7 @@ from mimi_jax.int8 import (
     Int8,
     Int8Param,
     check_name,
+    check_quantization,
     present_halves,
     quantization_of,
     quantize,
@@ -69,11 +70,11 @@ def load(
     sharding: jax.sharding.Sharding | None = None,
 ) -> Mimi:
     """`Mimi.from_pretrained`, which documents the arguments."""
-    if quantization is not None:
-        check_name(quantization)
     path = find(name)
     config, halves, stored = _read_config(path, encoder, decoder)
     model = abstract_model(config, precision=precision, attention=attention, **halves)
+    if quantization is not None:
+        check_quantization(model, quantization)
     file = path / "model.safetensors" if path.is_dir() else path
     if stored is not None:
         if quantization and present_halves(model, quantization) != present_halves(model, stored):
@@ -87,9 +88,15 @@ def load(
     if (path / "params").is_dir():
         arrays = _restore(path / "params", model, sharding)
     else:
-        arrays = read_tensors(_open_safetensors(file), model, source=str(file))
-    model = fill(model, arrays, dtype, sharding)
-    return model if quantization is None else quantize(model, quantization)
+        tensors = _open_safetensors(file)
+        if _is_int8(tensors):
+            raise ValueError(f"{file} holds int8 weights; the config.json saved with it must stand beside it")
+        arrays = read_tensors(tensors, model, source=str(file))
+    if quantization is None:
+        return fill(model, arrays, dtype, sharding)
+    full = None if dtype is None else jnp.float32  # or the kernels would be rounded twice
+    model = quantize(fill(model, arrays, full, sharding), quantization)
+    return model if dtype is None else model.astype(dtype)
 
 
 def find(name: str | Path) -> Path:
@@ -166,7 +173,11 @@ def layout_of(path: Path) -> str:
     if (path / "params").is_dir():
         return "flax"
     names = _open_safetensors(path / "model.safetensors" if path.is_dir() else path)
-    return "int8" if any(name.endswith(".kernel_scale") for name in names) else _torch_layout(names)
+    return "int8" if _is_int8(names) else _torch_layout(names)
+
+
+def _is_int8(names: Iterable[str]) -> bool:
+    return any(name.endswith(".kernel_scale") for name in names)
 
 
 def _torch_layout(names: Iterable[str]) -> str:

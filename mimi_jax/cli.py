@@ -152,7 +152,9 @@ def make_parser() -> argparse.ArgumentParser:
     info = command("info", run_info, "describe a model or a file of codes")
     info.add_argument("name", metavar="MODEL_OR_CODES", help=f"a code file, or {MODEL_HELP}")
 
-    convert = command("convert", run_convert, "rewrite a model in another layout, bit for bit")
+    convert = command(
+        "convert", run_convert, "rewrite a model in another layout, bit for bit (int8 weights as floats)"
+    )
     convert.add_argument("source", metavar="SRC", help=MODEL_HELP)
     convert.add_argument("output", metavar="DST", type=Path, help="folder to make")
     layouts = ("flax", "transformers", "kyutai")
@@ -193,7 +195,7 @@ def add_tokenize(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--batch-size",
         type=_positive,
         metavar="N",
-        help="clips at once (default: 8 on a CPU, else 64 a device)",
+        help="clips at once, fewer if they are long (default: 8 on a CPU, else 64 a device)",
     )
     add(
         "--workers",
@@ -377,9 +379,10 @@ def run_convert(arguments: argparse.Namespace) -> None:
     _check_folder(output)
     model = _load_model(source, dtype=None)
     from mimi_jax.checkpoint import save
+    from mimi_jax.int8 import dequantize
 
     with atomic_path(output) as temporary:
-        save(model, temporary, arguments.to)
+        save(dequantize(model), temporary, arguments.to)
     print(f"wrote {output}: {source} in the layout {arguments.to}")
 
 

@@ -67,9 +67,7 @@ def quantize(model: Mimi, quantization: str = "int8") -> Mimi:
         ValueError: for another name, or that of a half which the model lacks.
         ImportError: `qwix` is not installed.
     """
-    check_name(quantization)
-    if not present_halves(model, quantization):
-        raise ValueError(f"quantization={quantization!r} is of a half that this model lacks; leave it out")
+    check_quantization(model, quantization)
     try:
         import qwix
     except ImportError:
@@ -102,7 +100,7 @@ def quantize_abstract(model: Mimi, quantization: str) -> Mimi:
 
 
 def dequantize(model: Mimi) -> Mimi:
-    """The model with floating-point kernels again, which computes the same."""
+    """The model with floating-point kernels again, equal to those that its layers read."""
     return _with_kernels(model, "int8", lambda kernel: nnx.Param(kernel[...]))
 
 
@@ -120,6 +118,13 @@ def _with_kernels(model: Mimi, quantization: str, replace: Callable[[nnx.Param],
 def check_name(quantization: object) -> None:
     if quantization not in tuple(QUANTIZATIONS):
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+
+
+def check_quantization(model: Mimi, quantization: str) -> None:
+    """Refuse another name, and that of a half which the model lacks."""
+    check_name(quantization)
+    if not present_halves(model, quantization):
+        raise ValueError(f"quantization={quantization!r} is of a half that this model lacks; leave it out")
 
 
 def present_halves(model: Mimi, quantization: str) -> list[str]:

@@ -20,6 +20,7 @@
 # it does to a clip: the one that comes with the package, one of yours, or what you say now.
 
 # %%
+# On a GPU: mimi_jax[cuda,plot], which brings the plugin that goes with its JAX.
 # %pip install --quiet "mimi_jax[plot]"
 
 # %%
@@ -147,8 +148,8 @@ Image(draw(clip, np.asarray(decoded), code_file, f"{MODEL}, {codebooks} codebook
 # %% [markdown]
 # ## How many codebooks?
 #
-# Each codebook refines those before it, so the first ones alone decode too: that is the choice of a bitrate.
-# Moshi uses eight.
+# The first codebook is the semantic one, and each of the others refines what those before it left, so the
+# first ones alone decode too: that is the choice of a bitrate. Moshi uses eight.
 
 # %%
 counts = sorted({1, 2, 4, 8, codebooks})

@@ -20,11 +20,13 @@
 # inside the jitted training step, so each step sees other stretches of audio, shifted by less than a frame
 # and at other loudnesses.
 #
-# It learns the bundled sentence by heart, since that is all the speech that comes with the package, and then
-# says it. With hours of speech (`FOLDER`), a larger model and a GPU it is a recipe to begin with.
+# It learns the bundled sentence, since that is all the speech that comes with the package, and then says
+# something close to it. With hours of speech (`FOLDER`), a larger model and a GPU it is a recipe to begin
+# with.
 
 # %%
-# %pip install --quiet "mimi_jax[train]"
+# On a GPU: mimi_jax[cuda,plot,train], which brings the plugin that goes with its JAX.
+# %pip install --quiet "mimi_jax[plot,train]"
 
 # %%
 import time
@@ -39,7 +41,9 @@ from flax import nnx
 from IPython.display import Audio
 
 import mimi_jax
+from mimi_jax.audio import FORMATS
 
+print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi"
 FOLDER = None  # or a folder of speech
 CODEBOOKS = 4  # of the codec, the first ones
@@ -52,7 +56,10 @@ if FOLDER is None:
 else:
     from pathlib import Path
 
-    clips = [mimi_jax.load_audio(path)[0] for path in sorted(Path(FOLDER).rglob("*.flac"))]
+    clips = [
+        mimi_jax.load_audio(path)[0] for path in sorted(Path(FOLDER).rglob("*")) if path.suffix in FORMATS
+    ]
+    assert clips, f"{FOLDER} holds no audio"
 print(f"{len(clips)} clips, {sum(map(len, clips)) / rate:.1f} s")
 
 # %% [markdown]
@@ -140,7 +147,7 @@ def batch_of(generator):
     rows = []
     for _ in range(BATCH):
         clip = clips[generator.integers(len(clips))]
-        start = generator.integers(0, max(len(clip) - SECONDS * rate, frame_size))
+        start = generator.integers(0, max(len(clip) - SECONDS * rate, min(len(clip), frame_size)))
         rows.append(10 ** generator.uniform(-0.3, 0) * clip[start : start + SECONDS * rate])
     audio, mask = mimi_jax.pad_batch([*rows, np.zeros(SECONDS * rate, np.float32)])  # to one length
     return audio[:BATCH], mask[:BATCH]
@@ -219,7 +226,7 @@ for axis, (name, codes) in zip(
         aspect="auto",
         interpolation="nearest",
         cmap="turbo",
-        extent=(0, codes.shape[1] / 12.5, 4.5, 0.5),
+        extent=(0, codes.shape[1] * frame_size / rate, 4.5, 0.5),
     )
     axis.set_ylabel(f"{name}\ncodebook")
 axes[-1].set_xlabel("time (s)")

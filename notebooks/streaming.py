@@ -20,6 +20,7 @@
 # came before is the state, an ordinary value that goes into a step and comes out of it.
 
 # %%
+# On a GPU: mimi_jax[cuda,plot], which brings the plugin that goes with its JAX.
 # %pip install --quiet "mimi_jax[plot]"
 
 # %%
@@ -36,6 +37,7 @@ from IPython.display import Audio
 import mimi_jax
 from mimi_jax.blocks import encode_blocks
 
+print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi"
 
 model = mimi_jax.Mimi.from_pretrained(MODEL)

@@ -22,6 +22,7 @@
 # them, keep their meaning.
 
 # %%
+# On a GPU: mimi_jax[cuda,plot,train], which brings the plugin that goes with its JAX.
 # %pip install --quiet "mimi_jax[plot,train]"
 
 # %%
@@ -30,6 +31,7 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Audio
@@ -40,6 +42,7 @@ from mimi_jax.train import Recipe, train
 from mimi_jax.train.losses import mel_distance
 from mimi_jax.train.recipe import DataRecipe, LossRecipe, OptimizerRecipe
 
+print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi", on a GPU
 FOLDER = None  # or a folder of speech
 STEPS = 150
@@ -97,8 +100,8 @@ plt.show()
 # %% [markdown]
 # ## Before and after
 #
-# From the same codes. (Of a sentence that it was tuned to: what a voice gains has to be heard on other
-# sentences of it.)
+# The bundled sentence, from the same codes. Without a `FOLDER` of yours it is what the decoder was tuned to:
+# what a voice gains has to be heard on other sentences of it.
 
 # %%
 after = mimi_jax.Mimi.from_pretrained(tuned)

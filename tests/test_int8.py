@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import mimi_jax
-from mimi_jax import Mimi, MimiConfig, checkpoint, export, int8
+from mimi_jax import Mimi, MimiConfig, checkpoint, cli, export, int8
 from mimi_jax.int8 import QUANTIZATIONS, Int8Param, quantization_of
 from mimi_jax.quantizer import Codebook
 from tests.models import load_fixture, relative_error
@@ -224,10 +224,41 @@ def test_other_layouts_cannot_hold_it(quantized: Mimi, tmp_path: Path, layout: s
     assert not (tmp_path / "new").exists()
 
 
+def test_a_half_that_is_not_loaded(model: Mimi, tmp_path: Path):
+    int8.quantize(model, "int8-decoder").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'int8-decoder' is of a half that this model lacks"):
+        Mimi.from_pretrained(tmp_path, decoder=False, quantization="int8-decoder")
+
+
 def test_another_quantization_than_the_stored_one(model: Mimi, tmp_path: Path):
     int8.quantize(model, "int8-encoder").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="saved with quantization='int8-encoder', and 'int8' was asked for"):
         Mimi.from_pretrained(tmp_path, quantization="int8")
+
+
+def test_kernels_are_rounded_once(model: Mimi, quantized: Mimi, tmp_path: Path):
+    model.save_pretrained(tmp_path)
+    half = Mimi.from_pretrained(tmp_path, quantization="int8", dtype=jnp.bfloat16)
+    for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(quantized.astype(jnp.bfloat16)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_file_without_its_mark_says_so(quantized: Mimi, tmp_path: Path):
+    quantized.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "alone.safetensors")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds int8 weights; the config\.json saved with it"):
+        Mimi.from_pretrained(tmp_path / "alone.safetensors")
+
+
+def test_the_command_line_converts_it_to_floats(quantized: Mimi, tmp_path: Path):
+    quantized.save_pretrained(tmp_path / "int8")
+    assert (
+        cli.main(["convert", str(tmp_path / "int8"), str(tmp_path / "floats"), "--to", "transformers"]) == 0
+    )
+    floats = Mimi.from_pretrained(tmp_path / "floats")
+    for a, b in zip(jax.tree.leaves(floats), jax.tree.leaves(int8.dequantize(quantized)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_damaged_files_are_named(quantized: Mimi, tmp_path: Path):

@@ -24,10 +24,11 @@ from mimi_jax.tokenization.decoding import Stream
 
 ROWS = PartitionSpec("rows")
 IN_FLIGHT = 2  # batches that the device has before it, while the next one is put together
+SHORT_SECONDS = 30  # longer clips are streams
 SHORTEST_SECONDS = 1  # what shorter clips are padded to
 # Of a batch of short clips, on each device: in float32 so many take 12 GB of a TPU.
 BATCH_SECONDS = 256
-# After so many clips, in batches, nothing waits for others of its length any more: a kill loses no more.
+# After clips for so many batches nothing waits for others of its length any more: a kill loses no more.
 PATIENCE = 64
 
 
@@ -78,6 +79,9 @@ class Coder:
             jax.device_put(model, NamedSharding(self._mesh, PartitionSpec()))
         )
         self._init_state = jax.jit(model.init_encoder_state, static_argnums=0, out_shardings=self._by_row)
+        self._take = jax.jit(
+            lambda state, rows: jax.tree.map(lambda x: x[rows], state), out_shardings=self._by_row
+        )
         self._short: dict[int, list[_Clip]] = {}  # by the length to which they are padded
         self._rows: list[_Clip | None] = []
         self._state: Any = None
@@ -100,7 +104,8 @@ class Coder:
             except ValueError as error:
                 yield Result(stream, 0, None, str(error))
             else:
-                yield from self._add_short(clip) if clip.is_here else self._add_long(clip)
+                is_short = clip.is_here and clip.num_here <= SHORT_SECONDS * self.config.sampling_rate
+                yield from self._add_short(clip) if is_short else self._add_long(clip)
             if count % (PATIENCE * self.batch_size) == 0:
                 yield from self._finish()
         yield from self._finish()
@@ -190,9 +195,7 @@ class Coder:
             return
         self._rows = [self._rows[number] for number in numbers] + [None] * (size - len(numbers))
         if self._state is not None:
-            kept = np.array(numbers + [0] * (size - len(numbers)))
-            take = jax.jit(lambda state: jax.tree.map(lambda x: x[kept], state), out_shardings=self._by_row)
-            self._state = take(self._state)
+            self._state = self._take(self._state, np.array(numbers + [0] * (size - len(numbers))))
 
     def _run(self, codes: jax.Array, parts: list["_Part"]) -> Iterator[Result]:
         self._running.append((codes, parts))
@@ -291,7 +294,10 @@ class _Clip:
             block[:, length : length + some.shape[1]] = some
             self._audio = self._audio[:, some.shape[1] :]
             length += some.shape[1]
-            if self.num_here or self.is_here:
+            if self.num_here:
+                break
+            self._audio = self._audio.copy()  # nothing, and no view that would keep all of it
+            if self.is_here:
                 break
             self._audio, self.is_here = self.stream.next()
         self.num_samples += length

@@ -112,7 +112,7 @@ def tokenize(
         output: a folder, made where there is none; see `mimi_jax.tokenization.output`.
         model: as for `Mimi.from_pretrained`.
         batch_size: clips that are coded at once; a multiple of the number of devices. None for 8 on a CPU and
-            64 a device on others.
+            64 a device on others. A batch has no more than 256 seconds a device: long clips are fewer.
         workers: processes that read and resample; None for one less than there are CPUs, at most 16.
         strict: stop at the first clip that cannot be coded, instead of listing it.
         retry_errors: do again the shards that have errors, as after a disk or a network that failed.
