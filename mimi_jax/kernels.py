@@ -1,5 +1,5 @@
-"""What is computed in one of several ways, all of which give the same numbers: convolutions, products and
-windowed attention.
+"""What is computed in one of several ways, all of which give the same numbers: convolutions, products, ELU
+and windowed attention.
 
 One rule says which key a query sees: `visible`. "reference" is the way to read; the other backends are
 faster, on the machines and for the lengths that `attend` knows. Each takes
@@ -51,6 +51,14 @@ def _convolve_strides(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Ar
         strides = x[:, part * stride : (part + steps) * stride].reshape(batch, steps, stride * size_in)
         total += jnp.matmul(strides, kernel[part], preferred_element_type=jnp.float32)
     return total.astype(x.dtype)
+
+
+def elu(x: jax.Array) -> jax.Array:
+    """`jax.nn.elu`. XLA:CPU takes half as long for an exponential as for `expm1`, which is more exact near
+    zero by what 1 is rounded by in float32, but by much more in half precision."""
+    if x.dtype in HALF_PRECISION:
+        return jax.nn.elu(x)
+    return jnp.where(x > 0, x, jnp.exp(jnp.where(x > 0, 0, x)) - 1)
 
 
 def dot_general(x: jax.Array, y: jax.Array, dimensions, **options) -> jax.Array:

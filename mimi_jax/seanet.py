@@ -11,6 +11,7 @@ from jax import lax
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.conv import Conv1d, ConvTranspose1d
+from mimi_jax.kernels import elu
 from mimi_jax.streaming import Chain, StreamingLayer, step_all, step_in_pieces
 
 # A CPU is bound by memory here. So all layers go over pieces of time whose buffers the system need not find
@@ -30,8 +31,8 @@ class ResidualBlock(Chain):
     def __init__(self, config: MimiConfig, channels: int, dilation: int, *, rngs: nnx.Rngs):
         conv = functools.partial(_conv, config, rngs=rngs)
         hidden, kernel_size = channels // config.compress, config.residual_kernel_size
-        self.conv1 = conv(channels, hidden, kernel_size, dilation=dilation, activation=jax.nn.elu)
-        self.conv2 = conv(hidden, channels, 1, activation=jax.nn.elu)
+        self.conv1 = conv(channels, hidden, kernel_size, dilation=dilation, activation=elu)
+        self.conv2 = conv(hidden, channels, 1, activation=elu)
         self.shortcut = conv(channels, channels, 1) if config.use_conv_shortcut else None
 
     def layers(self) -> Sequence[StreamingLayer]:
@@ -56,7 +57,7 @@ class EncoderStage(Chain):
     def __init__(self, config: MimiConfig, channels: int, ratio: int, *, rngs: nnx.Rngs):
         self.blocks = _residual_blocks(config, channels, rngs)
         self.downsample = _conv(
-            config, channels, 2 * channels, 2 * ratio, stride=ratio, activation=jax.nn.elu, rngs=rngs
+            config, channels, 2 * channels, 2 * ratio, stride=ratio, activation=elu, rngs=rngs
         )
 
     def layers(self) -> Sequence[StreamingLayer]:
@@ -139,7 +140,7 @@ class Encoder(Network):
             channels *= 2
         self.stages = stages
         self.last = _conv(
-            config, channels, config.hidden_size, config.last_kernel_size, activation=jax.nn.elu, rngs=rngs
+            config, channels, config.hidden_size, config.last_kernel_size, activation=elu, rngs=rngs
         )
 
     def groups(self) -> Sequence[Group]:
@@ -158,7 +159,7 @@ class DecoderStage(Chain):
             channels,
             channels // 2,
             ratio,
-            activation=jax.nn.elu,
+            activation=elu,
             causal=config.use_causal_conv,
             trim_right_ratio=config.trim_right_ratio,
             rngs=rngs,
@@ -181,7 +182,7 @@ class Decoder(Network):
             channels //= 2
         self.stages = stages
         self.last = _conv(
-            config, channels, config.audio_channels, config.last_kernel_size, activation=jax.nn.elu, rngs=rngs
+            config, channels, config.audio_channels, config.last_kernel_size, activation=elu, rngs=rngs
         )
 
     def groups(self) -> Sequence[Group]:
