@@ -88,10 +88,7 @@ def load(
     if (path / "params").is_dir():
         arrays = _restore(path / "params", model, sharding)
     else:
-        tensors = _open_safetensors(file)
-        if _is_int8(tensors):
-            raise ValueError(f"{file} holds int8 weights; the config.json saved with it must stand beside it")
-        arrays = read_tensors(tensors, model, source=str(file))
+        arrays = read_tensors(_open_safetensors(file), model, source=str(file))
     if quantization is None:
         return fill(model, arrays, dtype, sharding)
     full = None if dtype is None else jnp.float32  # or the kernels would be rounded twice
@@ -250,10 +247,13 @@ def read_tensors(tensors: LazyTensors, model: Mimi, source: str) -> Arrays:
     Raises:
         ValueError: naming every tensor that is missing, unexpected or of another shape.
     """
+    if _is_int8(tensors):
+        raise ValueError(f"{source} holds int8 weights; the config.json saved with it must stand beside it")
     layout = _torch_layout(tensors)
     rows, config = _rows(model), model.config
-    shapes = {path: np.broadcast_to(np.float16(0), v.shape) for path, v in _variables(model).items()}
-    expected = to_tensors(shapes, rows, config, layout)
+    shapes = {path: np.broadcast_to(np.int8(0), v.shape) for path, v in _variables(model).items()}
+    tensors_like = to_tensors(shapes, rows, config, layout)
+    expected = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in tensors_like.items()}
     known = {getattr(row, layout) for row in weight_table(config)}
     parts: dict[str, dict[str, Callable[[], np.ndarray]]] = {}
     for name, read in tensors.items():
