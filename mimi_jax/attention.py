@@ -42,7 +42,7 @@ class AttentionState(NamedTuple):
     precision, however long it lasts.
     """
 
-    key: jax.Array  # [batch, key_value_heads, head_dim, slots]; both lie as the products read them
+    key: jax.Array  # [batch, key_value_heads, slots, head_dim]
     value: jax.Array  # [batch, key_value_heads, slots, head_dim]
     position: jax.Array  # int32 [batch], of the next step, less whole rounds; from `slots` on, all are full
 
@@ -84,7 +84,7 @@ class Attention(StreamingLayer):
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:
         shape = batch_size, self.num_key_value_heads
         return AttentionState(
-            jnp.zeros((*shape, self.head_dim, self.slots), dtype),
+            jnp.zeros((*shape, self.slots, self.head_dim), dtype),
             jnp.zeros((*shape, self.slots, self.head_dim), dtype),
             jnp.zeros(batch_size, jnp.int32),
         )
@@ -132,9 +132,8 @@ class Attention(StreamingLayer):
             return ring.at[slots].set(new, mode="drop")
 
         put_heads = jax.vmap(jax.vmap(put, (0, None, 0)))
-        put_channels = jax.vmap(jax.vmap(jax.vmap(put, (0, None, 0)), (0, None, 0)))
         return AttentionState(
-            put_channels(state.key, positions, jnp.transpose(key, (0, 2, 3, 1))),
+            put_heads(state.key, positions, jnp.swapaxes(key, 1, 2)),
             put_heads(state.value, positions, jnp.swapaxes(value, 1, 2)),
             end,
         )
@@ -168,7 +167,8 @@ class Attention(StreamingLayer):
         before = jnp.arange(slots) > newest
         queries = jnp.stack([rotated(positions), rotated(positions + slots)], axis=3)
         products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = products("bhgrtd,bhds->bhgrts", queries, ring.key)
+        # The ring comes first, or XLA:CPU rearranges it for the product.
+        scores = jnp.moveaxis(products("bhsd,bhgrtd->bhsgrt", ring.key, queries), 2, -1)
         scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
         key_positions = jnp.arange(slots) - jnp.where(before, slots, 0)
         if key is not None:

@@ -6,7 +6,7 @@ refuses to stream.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,20 @@ from jax.typing import DTypeLike
 
 from mimi_jax.kernels import conv1d
 from mimi_jax.streaming import StreamingLayer, ceil_div, fill_beyond, keep_idle_rows
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def _follow(past: jax.Array | None, x: jax.Array, activation: Activation | None) -> tuple[jax.Array, Any]:
+    """The activated inputs of a step, past ones first, and the past of the next step.
+
+    A past is kept unactivated: taken from what is activated, it would make the activation a pass of its own.
+    """
+    activate = activation or (lambda x: x)
+    if past is None:
+        return activate(x), None
+    next_past = jnp.concatenate([past, x], axis=1)[:, -past.shape[1] :]
+    return jnp.concatenate([activate(past), activate(x)], axis=1), next_past
 
 
 class ConvState(NamedTuple):
@@ -38,7 +52,7 @@ class Conv1d(StreamingLayer):
         *,
         stride: int = 1,
         dilation: int = 1,
-        activation: Callable[[jax.Array], jax.Array] | None = None,
+        activation: Activation | None = None,
         pad_mode: str = "constant",
         causal: bool = True,
         use_bias: bool = True,
@@ -70,17 +84,13 @@ class Conv1d(StreamingLayer):
             raise ValueError(f"time must be a multiple of stride={self.stride}, got {x.shape[1]}; pad it")
         state = state or self.init_state(x.shape[0], x.dtype)
         past, started = state
-        if self.activation is not None:
-            x = self.activation(x)
         # Without stride or lookahead no real output sees anything beyond the end: save the pass.
         if self.stride > 1 or self.lookahead:
             x = fill_beyond(x, lengths, self.pad_mode)
         if past is not None and started is not None:
             past = jnp.where(started[:, None, None] > 0, past, x[:, :1])
             started = jnp.maximum(started, 1)  # not ones: a constant would lose the state's sharding
-        if past is not None:
-            x = jnp.concatenate([past, x], axis=1)
-            past = x[:, -self.context :]
+        x, past = _follow(past, x, self.activation)
         if self.lookahead:
             mode = "edge" if self.pad_mode == "replicate" else "constant"
             x = jnp.pad(x, ((0, 0), (0, self.lookahead), (0, 0)), mode=mode)
@@ -112,7 +122,7 @@ class ConvTranspose1d(StreamingLayer):
         stride: int,
         *,
         groups: int = 1,
-        activation: Callable[[jax.Array], jax.Array] | None = None,
+        activation: Activation | None = None,
         causal: bool = True,
         trim_right_ratio: float = 1.0,
         use_bias: bool = True,
@@ -136,13 +146,11 @@ class ConvTranspose1d(StreamingLayer):
         self, state: ConvTransposeState | None, x: jax.Array, lengths: jax.Array | None = None
     ) -> tuple[ConvTransposeState, jax.Array]:
         state = state or self.init_state(x.shape[0], x.dtype)
-        if self.activation is not None:
-            x = self.activation(x)
         if self.lookahead:  # otherwise no real output hears anything beyond the end
             x = fill_beyond(x, lengths, "constant")
         batch, time, _ = x.shape
-        x = jnp.concatenate([state.past, x], axis=1)
-        state = keep_idle_rows(lengths, ConvTransposeState(x[:, -1:]), state)
+        x, past = _follow(state.past, x, self.activation)
+        state = keep_idle_rows(lengths, ConvTransposeState(past), state)
         if self.lookahead:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
         y = self._blocks(x).reshape(batch, -1, self.out_channels)
