@@ -309,7 +309,8 @@ def check_audio(
     audio = jnp.asarray(audio)
     channels = config.audio_channels
     if audio.ndim != 3 or audio.shape[1] != channels or audio.shape[2] == 0:
-        raise ValueError(f"audio must be [batch, channels={channels}, samples > 0], got {list(audio.shape)}")
+        expected = f"[batch, channels={channels}, samples > 0]"
+        raise ValueError(f"audio must be {expected}, got {list(audio.shape)}; audio[None] adds an axis")
     if not jnp.issubdtype(audio.dtype, jnp.floating):
         raise ValueError(f"audio must be floating point in [-1, 1], got {audio.dtype}; scale integers down")
     if padding_mask is None:

@@ -52,7 +52,7 @@ def find_clips(data: Path, include: str = "*") -> list[Clip]:
         if fnmatch.fnmatch(entry["path"], include):
             clips.append(_clip(data.parent if data.is_file() else data, entry))
     if not clips:
-        raise ValueError(f"{data}: no audio files ({', '.join(FORMATS)}) that match {include!r}")
+        raise ValueError(f"{data}: no audio files ({', '.join(FORMATS)}) that match include={include!r}")
     return clips
 
 
@@ -117,7 +117,10 @@ class Sampler:
             speakers.setdefault(clip.source, {}).setdefault(clip.speaker, []).append(clip)
         if unknown := recipe.weights.keys() - speakers.keys():
             has = ", ".join(sorted(speakers))
-            raise ValueError(f"data.weights names {', '.join(sorted(unknown))}, but the data has {has}")
+            raise ValueError(
+                f"data.weights names {', '.join(sorted(unknown))}, but the sources of the data are {has!r};"
+                " name those, or leave the table out"
+            )
         if missing := [clip.path for clip in clips if with_features and clip.features is None]:
             raise ValueError(f"distillation needs the features of every clip; {missing[0]} has none")
         self.speakers = {source: list(by.values()) for source, by in sorted(speakers.items())}
