@@ -6,28 +6,36 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from mimi_jax.kernels import BACKENDS, attend, dot_general, visible
 from mimi_jax.streaming import StreamingLayer, step_in_pieces
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+@functools.lru_cache(maxsize=32)
+def turns(size: int, head_dim: int, theta: float) -> np.ndarray:
+    """Cosines, then sines, that positions below `size` are rotated by: float32 [size, 1, head_dim].
+
+    Constants, which XLA:CPU would compute anew for every head. The longest wave is about 2 pi theta long.
+    """
+    half = head_dim // 2
+    frequencies = 1 / np.float32(theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
+    angles = np.arange(size, dtype=np.float32)[:, None, None] * frequencies
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+def rotate(x: jax.Array, turns: ArrayLike) -> jax.Array:
     """Rotary position embedding, in float32 (RoFormer, arXiv 2104.09864; the half-split pairs of Llama).
 
     Args:
         x: [batch, time, heads, head_dim].
-        positions: int [time] or [batch, time]. Only their differences matter to attention.
-        theta: the longest wavelength is about 2 pi theta positions.
+        turns: of the positions of x; only differences of positions matter to attention.
     """
-    half = x.shape[-1] // 2
-    frequencies = 1.0 / (theta ** (jnp.arange(half, dtype=jnp.float32) / half))
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    cos, sin = jnp.split(jnp.asarray(turns), 2, axis=-1)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 # How many new steps the ring takes in before the oldest one that any of them still sees is overwritten; more
@@ -82,11 +90,9 @@ class Attention(StreamingLayer):
         self.output_proj = linear(num_heads * head_dim, features)
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:
-        shape = batch_size, self.num_key_value_heads
+        shape = batch_size, self.num_key_value_heads, self.slots, self.head_dim
         return AttentionState(
-            jnp.zeros((*shape, self.slots, self.head_dim), dtype),
-            jnp.zeros((*shape, self.slots, self.head_dim), dtype),
-            jnp.zeros(batch_size, jnp.int32),
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32)
         )
 
     def step(
@@ -99,11 +105,9 @@ class Attention(StreamingLayer):
         key = self.key_proj(x).reshape(batch, time, self.num_key_value_heads, self.head_dim)
         value = self.value_proj(x).reshape(key.shape)
         if state is None:
-            positions = jnp.arange(time)
+            turn = turns(time, self.head_dim, self.rope_theta)
             attend_whole = attend if self.backend is None else BACKENDS[self.backend]
-            out = attend_whole(
-                self._rotate(query, positions), self._rotate(key, positions), value, window=self.window
-            )
+            out = attend_whole(rotate(query, turn), rotate(key, turn), value, window=self.window)
         else:
             past, state = state, self._write(state, key, value, lengths)
             if time <= SPARE:
@@ -113,7 +117,9 @@ class Attention(StreamingLayer):
         return state, self.output_proj(out.reshape(batch, time, self.num_heads * self.head_dim))
 
     def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        return rotate(x, positions, self.rope_theta)
+        # A query may stand beyond the ring, and then see the round before. One that stands before it sees
+        # nothing else, so it does not matter what its negative position is taken for.
+        return rotate(x, jnp.asarray(turns(3 * self.slots, self.head_dim, self.rope_theta))[positions])
 
     def _write(
         self, state: AttentionState, key: jax.Array, value: jax.Array, lengths: jax.Array | None
@@ -127,14 +133,10 @@ class Attention(StreamingLayer):
         if lengths is not None:  # a row that stands still writes nowhere
             positions = jnp.where(lengths[:, None] > 0, positions, slots)
             end = jnp.where(lengths > 0, end, state.position)
-
-        def put(ring: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
-            return ring.at[slots].set(new, mode="drop")
-
-        put_heads = jax.vmap(jax.vmap(put, (0, None, 0)))
+        rows = jnp.arange(len(key))[:, None]
         return AttentionState(
-            put_heads(state.key, positions, jnp.swapaxes(key, 1, 2)),
-            put_heads(state.value, positions, jnp.swapaxes(value, 1, 2)),
+            state.key.at[rows, :, positions].set(key, mode="drop"),
+            state.value.at[rows, :, positions].set(value, mode="drop"),
             end,
         )
 
@@ -157,15 +159,11 @@ class Attention(StreamingLayer):
         groups = heads // key_value_heads
         newest = (ring.position[:, None] - 1) % slots
         positions = newest + ahead
-
-        def rotated(positions: jax.Array) -> jax.Array:
-            """[batch, key_value_heads, groups, time, head_dim]"""
-            grouped = self._rotate(query, positions).reshape(batch, time, key_value_heads, groups, head_dim)
-            return jnp.transpose(grouped, (0, 2, 3, 1, 4))
-
         # A slot after the newest one holds a step of the round before, from which a query is one further.
         before = jnp.arange(slots) > newest
-        queries = jnp.stack([rotated(positions), rotated(positions + slots)], axis=3)
+        queries = jnp.stack([self._rotate(query, positions), self._rotate(query, positions + slots)], axis=1)
+        queries = queries.reshape(batch, 2, time, key_value_heads, groups, head_dim)
+        queries = jnp.transpose(queries, (0, 3, 4, 1, 2, 5))
         products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         # The ring comes first, or XLA:CPU rearranges it for the product.
         scores = jnp.moveaxis(products("bhsd,bhgrtd->bhsgrt", ring.key, queries), 2, -1)

@@ -116,7 +116,10 @@ def test_sources_have_their_weights(data: Path):
 @pytest.mark.parametrize(
     ("weights", "error"),
     [
-        ({"high": 0.9, "middle": 0.1}, "data.weights names middle, but the sources of the data are .high, low."),
+        (
+            {"high": 0.9, "middle": 0.1},
+            "data.weights names middle, but the sources of the data are .high, low.",
+        ),
         ({"high": 0.9}, "data.weights must name all sources or none: high, low"),
     ],
 )
