@@ -58,6 +58,9 @@ def _computing(method):
 
     @functools.wraps(method)
     def wrapped(self: "Mimi", x: ArrayLike, *args, **kwargs):
+        if isinstance(x, list | tuple):
+            hint = "pad_batch joins clips, and out.audio_codes are the codes of an output"
+            raise TypeError(f"expected an array, got {type(x).__name__}; {hint}")
         sharding = jax.typeof(x).sharding
         with jax.default_matmul_precision(self.precision):
             if not (axes := sharding.mesh.explicit_axes):
@@ -310,9 +313,9 @@ def check_audio(
     channels = config.audio_channels
     if audio.ndim != 3 or audio.shape[1] != channels or audio.shape[2] == 0:
         expected = f"[batch, channels={channels}, samples > 0]"
-        raise ValueError(f"audio must be {expected}, got {list(audio.shape)}; audio[None] adds an axis")
+        raise ValueError(f"audio must be {expected}, got {list(audio.shape)}; [samples] is audio[None, None]")
     if not jnp.issubdtype(audio.dtype, jnp.floating):
-        raise ValueError(f"audio must be floating point in [-1, 1], got {audio.dtype}; scale integers down")
+        raise ValueError(f"audio must be floating point in [-1, 1], got {audio.dtype}; divide int16 by 32768")
     if padding_mask is None:
         return audio, None
     mask, lengths = check_mask(padding_mask, audio.shape[0])
@@ -410,12 +413,11 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
     Returns:
         `audio_values` [batch, channels, samples], frame_size samples a frame.
     """
-    audio_codes = jnp.asarray(audio_codes)
     if padding_mask is None:
         return DecoderOutput(model.decode_latents(model.dequantize(audio_codes)))
-    mask, lengths = check_mask(padding_mask, audio_codes.shape[0])
+    mask, lengths = check_mask(padding_mask, len(audio_codes))
     frames = model.encoded_length(lengths)
-    codes = jnp.where(is_real(frames, audio_codes.shape[2])[:, None, :], audio_codes, 0)
+    codes = jnp.where(is_real(frames, jnp.shape(audio_codes)[2])[:, None, :], audio_codes, 0)
     _, audio = model._decode_latents(model.dequantize(codes), frames)
     audio = audio[:, :, : mask.shape[1]]
     return DecoderOutput(jnp.where(is_real(lengths, audio.shape[2])[:, None, :], audio, 0))

@@ -112,7 +112,7 @@ class SplitResidualQuantizer(nnx.Module):
         ):
             raise ValueError(
                 f"num_quantizers must be an integer from {self.num_semantic} to {self.num_quantizers},"
-                f" the codebooks of this model, got {num_quantizers!r}"
+                f" the codebooks of this model (axis 1 of codes), got {num_quantizers!r}"
             )
         return num_quantizers
 

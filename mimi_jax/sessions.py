@@ -154,7 +154,7 @@ class StreamingEncoder(_Stream):
             )
         if not jnp.issubdtype(array.dtype, np.floating):
             raise ValueError(
-                f"audio must be floating point in [-1, 1], got {array.dtype}; scale integers down"
+                f"audio must be floating point in [-1, 1], got {array.dtype}; divide int16 by 32768"
             )
         array = array.astype(np.float32)
         if not np.isfinite(array).all():

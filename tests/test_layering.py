@@ -33,7 +33,7 @@ FORBIDDEN = {"moshi", "torch", "transformers"}
 LAZY = {"grain", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "qwix", "ray", "tensorboardX", "visqol"}
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_FUNCTION_LINES = 50
-MAX_CORE_LINES = 1335  # docstrings count, blank lines do not
+MAX_CORE_LINES = 1340  # docstrings count, blank lines do not
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

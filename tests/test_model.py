@@ -1,5 +1,6 @@
 """The public functions of a model: shapes, dtypes, and what they refuse."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 import mimi_jax
 from mimi_jax import checkpoint, config, transformer
 from mimi_jax.config import MimiConfig
-from mimi_jax.model import Mimi
+from mimi_jax.model import EncoderOutput, Mimi
 from tests.models import load_fixture, relative_error
 
 MODEL, CLIPS = load_fixture("base")  # 4 codebooks of 16 codes, frames of 16 samples
@@ -146,7 +147,7 @@ BAD_AUDIO: list[tuple[Any, dict, str]] = [
     (
         AUDIO.astype(np.int16),
         {},
-        r"audio must be floating point in \[-1, 1\], got int16; scale integers down",
+        r"audio must be floating point in \[-1, 1\], got int16; divide int16 by 32768",
     ),
     (AUDIO, {"padding_mask": np.ones((2, 255))}, "padding_mask must cover 256 samples, got 255"),
     (AUDIO, {"padding_mask": np.ones((3, 256))}, r"padding_mask must be \[batch=2, .*, got \[3, 256\]"),
@@ -161,6 +162,21 @@ def test_bad_audio_is_refused(audio: Any, options: dict, message: str):
         mimi_jax.encode(MODEL, audio, **options)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mimi_jax.encode(MODEL, [AUDIO, AUDIO]), "got list; pad_batch joins clips"),
+        (
+            lambda: mimi_jax.decode(MODEL, EncoderOutput(CODES, CODES > 0)),
+            r"got EncoderOutput; .* out.audio",
+        ),
+    ],
+)
+def test_what_is_no_array_is_refused(call: Callable, message: str):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
 def test_mono_is_not_stereo():
     with pytest.raises(ValueError, match="channels=2"):
         jax.eval_shape(mimi_jax.encode, STEREO, AUDIO)
@@ -168,7 +184,10 @@ def test_mono_is_not_stereo():
 
 @pytest.mark.parametrize("count", [0, 5, 99, -1, True, 2.0, "2", np.int64(2)])
 def test_bad_numbers_of_codebooks_are_refused(count: Any):
-    message = f"num_quantizers must be an integer from 1 to 4, the codebooks of this model, got {count!r}"
+    message = (
+        "num_quantizers must be an integer from 1 to 4, the codebooks of this model (axis 1 of codes),"
+        f" got {count!r}"
+    )
     for function in (
         lambda: mimi_jax.encode(MODEL, AUDIO, num_quantizers=count),
         lambda: MODEL.quantize(LONG.latents, count),

@@ -167,7 +167,7 @@ def test_streams_of_equal_models_share_what_is_compiled():
         (np.float32(0), r"audio must be .* got \[\]"),
         (
             np.zeros(16, np.int16),
-            r"audio must be floating point in \[-1, 1\], got int16; scale integers down",
+            r"audio must be floating point in \[-1, 1\], got int16; divide int16 by 32768",
         ),
         (np.zeros(16, bool), "audio must be floating point"),
         (np.array(["a"]), "audio must be floating point"),

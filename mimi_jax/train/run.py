@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -79,11 +81,21 @@ def train(
     fields = recipe.to_dict() | {"clips": _describe(clips)}
     _check_out(out, fields, resume)
     out.mkdir(parents=True, exist_ok=True)
+    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    hours = sum(clip.num_samples / clip.sampling_rate for clip in clips) / 3600
+    _say(
+        f"a model of {size / 1e6:.1f} M parameters, {len(clips)} clips of {hours:.2f} h, on"
+        f" {jax.devices()[0].device_kind}; the first step is compiled, which can take minutes"
+    )
     with _alone(out, fields), _checkpoints(out / "checkpoints") as checkpoints:
         state = _start(trainer, checkpoints, batches, put, sampler)
         with _Log(out, int(state.step)) as log:
             _loop(trainer, state, batches, put, checkpoints, log, out / "model", teacher)
     return out / "model"
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def _describe(clips: list[Clip]) -> str:
@@ -230,7 +242,10 @@ def _loop(
             if done % recipe.log_every == 0 or is_last:
                 means, since_log = _means(since_log, done), []
                 log.write(done, means)
-                bar.set_postfix({name: f"{means[name]:.3f}" for name in IN_BAR if name in means})
+                text = ", ".join(f"{name}={means[name]:.3f}" for name in IN_BAR if name in means)
+                bar.set_postfix_str(text)
+                if bar.disable:  # no terminal, but perhaps a log
+                    _say(f"step {done} of {recipe.steps}: {text}")
             if done % recipe.checkpoint_every == 0 or is_last:
                 _save(checkpoints, state, batches)
                 trainer.export(state).save_pretrained(folder)
