@@ -415,7 +415,7 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
     """
     if padding_mask is None:
         return DecoderOutput(model.decode_latents(model.dequantize(audio_codes)))
-    mask, lengths = check_mask(padding_mask, len(audio_codes))
+    mask, lengths = check_mask(padding_mask, jnp.shape(audio_codes)[0])
     frames = model.encoded_length(lengths)
     codes = jnp.where(is_real(frames, jnp.shape(audio_codes)[2])[:, None, :], audio_codes, 0)
     _, audio = model._decode_latents(model.dequantize(codes), frames)

@@ -167,7 +167,7 @@ def test_bad_audio_is_refused(audio: Any, options: dict, message: str):
     [
         (lambda: mimi_jax.encode(MODEL, [AUDIO, AUDIO]), "got list; pad_batch joins clips"),
         (
-            lambda: mimi_jax.decode(MODEL, EncoderOutput(CODES, CODES > 0)),
+            lambda: mimi_jax.decode(MODEL, EncoderOutput(*map(jnp.asarray, (CODES, CODES > 0)))),
             r"got EncoderOutput; .* out.audio",
         ),
     ],
