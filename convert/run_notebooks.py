@@ -19,6 +19,7 @@ from PIL import Image
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SECONDS = 300  # that a cell may take, anywhere
+PIXELS = 900  # of a picture's longer side, as wide as a page shows it
 
 
 def read(source: Path) -> nbformat.NotebookNode:
@@ -54,9 +55,10 @@ def _is_noise(output: nbformat.NotebookNode) -> bool:
 
 
 def _smaller(png: str) -> str:
-    """The same picture in 256 colours: a quarter of the bytes, where it is of a spectrogram."""
+    """The same picture for a page, in 256 colours: a quarter of a spectrogram's bytes."""
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
     image.quantize(256, kmeans=3, dither=Image.Dither.NONE).save(file, format="png", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 

@@ -31,7 +31,8 @@ def rotate(x: jax.Array, turns: ArrayLike) -> jax.Array:
 
     Args:
         x: [batch, time, heads, head_dim].
-        turns: of the positions of x; only differences of positions matter to attention.
+        turns: [time, 1, head_dim] or [batch, time, 1, head_dim], of x's positions, of which only the
+            differences matter to attention.
     """
     cos, sin = jnp.split(jnp.asarray(turns), 2, axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

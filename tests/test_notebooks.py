@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
-MAX_BYTES = 1_200_000
+MAX_BYTES = 1_000_000
 # Of the code cells of each notebook: players, pictures.
 SHOWN = {
     "quickstart": (7, 2),

@@ -81,13 +81,14 @@ def train(
     fields = recipe.to_dict() | {"clips": _describe(clips)}
     _check_out(out, fields, resume)
     out.mkdir(parents=True, exist_ok=True)
-    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    hours = sum(clip.num_samples / clip.sampling_rate for clip in clips) / 3600
-    _say(
-        f"a model of {size / 1e6:.1f} M parameters, {len(clips)} clips of {hours:.2f} h, on"
-        f" {jax.devices()[0].device_kind}; the first step is compiled, which can take minutes"
-    )
     with _alone(out, fields), _checkpoints(out / "checkpoints") as checkpoints:
+        size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        device = (devices or jax.devices())[0].device_kind
+        hours = sum(clip.num_samples / clip.sampling_rate for clip in clips) / 3600
+        _say(
+            f"a model of {size / 1e6:.1f} M parameters, {len(clips)} clips of {hours:.2f} h, on"
+            f" {device}; the first step is compiled, which can take minutes"
+        )
         state = _start(trainer, checkpoints, batches, put, sampler)
         with _Log(out, int(state.step)) as log:
             _loop(trainer, state, batches, put, checkpoints, log, out / "model", teacher)
