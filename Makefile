@@ -14,8 +14,9 @@ help:  ## list the targets
 demo: .venv/with-plot  ## encode and decode the bundled speech: a table, demo.wav and demo.png
 	$(BIN)/mimi-jax roundtrip mimi_jax/samples/speech.flac -o demo.wav
 
+# Two files at a time: compiling, which takes most of the time, keeps a core and a half busy.
 test: .venv/with-dev lint  ## lint, then run the tests (no torch, no network, no GPU)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/with-dev  ## check format, style and types
 	$(BIN)/ruff format --check

@@ -1,9 +1,11 @@
 """What int8 weights change: the file, the speed, the codes and the audio, for either half and for both.
 
-    python -m benchmarks.int8 FOLDER [--model MODEL] [--seconds 120] [--repeats 9] [--steps 100]
+    python -m benchmarks.int8 FOLDER [--model MODEL] [--num-quantizers N] [--seconds 120] [--repeats 9]
+        [--steps 100]
 
 FOLDER holds speech (FLAC or WAV, joined). MODEL is what `Mimi.from_pretrained` takes, such as mini; without
-it, the full-size random weights of the parity tests, which need what `make parity` installs.
+it, the full-size random weights of the parity tests, which need what `make parity` installs. N codebooks are
+kept of it, the first ones; all by default.
 
 Speeds are of a clip of ten seconds and of steps of 80 ms at batch 1, float32 and 8 codebooks; the models
 take turns, and a number is the median. Loading is from a file that the system has in memory. Codes are
@@ -23,6 +25,7 @@ import numpy as np
 import mimi_jax
 from benchmarks.agreement import CLIP_SECONDS, compare, load_model, load_speech
 from benchmarks.latency import CODEBOOKS, make_frames, make_step, measure
+from mimi_jax.checkpoint import keep_codebooks
 from mimi_jax.int8 import QUANTIZATIONS, quantize
 
 COLUMNS = (
@@ -88,18 +91,22 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--model", metavar="MODEL")
+    parser.add_argument("--num-quantizers", type=int, metavar="N")
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     model = load_model(options.model)
+    if options.num_quantizers is not None:
+        model = keep_codebooks(model, options.num_quantizers)
     models: Models = {FLOAT: model} | {name: quantize(model, name) for name in reversed(QUANTIZATIONS)}
     clips = load_speech(options.folder, options.seconds, model.config.sampling_rate)
     agreement = {name: measure_agreement(models, name, clips) for name in models}
     sizes, loads = measure_files(models, options.repeats)
     speeds = measure_speed(models, clips[:1], options.repeats, options.steps)
     name, device = options.model or "random weights", jax.devices()[0].device_kind
-    print(f"{name}, {len(clips) * CLIP_SECONDS} s of speech, {device}\n")
+    codebooks = f"{model.config.num_quantizers} codebooks"
+    print(f"{name}, {codebooks}, {len(clips) * CLIP_SECONDS} s of speech, {device}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name in models:
         size = sizes[name]

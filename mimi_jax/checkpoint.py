@@ -7,6 +7,7 @@ model's own arrays, such as `encoder.first.kernel` (int8) and `encoder.first.ker
 `"quantization_config": {"weights": "int8"}` in `config.json`.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -35,7 +36,7 @@ from mimi_jax.int8 import (
     quantize_abstract,
 )
 from mimi_jax.model import Mimi
-from mimi_jax.quantizer import Codebook
+from mimi_jax.quantizer import Codebook, CodebookStatistic
 from mimi_jax.weight_names import (
     Arrays,
     Place,
@@ -66,13 +67,30 @@ def load(
     attention: str | None = None,
     encoder: bool = True,
     decoder: bool = True,
+    num_quantizers: int | None = None,
     quantization: str | None = None,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Mimi:
     """`Mimi.from_pretrained`, which documents the arguments."""
+    options = {"precision": precision, "attention": attention, "encoder": encoder, "decoder": decoder}
+    model = _load(name, dtype, quantization, sharding, **options)
+    return model if num_quantizers is None else keep_codebooks(model, num_quantizers)
+
+
+def _load(
+    name: str | Path,
+    dtype: DTypeLike | None,
+    quantization: str | None,
+    sharding: jax.sharding.Sharding | None,
+    *,
+    encoder: bool,
+    decoder: bool,
+    **options: Any,
+) -> Mimi:
+    """A model as it is stored, but for `quantization`."""
     path = find(name)
     config, halves, stored = _read_config(path, encoder, decoder)
-    model = abstract_model(config, precision=precision, attention=attention, **halves)
+    model = abstract_model(config, **options, **halves)
     if quantization is not None:
         check_quantization(model, quantization)
     file = path / "model.safetensors" if path.is_dir() else path
@@ -402,16 +420,41 @@ def _save_orbax(folder: Path, arrays: dict[str, jax.Array]) -> None:
         checkpointer.save(temporary.absolute(), arrays)
 
 
-def model_id(model: Mimi) -> str:
+def keep_codebooks(model: Mimi, num_quantizers: int) -> Mimi:
+    """The same model with its first codebooks alone, whose codes and identity stay as they are.
+
+    Raises:
+        ValueError: `num_quantizers` leaves no acoustic codebook, or is more than there are.
+    """
+    num_acoustic = model.quantizer.check_count(num_quantizers) - model.quantizer.num_semantic
+    kept = nnx.clone(model)
+    kept.config = dataclasses.replace(model.config, num_quantizers=num_quantizers)
+    kept.quantizer.num_quantizers = num_quantizers
+    acoustic = kept.quantizer.acoustic
+    statistics = (acoustic.initialized, acoustic.cluster_usage, acoustic.embedding_sum)
+    for stack in (*statistics, acoustic.embedding, acoustic.half_square):
+        stack.set_value(stack[...][:num_acoustic])
+    return kept
+
+
+def model_id(model: Mimi, num_quantizers: int | None = None) -> str:
     """16 hexadecimal digits that name what the model's codes mean: a hash of its quantizer's weights.
 
     The encoder and the decoder do not enter, so either half of a model has the identity of the whole,
-    and a decoder that was fine-tuned on frozen codes keeps it.
+    and a decoder that was fine-tuned on frozen codes keeps it. Nor do codebooks that are not used,
+    so a model that has lost its last ones reads the files of the whole.
+
+    Args:
+        num_quantizers: how many codebooks the codes are of; None for all.
     """
+    quantizer = model.quantizer
+    count = quantizer.num_quantizers if num_quantizers is None else quantizer.check_count(num_quantizers)
     digest = hashlib.sha256()
     for place, variable in sorted(_variables(model).items(), key=lambda item: str(item[0])):
         if place[0] == "quantizer":
             array = np.ascontiguousarray(variable[...])
+            if place[1] == "acoustic" and isinstance(variable, CodebookStatistic):
+                array = array[: count - quantizer.num_semantic]
             digest.update(f"{place} {array.dtype} {array.shape}".encode())
             digest.update(array.data)
     return digest.hexdigest()[:16]

@@ -345,7 +345,7 @@ def run_info(arguments: argparse.Namespace) -> None:
         with open_codes(arguments.name) as reader:
             spec, num_samples = reader.spec, reader.num_samples
             collections.deque(reader, maxlen=0)  # which checks every code
-        owner = _bundled_with(spec.model_id) or "not a bundled one"
+        owner = _bundled_with(spec) or "not a bundled one"
         _print_table({**_code_rows(spec, num_samples), "model": f"{spec.model_id} ({owner})"})
         return
     from mimi_jax.checkpoint import find, layout_of, model_id
@@ -868,7 +868,7 @@ def _code_spec(model: "Mimi", num_quantizers: int | None) -> "CodeSpec":
 
     config = model.config
     return CodeSpec(
-        model_id=model_id(model),
+        model_id=model_id(model, num_quantizers),
         sampling_rate=config.sampling_rate,
         frame_size=config.frame_size,
         codebook_size=config.codebook_size,
@@ -888,12 +888,13 @@ def _is_code_file(name: str) -> bool:
         return False
 
 
-def _bundled_with(identity: str) -> str | None:
-    """The bundled model of that identity."""
-    from mimi_jax.checkpoint import bundled_models, model_id
+def _bundled_with(spec: "CodeSpec") -> str | None:
+    """The bundled model that made such codes."""
+    from mimi_jax.checkpoint import bundled_models
 
     for name in bundled_models():
-        if model_id(_load_model(name)) == identity:
+        model, count = _load_model(name), spec.num_codebooks
+        if count <= model.config.num_quantizers and spec == _code_spec(model, count):
             return name
     return None
 

@@ -243,7 +243,7 @@ def save(
         raise ValueError(f"seconds must be positive, got {seconds!r}")
     count = model.quantizer.check_count(config.num_quantizers if num_quantizers is None else num_quantizers)
     frames = max(model.encoded_length(round(seconds * config.sampling_rate)), 1)
-    metadata = Metadata(config, platforms, jax.__version__, model_id(model), batch_size, count, frames)
+    metadata = Metadata(config, platforms, jax.__version__, model_id(model, count), batch_size, count, frames)
     weights, rebuild = _split(_with_portable_attention(model, frames))
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     functions: Functions = {}

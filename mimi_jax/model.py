@@ -126,6 +126,7 @@ class Mimi(nnx.Module):
         attention: str | None = None,
         encoder: bool = True,
         decoder: bool = True,
+        num_quantizers: int | None = None,
         quantization: str | None = None,
         sharding: jax.sharding.Sharding | None = None,
     ) -> "Mimi":
@@ -134,10 +135,10 @@ class Mimi(nnx.Module):
         Args:
             name: a bundled model ("mini"), a folder with `config.json` and weights, a `.safetensors` file in
                 the layout of `transformers` or of Kyutai, or a Hugging Face repository ("kyutai/mimi").
-            dtype: of weights and activations, such as bfloat16; the quantizer is always float32. None keeps
-                each tensor's stored dtype.
+            dtype: of weights and activations; the quantizer is always float32. None keeps what is stored.
             precision, attention: as for `Mimi`.
             encoder, decoder: False leaves out that half.
+            num_quantizers: keeps the first codebooks alone, such as the 8 of Moshi; None keeps all.
             quantization: "int8" makes the kernels of both halves int8, as `mimi_jax.int8` does,
                 "int8-encoder" and "int8-decoder" of one; None keeps what is stored.
             sharding: where to put every parameter; None for the default device.
@@ -157,6 +158,7 @@ class Mimi(nnx.Module):
             attention=attention,
             encoder=encoder,
             decoder=decoder,
+            num_quantizers=num_quantizers,
             quantization=quantization,
             sharding=sharding,
         )

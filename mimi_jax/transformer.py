@@ -42,11 +42,11 @@ class TransformerLayer(StreamingLayer):
             backend=attention,
             rngs=rngs,
         )
-        self.attention_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale))
+        self.attention_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale, jnp.float32))
         self.mlp_norm = norm(rngs=rngs)
         linear = functools.partial(nnx.Linear, use_bias=False, dot_general=dot_general, rngs=rngs)
         self.mlp_in, self.mlp_out = linear(features, hidden), linear(hidden, features)
-        self.mlp_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale))
+        self.mlp_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale, jnp.float32))
         self.hidden_act = config.hidden_act
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:

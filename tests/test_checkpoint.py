@@ -1,5 +1,6 @@
 """Checkpoints in every layout: read strictly, written back bit for bit."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -231,6 +232,30 @@ def test_identity_is_that_of_the_codes(base: Path, tmp_path: Path):
     assert checkpoint.model_id(Mimi.from_pretrained(write(tmp_path / "a", config, tensors))) == identity
     tensors["quantizer.acoustic_residual_vector_quantizer.layers.0.codebook.embed_sum"][0, 0] += 1
     assert checkpoint.model_id(Mimi.from_pretrained(write(tmp_path / "b", config, tensors))) != identity
+
+
+@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
+def test_first_codebooks_alone(base: Path, tmp_path: Path, layout: str):
+    whole = Mimi.from_pretrained(base)
+    checkpoint.save(whole, tmp_path / "whole", layout)
+    few = Mimi.from_pretrained(tmp_path / "whole", num_quantizers=3)
+    assert few.config == dataclasses.replace(whole.config, num_quantizers=3)
+    audio = np.random.default_rng(0).standard_normal((1, 1, 4000)).astype(np.float32)
+    codes = mimi_jax.encode(few, audio).audio_codes
+    np.testing.assert_array_equal(codes, mimi_jax.encode(whole, audio, num_quantizers=3).audio_codes)
+    decoded = [mimi_jax.decode(model, codes).audio_values for model in (few, whole)]
+    np.testing.assert_array_equal(*decoded)
+    # It is saved as such a model, and its codes are those of the whole: either reads the other's files.
+    checkpoint.save(few, tmp_path / "few", layout)
+    assert_same_model(Mimi.from_pretrained(tmp_path / "few"), few)
+    assert checkpoint.model_id(few) == checkpoint.model_id(whole, 3) != checkpoint.model_id(whole)
+    assert checkpoint.model_id(few, 1) == checkpoint.model_id(whole, 1) != checkpoint.model_id(few)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, True, 2.0])
+def test_numbers_of_codebooks_that_no_model_has(base: Path, count: int):
+    with pytest.raises(ValueError, match="num_quantizers"):
+        Mimi.from_pretrained(base, num_quantizers=count)
 
 
 def test_kyutais_layout_cannot_hold_everything(tmp_path: Path):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -193,7 +194,11 @@ def check(streams: list[Stream]) -> None:
         assert relative_error(np.concatenate(stream.audio, axis=1), decoded[row, :, : frames * FRAME]) < 1e-5
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
-@given(schedules)
-def test_every_stream_gives_what_its_clip_gives_alone(schedule: list[Step | Reset | Swap]):
-    check(Server().run(schedule))
+@pytest.mark.parametrize("max_examples", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_stream_gives_what_its_clip_gives_alone(max_examples: int):
+    @settings(max_examples=max_examples, deadline=None, derandomize=True)
+    @given(schedules)
+    def run(schedule: list[Step | Reset | Swap]):
+        check(Server().run(schedule))
+
+    run()

@@ -70,12 +70,11 @@ def plan(
     codec = Mimi.from_pretrained(os.fspath(model), decoder=False)
     config = codec.config
     jax.eval_shape(lambda: codec.init_encoder_state(1))  # which refuses a model that cannot stream
+    count = codec.quantizer.check_count(config.num_quantizers if num_quantizers is None else num_quantizers)
     settings = {
-        "model_id": model_id(codec),
+        "model_id": model_id(codec, count),
         "encoder_id": _hash(codec),  # model_id is of the codebooks alone, which other encoders may share
-        "num_quantizers": codec.quantizer.check_count(
-            config.num_quantizers if num_quantizers is None else num_quantizers
-        ),
+        "num_quantizers": count,
         "dtype": dtype,
         "sampling_rate": config.sampling_rate,
         "frame_size": config.frame_size,

@@ -89,14 +89,27 @@ def train(
             f"a model of {size / 1e6:.1f} M parameters, {len(clips)} clips of {hours:.2f} h, on"
             f" {device}; the first step is compiled, which can take minutes"
         )
-        state = _start(trainer, checkpoints, batches, put, sampler)
-        with _Log(out, int(state.step)) as log:
-            _loop(trainer, state, batches, put, checkpoints, log, out / "model", teacher)
+        with _saying_what_is_kept(checkpoints, recipe):
+            state = _start(trainer, checkpoints, batches, put, sampler)
+            with _Log(out, int(state.step)) as log:
+                _loop(trainer, state, batches, put, checkpoints, log, out / "model", teacher)
     return out / "model"
 
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def _saying_what_is_kept(checkpoints: Any, recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        step = checkpoints.latest_step()
+        first = f"nothing is kept before the first checkpoint, after step {recipe.checkpoint_every}"
+        kept = first if step is None else f"resume the run, and it goes on from step {step}"
+        interrupt.args = (f"interrupted; {kept}",)
+        raise
 
 
 def _describe(clips: list[Clip]) -> str:

@@ -62,7 +62,7 @@ class Killed(Exception):
     pass
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, how: type[BaseException] = Killed) -> None:
     """The log is written once more, then the process is gone."""
     write = run._Log.write
 
@@ -70,9 +70,16 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         write(self, done, means)
         if done == step:
             self._file.write('{"step": ')
-            raise Killed
+            raise how
 
     monkeypatch.setattr(run._Log, "write", last_words)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(3, "before the first .* step 5$"), (8, "goes on from step 5$")])
+def test_an_interrupt_says_what_is_kept(data: Path, tmp_path: Path, monkeypatch, step: int, kept: str):
+    kill_at(monkeypatch, step, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt, match=kept):
+        train(RECIPE, data, tmp_path / "run", devices=ONE)
 
 
 @pytest.mark.parametrize("step", [pytest.param(3, marks=SLOW), 8])
