@@ -126,6 +126,22 @@ def test_everything_is_trained_and_nothing_shares_memory():
     }
 
 
+def test_a_step_is_compiled_once():
+    """What comes out of it is of the types that go in; weak ones would make JAX compile it again."""
+    recipe = tiny_recipe(losses__adversarial=4.0, losses__features=4.0)
+    trainer = Trainer(recipe, start_model(recipe))
+    state, batch = trainer.init(), batch_of(recipe)
+    new, _ = jax.eval_shape(functools.partial(trainer.step, adversarial=True), state, batch)
+    assert _types(new) == _types(state)
+
+
+def _types(tree) -> list[tuple]:
+    return [
+        (jax.tree_util.keystr(path), leaf.shape, leaf.dtype, leaf.weak_type)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
 def _equal(a, b) -> bool:
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), a, b)))
 
