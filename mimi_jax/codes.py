@@ -5,7 +5,7 @@ and the header (JSON), and its metadata are strings:
 
     format         "mimi_jax.codes"
     version        "1"
-    model_id       identity of the model whose codes these are
+    model_id       identity of the codebooks that these are codes of
     sampling_rate  Hz
     num_samples    exact length of the clip, before any padding
     frame_size     samples a frame
@@ -47,7 +47,7 @@ class CodeSpec:
     """What the codes in a file or a stream mean.
 
     Args:
-        model_id: identity of the model whose codes these are.
+        model_id: identity of the codebooks, `mimi_jax.checkpoint.model_id(model, num_codebooks)`.
         sampling_rate: Hz.
         frame_size: samples a frame.
         codebook_size: codes lie in [0, codebook_size); at most 65536.

@@ -7,7 +7,7 @@ the header, one JSON object:
 
     format         "mimi_jax.code_stream"
     version        "1"
-    model_id       identity of the model whose codes these are
+    model_id       identity of the codebooks that these are codes of
     sampling_rate  Hz
     frame_size     samples a frame
     codebook_size  codes lie in [0, codebook_size)

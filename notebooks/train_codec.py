@@ -92,7 +92,7 @@ for axis, name, title in zip(axes, ("loss/mel", "loss/waveform"), ("mel loss", "
     axis.plot(steps, values, color="tab:blue", alpha=0.3, label="as it is")
     mean = np.convolve(values, np.ones(WIDTH) / WIDTH, mode="valid")
     axis.plot(steps[WIDTH // 2 :][: len(mean)], mean, color="tab:blue", label=f"mean of {2 * WIDTH} steps")
-    axis.set(xlabel="step", ylabel=title, title=f"The {title} falls", ylim=(0, None))
+    axis.set(xlabel="step", ylabel=title, title=title.capitalize(), ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
 plt.show()

@@ -109,6 +109,18 @@ def test_weights_return_to_transformers_bit_for_bit(
     assert codes is not None and torch.equal(codes, reference.encode(wave).audio_codes)
 
 
+@torch.no_grad()
+def test_the_first_codebooks_load_in_transformers(
+    model: Mimi, reference: Any, audio: np.ndarray, tmp_path: Path
+):
+    checkpoint.keep_codebooks(model, 8).save_pretrained(tmp_path)
+    returned, wave = MimiModel.from_pretrained(tmp_path).eval(), torch.from_numpy(audio[:, :, :48_000])
+    codes = returned.encode(wave).audio_codes
+    assert codes is not None and torch.equal(codes, reference.encode(wave, num_quantizers=8).audio_codes)
+    decoded, expected = (m.decode(codes).audio_values for m in (returned, reference))
+    assert decoded is not None and torch.equal(decoded, expected)
+
+
 def test_kyutai_layout_bit_for_bit(model: Mimi, reference: Any, tmp_path: Path):
     """The native file, with nothing beside it, loads as the same model; and is written as the same file."""
     import safetensors.torch
