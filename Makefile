@@ -14,7 +14,7 @@ help:  ## list the targets
 demo: .venv/with-plot  ## encode and decode the bundled speech: a table, demo.wav and demo.png
 	$(BIN)/mimi-jax roundtrip mimi_jax/samples/speech.flac -o demo.wav
 
-# Two files at a time: compiling, which takes most of the time, keeps a core and a half busy.
+# Two files at a time: one alone, most of which is compiling, leaves a core half idle.
 test: .venv/with-dev lint  ## lint, then run the tests (no torch, no network, no GPU)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 

@@ -4,8 +4,8 @@
         [--steps 100]
 
 FOLDER holds speech (FLAC or WAV, joined). MODEL is what `Mimi.from_pretrained` takes, such as mini; without
-it, the full-size random weights of the parity tests, which need what `make parity` installs. N codebooks are
-kept of it, the first ones; all by default.
+it, the full-size random weights of the parity tests, which need what `make parity` installs. N, at least 8,
+keeps only its first N codebooks.
 
 Speeds are of a clip of ten seconds and of steps of 80 ms at batch 1, float32 and 8 codebooks; the models
 take turns, and a number is the median. Loading is from a file that the system has in memory. Codes are
@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
+    if options.num_quantizers is not None and options.num_quantizers < CODEBOOKS:
+        parser.error(f"the speeds are of {CODEBOOKS} codebooks, so N must be at least as many")
     model = load_model(options.model)
     if options.num_quantizers is not None:
         model = keep_codebooks(model, options.num_quantizers)

@@ -72,25 +72,24 @@ def load(
     sharding: jax.sharding.Sharding | None = None,
 ) -> Mimi:
     """`Mimi.from_pretrained`, which documents the arguments."""
-    options = {"precision": precision, "attention": attention, "encoder": encoder, "decoder": decoder}
-    model = _load(name, dtype, quantization, sharding, **options)
+    path = find(name)
+    config, halves, stored = _read_config(path, encoder, decoder)
+    if num_quantizers is not None:
+        _check_kept(config, num_quantizers)  # before the slow work
+    model = abstract_model(config, precision=precision, attention=attention, **halves)
+    model = _read(path, model, stored, dtype, quantization, sharding)
     return model if num_quantizers is None else keep_codebooks(model, num_quantizers)
 
 
-def _load(
-    name: str | Path,
+def _read(
+    path: Path,
+    model: Mimi,
+    stored: str | None,
     dtype: DTypeLike | None,
     quantization: str | None,
     sharding: jax.sharding.Sharding | None,
-    *,
-    encoder: bool,
-    decoder: bool,
-    **options: Any,
 ) -> Mimi:
-    """A model as it is stored, but for `quantization`."""
-    path = find(name)
-    config, halves, stored = _read_config(path, encoder, decoder)
-    model = abstract_model(config, **options, **halves)
+    """Fill an abstract model with what is stored, whose quantization is `stored`."""
     if quantization is not None:
         check_quantization(model, quantization)
     file = path / "model.safetensors" if path.is_dir() else path
@@ -421,12 +420,16 @@ def _save_orbax(folder: Path, arrays: dict[str, jax.Array]) -> None:
 
 
 def keep_codebooks(model: Mimi, num_quantizers: int) -> Mimi:
-    """The same model with its first codebooks alone, whose codes and identity stay as they are.
+    """The same model with its first codebooks alone: its codes are the first ones of the whole model's.
+
+    Args:
+        num_quantizers: how many to keep, the semantic ones included.
 
     Raises:
-        ValueError: `num_quantizers` leaves no acoustic codebook, or is more than there are.
+        ValueError: that leaves no acoustic codebook, or is more than there are.
     """
-    num_acoustic = model.quantizer.check_count(num_quantizers) - model.quantizer.num_semantic
+    _check_kept(model.config, num_quantizers)
+    num_acoustic = num_quantizers - model.quantizer.num_semantic
     kept = nnx.clone(model)
     kept.config = dataclasses.replace(model.config, num_quantizers=num_quantizers)
     kept.quantizer.num_quantizers = num_quantizers
@@ -437,12 +440,21 @@ def keep_codebooks(model: Mimi, num_quantizers: int) -> Mimi:
     return kept
 
 
+def _check_kept(config: MimiConfig, num_quantizers: int) -> None:
+    least = config.num_semantic_quantizers + 1
+    if type(num_quantizers) is not int or not least <= num_quantizers <= config.num_quantizers:
+        raise ValueError(
+            f"num_quantizers must be an integer from {least}, the semantic and one acoustic codebook, to"
+            f" {config.num_quantizers}, all of this model, got {num_quantizers!r}"
+        )
+
+
 def model_id(model: Mimi, num_quantizers: int | None = None) -> str:
     """16 hexadecimal digits that name what the model's codes mean: a hash of its quantizer's weights.
 
     The encoder and the decoder do not enter, so either half of a model has the identity of the whole,
-    and a decoder that was fine-tuned on frozen codes keeps it. Nor do codebooks that are not used,
-    so a model that has lost its last ones reads the files of the whole.
+    and a decoder that was fine-tuned on frozen codes keeps it. Nor do codebooks that are not used, so
+    codes of the first 8 have one name, whether a model of 8 codebooks made them or the whole.
 
     Args:
         num_quantizers: how many codebooks the codes are of; None for all.

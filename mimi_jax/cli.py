@@ -635,13 +635,18 @@ def _check_num_quantizers(model: "Mimi", num_quantizers: int | None) -> None:
 
 
 def _check_same_model(path: Path, spec: "CodeSpec", model: "Mimi", name: str) -> None:
-    model.quantizer.check_count(spec.num_codebooks)
+    source, count = "the stream" if path == PIPE else path, model.config.num_quantizers
+    if spec.num_codebooks > count:
+        raise ValueError(
+            f"{source} holds codes of {spec.num_codebooks} codebooks, and {name} has {count}; name a model"
+            " that has as many with --model"
+        )
     expected = _code_spec(model, spec.num_codebooks)
     for field in ("model_id", "sampling_rate", "frame_size", "codebook_size"):
         if (found := getattr(spec, field)) != (value := getattr(expected, field)):
             raise ValueError(
-                f"{'the stream' if path == PIPE else path} holds codes of another model: its {field} is"
-                f" {found}, that of {name} is {value}; name its model with --model"
+                f"{source} holds codes of another model: its {field} is {found}, that of {name} is {value};"
+                " name its model with --model"
             )
 
 

@@ -97,7 +97,8 @@ class CodeFile:
     Args:
         audio_codes: integers [codebooks, frames] in [0, codebook_size), kept as int32.
         num_samples: exact length of the clip; `frames` is ceil(num_samples / frame_size).
-        sampling_rate, codebook_size, frame_size, model_id: as in `CodeSpec`.
+        sampling_rate, codebook_size, frame_size: as in `CodeSpec`.
+        model_id: as there, of just these codebooks: where some are cut off, it is another.
 
     Raises:
         ValueError: a field that is not so.

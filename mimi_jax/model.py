@@ -146,8 +146,8 @@ class Mimi(nnx.Module):
         Raises:
             FileNotFoundError: no such model, or the Hub cannot be reached.
             ImportError: to quantize takes `pip install 'mimi_jax[int8]'`.
-            ValueError: naming every tensor that is missing, unexpected or of another shape, and every
-                unknown or unsupported field of the configuration.
+            ValueError: naming every tensor that is missing, unexpected or of another shape, and every unknown
+                or unsupported field of the configuration; for `num_quantizers` that the model has not.
         """
         from mimi_jax import checkpoint  # which builds on this module
 

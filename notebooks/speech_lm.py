@@ -47,7 +47,7 @@ print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi"
 FOLDER = None  # or a folder of speech
 CODEBOOKS = 4  # of the codec, the first ones
-STEPS = 300
+STEPS = 250
 
 codec = mimi_jax.Mimi.from_pretrained(MODEL)
 rate, frame_size, size = codec.config.sampling_rate, codec.config.frame_size, codec.config.codebook_size

@@ -231,12 +231,29 @@ def test_info_of_codes(place: Path, run, models: Path):
     ]
 
 
-def test_info_names_the_bundled_model_of_codes(place: Path, run):
-    config, identity = Mimi.from_pretrained("mini").config, checkpoint.model_id(Mimi.from_pretrained("mini"))
-    codes = np.zeros((config.num_quantizers, 1), int)
+@pytest.mark.parametrize("count", [2, 32])
+def test_info_names_the_bundled_model_of_codes(place: Path, run, count: int):
+    model = Mimi.from_pretrained("mini")
+    config, identity = model.config, checkpoint.model_id(model, count)
+    codes = np.zeros((count, 1), int)
     file = mimi_jax.CodeFile(codes, 1, RATE, config.codebook_size, config.frame_size, identity)
     mimi_jax.save_codes("mini.safetensors", file)
     assert f"{identity} (mini)" in run("info", "mini.safetensors").stdout
+
+
+def test_a_model_of_the_first_codebooks_and_the_whole_read_each_other(
+    place: Path, run, fails, tiny: list[str], models: Path
+):
+    Mimi.from_pretrained(models / "tiny", num_quantizers=2).save_pretrained("few")
+    few = ["--model", "few"]
+    assert run("encode", "clip.wav", "-o", "2.safetensors", "--num-quantizers", 2, *tiny).status == 0
+    assert run("encode", "clip.wav", "-o", "few.safetensors", *few).status == 0
+    assert Path("2.safetensors").read_bytes() == Path("few.safetensors").read_bytes()
+    for name, model in (("few.wav", few), ("whole.wav", tiny)):
+        assert run("decode", "2.safetensors", "-o", name, *model).status == 0
+    assert Path("few.wav").read_bytes() == Path("whole.wav").read_bytes()
+    line = fails("decode", "codes.safetensors", "-o", "out.wav", *few)
+    assert "codes.safetensors holds codes of 4 codebooks, and few has 2; name a model" in line
 
 
 @pytest.mark.parametrize("layout", checkpoint.LAYOUTS)

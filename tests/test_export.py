@@ -128,6 +128,7 @@ def test_bfloat16_and_fewer_codebooks(tmp_path: Path):
     model = MODEL.astype(jnp.bfloat16)
     save(model, tmp_path / "half.zip", num_quantizers=2, platforms=("cpu", "tpu"))
     codec = export.load(tmp_path / "half.zip")
+    assert codec.metadata.model_id == checkpoint.model_id(model, 2) != checkpoint.model_id(model)
     codes = codec.encode(CLIP.audio).audio_codes
     np.testing.assert_array_equal(codes, encode(model, CLIP.audio, num_quantizers=2).audio_codes)
     audio = codec.decode(codes).audio_values

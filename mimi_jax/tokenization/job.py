@@ -73,7 +73,7 @@ def plan(
     count = codec.quantizer.check_count(config.num_quantizers if num_quantizers is None else num_quantizers)
     settings = {
         "model_id": model_id(codec, count),
-        "encoder_id": _hash(codec),  # model_id is of the codebooks alone, which other encoders may share
+        "encoder_id": _encoder_id(codec),  # other encoders may share the codebooks
         "num_quantizers": count,
         "dtype": dtype,
         "sampling_rate": config.sampling_rate,
@@ -271,10 +271,10 @@ def _num_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _hash(model: Mimi) -> str:
-    """16 hexadecimal digits of all weights."""
+def _encoder_id(model: Mimi) -> str:
+    """16 hexadecimal digits of all weights before the quantizer."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(model):
+    for leaf in jax.tree.leaves((model.encoder, model.encoder_transformer, model.downsample)):
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()[:16]
 

@@ -105,9 +105,11 @@ def _saying_what_is_kept(checkpoints: Any, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        step = checkpoints.latest_step()
-        first = f"nothing is kept before the first checkpoint, after step {recipe.checkpoint_every}"
-        kept = first if step is None else f"resume the run, and it goes on from step {step}"
+        step, first = checkpoints.latest_step(), min(recipe.checkpoint_every, recipe.steps)
+        if step is None:
+            kept = f"before step {first} there is no checkpoint: resume it (--resume), and it begins anew"
+        else:
+            kept = f"resume it (--resume), and it goes on from step {step}"
         interrupt.args = (f"interrupted; {kept}",)
         raise
 

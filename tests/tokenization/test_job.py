@@ -16,7 +16,7 @@ import soundfile
 from flax import nnx
 
 import mimi_jax
-from mimi_jax import Mimi, cli
+from mimi_jax import Mimi, checkpoint, cli
 from mimi_jax.tokenization import read_manifest, tokenize
 from tests.models import load_fixture
 from tests.tokenization.corpora import (
@@ -116,6 +116,15 @@ def test_other_settings_and_other_inputs_are_refused(tmp_path: Path, tiny: Path)
     write_folder(tmp_path / "data", [100, 200, 300])
     with pytest.raises(ValueError, match="inputs was"):
         tokenize([tmp_path / "data"], tmp_path / "out", tiny)
+
+
+def test_a_job_goes_on_with_the_first_codebooks_alone(tmp_path: Path, tiny: Path, model: Mimi):
+    write_folder(tmp_path / "data", [100, 200])
+    tokenize([tmp_path / "data"], tmp_path / "out", tiny, num_quantizers=2)
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert settings["model_id"] == checkpoint.model_id(model, 2) != checkpoint.model_id(model)
+    checkpoint.keep_codebooks(model, 2).save_pretrained(tmp_path / "few")
+    assert tokenize([tmp_path / "data"], tmp_path / "out", tmp_path / "few").now.clips == 0
 
 
 def test_processes_split_the_shards(tmp_path: Path, tiny: Path, model: Mimi):

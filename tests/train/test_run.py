@@ -75,7 +75,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, how: type[BaseException]
     monkeypatch.setattr(run._Log, "write", last_words)
 
 
-@pytest.mark.parametrize(("step", "kept"), [(3, "before the first .* step 5$"), (8, "goes on from step 5$")])
+@pytest.mark.parametrize(
+    ("step", "kept"), [(3, "before step 5 .* begins anew$"), (8, "goes on from step 5$")]
+)
 def test_an_interrupt_says_what_is_kept(data: Path, tmp_path: Path, monkeypatch, step: int, kept: str):
     kill_at(monkeypatch, step, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt, match=kept):
