@@ -24,8 +24,8 @@ from mimi_jax.streaming import ceil_div
 
 HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
-# Numbers of rows whose products XLA:CPU computes up to twice as fast if they are called convolutions:
-# with so few, its library for products takes longer to rearrange the kernel than to multiply.
+# Numbers of rows whose products XLA:CPU (of jaxlib 0.10) computes up to twice as fast if they are called
+# convolutions: it gives those of one tap to Eigen, and products to YNNPACK, which is better with more rows.
 NARROW = range(3, 33)
 
 
