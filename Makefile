@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint parity slow notebooks docs tpu clean
+.PHONY: help demo test lint parity slow notebooks docs tpu cuda clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,9 +38,12 @@ API := mimi_jax $(addprefix mimi_jax.,audio blocks codes evaluation export int8 
 docs: .venv/with-dev .venv/with-docs  ## the API from its docstrings, in build/docs
 	@PYTHONWARNINGS=ignore::UserWarning $(BIN)/pdoc --docformat google --output-directory build/docs $(API)
 
-# libtpu stays out of .venv: where it is installed, JAX looks for a TPU in every process.
+# What compiles for devices stays out of .venv: where it is installed, JAX looks for them in every process.
 tpu: .venv/with-dev .venv/with-libtpu  ## compile for a TPU of eight chips, on any machine
-	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_tpu.py
+	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_ahead.py
+
+cuda: .venv/with-dev .venv/with-cuda-compiler  ## compile for eight NVIDIA GPUs, on any machine
+	PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_ahead.py
 
 clean:  ## remove .venv, caches and what the demo wrote
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist demo.wav demo.png
@@ -62,6 +65,12 @@ clean:  ## remove .venv, caches and what the demo wrote
 .venv/with-libtpu: pyproject.toml .venv/created
 	@echo "installing libtpu"
 	@$(PIP_INSTALL) --upgrade --target .venv/libtpu libtpu
+	@touch $@
+
+.venv/with-cuda-compiler: pyproject.toml .venv/with-dev
+	@echo "installing JAX's plugin for CUDA, 4 GB"
+	@$(PIP_INSTALL) --upgrade --target .venv/cuda \
+	  "jax-cuda13-plugin[with-cuda]==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')"
 	@touch $@
 
 .venv/with-%: pyproject.toml .venv/created

@@ -482,12 +482,12 @@ def make_input(config: "MimiConfig", direction: str, batch: int, seconds: int) -
 # The work of a clip
 
 
-def count_flops(config: "MimiConfig", seconds: float) -> dict[str, int]:
+def count_flops(config: "MimiConfig", seconds: float, codebooks: int = CODEBOOKS) -> dict[str, int]:
     """FLOPs of the matrix products that encoding and decoding one clip needs, two for each multiply-add."""
     frames = math.ceil(seconds * config.sampling_rate / config.frame_size)
     steps, size, dim = frames * config.latent_stride, config.hidden_size, config.codebook_dim
     projections = 2 * frames * size * dim if dim != size else 0  # of the semantic and the acoustic half
-    distances = frames * CODEBOOKS * config.codebook_size * dim
+    distances = frames * codebooks * config.codebook_size * dim
     resampling = 2 * steps * size * size  # a kernel of two strides
     kernels = config.kernel_size, config.last_kernel_size
     both = transformer_products(config, steps)

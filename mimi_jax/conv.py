@@ -153,9 +153,11 @@ class ConvTranspose1d(StreamingLayer):
         state = keep_idle_rows(lengths, ConvTransposeState(past), state)
         if self.lookahead:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
-        y = self._blocks(x).reshape(batch, -1, self.out_channels)
-        y = y[:, self.lookahead : self.lookahead + time * self.stride]
-        return state, y if self.bias is None else y + self.bias[...]
+        # The bias first: once blocks are time, XLA:GPU would write it out as large as y, to add it.
+        bias = 0 if self.bias is None else jnp.tile(self.bias[...], self.stride)
+        y = self._blocks(x).reshape(batch, -1, self.stride * self.out_channels) + bias
+        y = y.reshape(batch, -1, self.out_channels)
+        return state, y[:, self.lookahead : self.lookahead + time * self.stride]
 
     def _blocks(self, x: jax.Array) -> jax.Array:
         """What each two neighbouring inputs give: [batch, 1 + time, in] -> [batch, time, stride, out]."""

@@ -107,12 +107,9 @@ class Mimi(nnx.Module):
             Conv1d(size, size, 2 * stride, pad_mode="replicate", **resampling) if encoder else None
         )
         self.quantizer = SplitResidualQuantizer(config, rngs=rngs)
-        groups, ratio = config.upsample_groups, config.trim_right_ratio
-        self.upsample = (
-            ConvTranspose1d(size, size, groups=groups, trim_right_ratio=ratio, **resampling)
-            if decoder
-            else None
-        )
+        upsample = functools.partial(ConvTranspose1d, groups=config.upsample_groups, **resampling)
+        ratio = config.trim_right_ratio
+        self.upsample = upsample(size, size, trim_right_ratio=ratio) if decoder else None
         self.decoder_transformer = transformer() if decoder else None
         self.decoder = Decoder(config, rngs=rngs) if decoder else None
 

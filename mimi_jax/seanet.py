@@ -18,6 +18,7 @@ from mimi_jax.streaming import Chain, StreamingLayer, step_all, step_in_pieces
 # anew for each, and the layers next to the waveform, the widest, one after the other over what fits in cache.
 BUFFER_BYTES = 25_000_000
 CACHE_BYTES = 2_500_000
+COUNTED_BYTES = 2**31  # elsewhere, where only cuDNN needs pieces: it counts elements in 32 bits
 
 
 def _conv(config: MimiConfig, *sizes: int, rngs: nnx.Rngs, **kwargs) -> Conv1d:
@@ -69,7 +70,7 @@ class Group(NamedTuple):
 
     layers: Sequence[StreamingLayer]
     hop: int  # steps of their input for one of the latents
-    max_bytes: int  # of the widest activations on their way, on a CPU
+    max_bytes: int  # of the widest activations on their way, at least
 
 
 class Network(Chain):
@@ -94,13 +95,13 @@ class Network(Chain):
         return _step(self, state, x, lengths)
 
     def step_in_pieces(
-        self, state: tuple, x: jax.Array, lengths: jax.Array | None
+        self, min_bytes: int, state: tuple, x: jax.Array, lengths: jax.Array | None
     ) -> tuple[tuple, jax.Array]:
-        """`step` as a CPU does it fastest."""
+        """`step` as a CPU does it fastest, but in pieces whose activations may take `min_bytes`."""
         step_bytes = x.shape[0] * self.hop * self.config.num_filters * x.dtype.itemsize
 
         def size(max_bytes: int, hop: int) -> int:
-            return max(max_bytes // step_bytes, 1) * hop
+            return max(max(max_bytes, min_bytes) // step_bytes, 1) * hop
 
         def step_groups(state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
             new_state = ()
@@ -118,8 +119,8 @@ class Network(Chain):
 
 @jax.custom_jvp
 def _step(network: Network, state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
-    whole = functools.partial(Chain.step, network)
-    return lax.platform_dependent(state, x, lengths, cpu=network.step_in_pieces, default=whole)
+    in_cache, counted = (functools.partial(network.step_in_pieces, size) for size in (0, COUNTED_BYTES))
+    return lax.platform_dependent(state, x, lengths, cpu=in_cache, default=counted)
 
 
 @_step.defjvp
@@ -133,15 +134,14 @@ class Encoder(Network):
 
     def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
+        conv = functools.partial(_conv, config, rngs=rngs)
         channels, stages = config.num_filters, nnx.List([])
-        self.first = _conv(config, config.audio_channels, channels, config.kernel_size, rngs=rngs)
+        self.first = conv(config.audio_channels, channels, config.kernel_size)
         for ratio in reversed(config.upsampling_ratios):
             stages.append(EncoderStage(config, channels, ratio, rngs=rngs))
             channels *= 2
         self.stages = stages
-        self.last = _conv(
-            config, channels, config.hidden_size, config.last_kernel_size, activation=elu, rngs=rngs
-        )
+        self.last = conv(channels, config.hidden_size, config.last_kernel_size, activation=elu)
 
     def groups(self) -> Sequence[Group]:
         ratio = self.config.upsampling_ratios[-1]
@@ -175,15 +175,14 @@ class Decoder(Network):
 
     def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
+        conv = functools.partial(_conv, config, rngs=rngs)
         channels, stages = config.num_filters * 2 ** len(config.upsampling_ratios), nnx.List([])
-        self.first = _conv(config, config.hidden_size, channels, config.kernel_size, rngs=rngs)
+        self.first = conv(config.hidden_size, channels, config.kernel_size)
         for ratio in config.upsampling_ratios:
             stages.append(DecoderStage(config, channels, ratio, rngs=rngs))
             channels //= 2
         self.stages = stages
-        self.last = _conv(
-            config, channels, config.audio_channels, config.last_kernel_size, activation=elu, rngs=rngs
-        )
+        self.last = conv(channels, config.audio_channels, config.last_kernel_size, activation=elu)
 
     def groups(self) -> Sequence[Group]:
         ratio = self.config.upsampling_ratios[-1]

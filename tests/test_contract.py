@@ -17,7 +17,7 @@ from mimi_jax.config import MimiConfig
 from mimi_jax.conv import Conv1d, ConvTranspose1d
 from mimi_jax.rows import reset_rows
 from mimi_jax.seanet import Decoder, DecoderStage, Encoder, EncoderStage, ResidualBlock
-from mimi_jax.streaming import StreamingLayer
+from mimi_jax.streaming import Chain, StreamingLayer
 from mimi_jax.transformer import Transformer, TransformerLayer
 from tests.models import random_like, random_module, relative_error
 
@@ -169,6 +169,27 @@ def ragged(case: Case) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         lengths = np.array([length, case.time, generator.integers(1, case.time)])
         beyond = np.arange(case.time) >= lengths[:, None]
         yield lengths, np.where(beyond[..., None], np.float32(case.garbage), case.x)
+
+
+@pytest.mark.parametrize("min_bytes", [0, 700, 2000])
+@pytest.mark.parametrize("case", ["encoder", "decoder"], indirect=True)
+def test_networks_in_pieces_equal_layer_by_layer(case: Case, min_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    """In pieces of pieces, as on a CPU, and in pieces as long as elsewhere; here a latent has 144 bytes."""
+    monkeypatch.setattr("mimi_jax.seanet.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("mimi_jax.seanet.CACHE_BYTES", 300)
+    network: Any = case.layer
+    in_pieces = jit(functools.partial(network.step_in_pieces, min_bytes))
+    in_order = jit(functools.partial(Chain.step, network))
+    assert "while" in in_pieces.lower(case.init_state(), case.x, None).as_text()
+    for lengths, _ in ragged(case):
+        arguments = case.init_state(), case.x, jnp.asarray(lengths)
+        (state, y), (expected_state, expected) = in_pieces(*arguments), in_order(*arguments)
+        for row, length in enumerate(lengths):
+            real = case.output_length(int(length))
+            assert relative_error(y[row, :real], expected[row, :real]) < TOLERANCE
+        # Row 1 is real to its end; what a row that has ended leaves behind means nothing.
+        for leaf, expected_leaf in zip(*map(jax.tree.leaves, (state, expected_state)), strict=True):
+            np.testing.assert_allclose(leaf[1], expected_leaf[1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_ragged_row_equals_the_row_alone(case: Case):

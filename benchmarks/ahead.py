@@ -1,0 +1,245 @@
+"""What XLA makes of the codec for TPUs and NVIDIA GPUs, without one: memory, work, and the speed these
+cannot exceed.
+
+    python -m benchmarks.ahead [--device v5e] [--batch 8] [--seconds 10] [--step 0.08] [--precision highest]
+
+Full size, compiled ahead of time for 8 chips, the batch sharded over them and the weights on each; nothing
+runs. The numbers are for one chip. It needs libtpu, or JAX's plugin for CUDA and the libraries that this
+brings, and takes a few minutes. Install them apart from your environment for work, as `make tpu` and
+`make cuda` do: where JAX finds them on a machine without such a device, each start complains on stderr.
+
+For TPUs the operations and bytes are the compiler's. For GPUs it counts none, so operations are those of the
+matrix products that a case needs, and bytes are counted from the program (`benchmarks/hlo.py`). There no
+kernel was tried against another either, as XLA does where it finds a GPU: those of Triton are left out.
+
+Rows in bfloat16 are of precision "default", which on a TPU takes one pass for everything, the quantizer
+included.
+"""
+
+import argparse
+import functools
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+import mimi_jax
+from benchmarks.compare import count_flops
+from benchmarks.hlo import count_bytes
+from mimi_jax.checkpoint import abstract_model
+
+FUNCTIONS = ("encode", "decode", "encode_step")
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+
+
+class Device(NamedTuple):
+    """One chip, by its data sheet."""
+
+    platform: str
+    memory: int  # bytes
+    bytes_per_second: float
+    flops_per_second: dict[tuple[str, str], float]  # by dtype and precision
+
+
+# With "highest", a product of float32 takes six passes of bfloat16 on a TPU; on a GPU it is plain float32,
+# and "default" TF32.
+TPU_SPEED = {
+    ("bfloat16", "default"): 197e12,
+    ("float32", "default"): 197e12,
+    ("float32", "highest"): 197e12 / 6,
+}
+GPU_SPEED = {("bfloat16", "default"): 989e12, ("float32", "default"): 495e12, ("float32", "highest"): 67e12}
+DEVICES = {
+    "v5e": Device("tpu", 16_000_000_000, 819e9, TPU_SPEED),
+    "h100": Device("cuda", 80_000_000_000, 3.35e12, GPU_SPEED),
+    "h200": Device("cuda", 141_000_000_000, 4.8e12, GPU_SPEED),
+}
+# Without a GPU to time its kernels on, XLA takes sizes for Triton's that do not compile.
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
+    "tpu": {},
+    "cuda": {"xla_gpu_enable_triton_gemm": False},
+}
+# As XLA describes an NVIDIA GPU of compute capability 9.0 to itself.
+GPU_DESCRIPTION = """
+platform_name: "CUDA"
+device_description_str: "{name}"
+runtime_version {{ major: 13 }}
+dnn_version_info {{ major: 9 minor: 10 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  l2_cache_size: 52428800
+  memory_bandwidth: {bandwidth:.0f}
+  device_memory_size: {memory}
+}}
+"""
+
+
+class Report(NamedTuple):
+    """What is known of one program, for one chip."""
+
+    memory: int  # bytes of arguments, results and what lies between
+    flops: float
+    bytes_accessed: float
+    collectives: list[str]  # the names of those the program has
+    text: str
+
+
+def make_mesh(name: str) -> Mesh:
+    """Eight chips that are only described, on one axis, "data".
+
+    Raises:
+        RuntimeError, NotImplementedError: what compiles for them is not installed.
+    """
+    device = DEVICES[name]
+    if device.platform == "tpu":
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened, so none need be locked
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to wait for
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x4")
+    else:
+        jax.config.update("jax_platforms", "cpu")  # or the plugin asks for a driver
+        description = GPU_DESCRIPTION.format(
+            name=name, bandwidth=device.bytes_per_second, memory=device.memory
+        )
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x8", target_config=description)
+    return Mesh(np.array(topology.devices), ("data",))
+
+
+@functools.cache
+def make_model(dtype: DTypeLike, precision: str, attention: str | None = None) -> mimi_jax.Mimi:
+    """A model of full size that has shapes and no values."""
+    model = abstract_model(mimi_jax.MimiConfig(), precision=precision, attention=attention)
+    return jax.eval_shape(lambda model: model.astype(dtype), model)
+
+
+def make_program(
+    model: mimi_jax.Mimi, function: str, batch: int, seconds: float
+) -> tuple[Callable, tuple[Any, ...]]:
+    """One of `FUNCTIONS`, and the shapes of all its arguments but the model."""
+    config = model.config
+    frame_size, codebooks = config.frame_size, config.num_quantizers
+    frames = model.encoded_length(round(seconds * config.sampling_rate))
+    audio = jax.ShapeDtypeStruct((batch, config.audio_channels, frames * frame_size), jnp.float32)
+    if function == "encode":
+        return lambda model, audio: mimi_jax.encode(model, audio).audio_codes, (audio,)
+    if function == "decode":
+        codes = jax.ShapeDtypeStruct((batch, codebooks, frames), jnp.int32)
+        return lambda model, codes: mimi_jax.decode(model, codes).audio_values, (codes,)
+    state = jax.eval_shape(lambda: model.init_encoder_state(batch))
+    return mimi_jax.encode_step, (state, audio)
+
+
+def compile_for(
+    mesh: Mesh, model: mimi_jax.Mimi, function: str, batch: int, seconds: float, attention: str | None = None
+) -> Report:
+    """Compile for the chips of `mesh`, `batch` rows on each, and say what came out.
+
+    Args:
+        function: one of `FUNCTIONS`.
+        seconds: of audio in a clip, or in a step.
+        attention: what the model was made with.
+    """
+    program, shapes = make_program(model, function, batch * mesh.size, seconds)
+    weights, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    shardings = (weights, *[rows] * len(shapes))
+    # As in a server, a step writes its state into the memory of the one before.
+    donated = (1,) if function == "encode_step" else ()
+    if attention == "splash":
+        # The compiler cannot partition a Pallas kernel, so each chip gets a program for its own rows.
+        specs = (PartitionSpec(), *[PartitionSpec("data")] * len(shapes))
+        # Nor does the kernel say over which axes its results differ, so that is not checked.
+        program = jax.shard_map(
+            program, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
+        )
+    jitted = jax.jit(program, in_shardings=shardings, out_shardings=rows, donate_argnums=donated)
+    platform = "tpu" if mesh.devices.flat[0].platform == "tpu" else "cuda"
+    compiled: Any = jitted.lower(model, *shapes).compile(COMPILER_OPTIONS[platform])
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    taken = sizes - memory.alias_size_in_bytes
+    if platform == "cuda":
+        flops = batch * count_flops(model.config, seconds, model.config.num_quantizers)[function[:6]]
+        cost = {"flops": flops, "bytes accessed": count_bytes(text)}
+    return Report(taken, cost["flops"], cost["bytes accessed"], collectives(text), text)
+
+
+def collectives(text: str) -> list[str]:
+    """The operations in a compiled program in which devices talk to each other."""
+    return [name for name in COLLECTIVES if name in text]
+
+
+def bound(report: Report, seconds: float, device: Device, kind: tuple[str, str]) -> float:
+    """How many seconds of audio a chip can do in one second at most: neither its products nor its memory
+    can be faster.
+
+    Args:
+        seconds: of audio, in all rows of one chip.
+        kind: dtype and precision of the products.
+    """
+    compute = report.flops / device.flops_per_second[kind]
+    return seconds / max(compute, report.bytes_accessed / device.bytes_per_second)
+
+
+def fused_attention(name: str, dtype: str) -> str | None:
+    """What `mimi_jax.kernels.attend` would choose by itself if it found such a GPU."""
+    return "cudnn" if DEVICES[name].platform == "cuda" and dtype == "bfloat16" else None
+
+
+def table_row(mesh: Mesh, name: str, function: str, kind: tuple[str, str], batch: int, seconds: float) -> str:
+    attention = fused_attention(name, kind[0])
+    report = compile_for(mesh, make_model(*kind, attention), function, batch, seconds, attention)
+    speed = bound(report, batch * seconds, DEVICES[name], kind)
+    cells = [function, *kind, str(batch), f"{seconds:g}", f"{report.memory / 1e6:.0f}"]
+    cells += [f"{report.flops / 1e9:.1f}", f"{report.bytes_accessed / 1e9:.2f}", f"{speed:,.0f}"]
+    cells.append(", ".join(report.collectives) or "none")
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=list(DEVICES), default="v5e")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="rows on each chip")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of audio in a clip")
+    parser.add_argument(
+        "--precision", choices=["default", "highest"], default="highest", help="of the rows in float32"
+    )
+    parser.add_argument(
+        "--step", type=float, default=0.08, help="seconds of audio in a step; 1.28 in tokenize"
+    )
+    parser.add_argument("--functions", choices=FUNCTIONS, nargs="+", default=FUNCTIONS)
+    options = parser.parse_args(arguments)
+    mesh = make_mesh(options.device)
+    columns = ["function", "dtype", "precision", "batch per chip", "seconds of audio", "MB per chip", "GFLOP"]
+    columns += ["GB accessed", "at most x realtime", "collectives"]
+    print(f"{mesh.size} chips of {mesh.devices.flat[0].device_kind}, jax {jax.__version__}; per chip\n")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    kinds = (("bfloat16", "default"), ("float32", options.precision))
+    for batch, function, kind in itertools.product(options.batch, options.functions, kinds):
+        seconds = options.step if function == "encode_step" else options.seconds
+        print(table_row(mesh, options.device, function, kind, batch, seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""How many bytes a compiled program moves, counted from its text, since XLA counts none for NVIDIA GPUs.
+
+Every operation of a scheduled program is a kernel or a call of a library, which reads its operands and writes
+its result once. Of an operand that a kernel takes slices or rows of, only those count; of a result that it
+writes into an operand, only what it writes. Caches make it less, libraries that want scratch make it more.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
+OPERATION = re.compile(
+    r"\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<result>\(.*?\)|\S+) (?P<kind>[a-z-]+)\((?P<operands>[^)]*)\)"
+)
+ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+))\[(?P<shape>[\d,]*)\]")
+FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")  # they only name what is there
+PARTS = ("bitcast", "slice", "dynamic-slice", "gather")  # they take a part of their first operand
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write this operand into their first
+
+
+class Operation(NamedTuple):
+    name: str
+    kind: str
+    size: int  # bytes of its result
+    operands: list[str]
+    text: str
+
+    def called(self, role: str) -> str:
+        """The name of the computation that it "calls", or that is its "body"."""
+        return re.findall(rf" {role}=%([^\s,]+)", self.text)[0]
+
+
+class Computation(NamedTuple):
+    operations: dict[str, Operation]
+    root: Operation
+
+    def bytes_read(self, operation: Operation) -> int:
+        """How much of an operation's result the others read."""
+        users = [user for user in self.operations.values() if operation.name in user.operands]
+        parts = [
+            user for user in users if user.kind in (*PARTS, *UPDATES) and user.operands[0] == operation.name
+        ]
+        if len(parts) < len(users) or operation is self.root:
+            return operation.size
+        return min(operation.size, sum(self.bytes_read(part) for part in parts if part.kind in PARTS))
+
+
+def count_bytes(text: str) -> int:
+    """What a program moves between its kernels and memory.
+
+    Args:
+        text: of an executable, as `jax.stages.Compiled.as_text` gives it.
+    """
+    computations, entry = parse(text)
+    return _count(computations, entry)
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """All computations by their names, and the name of the one that is the program."""
+    computations, entry, operations, name = {}, "", {}, ""
+    for line in text.splitlines():
+        if start := COMPUTATION.match(line):
+            operations, name = {}, start["name"]
+            entry = name if start["entry"] else entry
+        elif match := OPERATION.match(line):
+            operands = re.findall(r"%([^\s,]+)", match["operands"])
+            operation = Operation(match["name"], match["kind"], _size(match["result"]), operands, line)
+            operations[operation.name] = operation
+            if match["root"]:
+                computations[name] = Computation(operations, operation)
+    return computations, entry
+
+
+def _size(result: str) -> int:
+    total = 0
+    for array in ARRAY.finditer(result):
+        sizes = [int(size) for size in array["shape"].split(",") if size]
+        total += math.prod(sizes) * int(array["bits"] or 8) // 8
+    return total
+
+
+def _count(computations: dict[str, Computation], name: str) -> int:
+    total, operations = 0, computations[name].operations
+    for operation in operations.values():
+        if operation.kind == "while":
+            [trips] = re.findall(r'"known_trip_count":\{"n":"(\d+)"', operation.text)
+            total += int(trips) * _count(computations, operation.called("body"))
+        elif operation.kind == "fusion":
+            total += _count_kernel(computations[operation.called("calls")], operation)
+        elif operation.kind not in FREE:
+            total += operation.size + sum(operations[operand].size for operand in operation.operands)
+    return total
+
+
+def _count_kernel(computation: Computation, fusion: Operation) -> int:
+    """What one kernel reads and writes, from what it computes."""
+    operations, root = computation.operations, computation.root
+    written = operations[root.operands[UPDATES[root.kind]]].size if root.kind in UPDATES else fusion.size
+    parameters = [operation for operation in operations.values() if operation.kind == "parameter"]
+    return written + sum(map(computation.bytes_read, parameters))

@@ -1,0 +1,125 @@
+"""The codec of full size compiles for TPUs and NVIDIA GPUs, fits, and needs no communication: without one."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh
+
+from benchmarks import ahead
+
+BATCH = 8  # rows on each chip
+SECONDS = 10.0
+FLOPS_PER_SECOND_OF_AUDIO = 5.6e9  # of either half
+KINDS = [("bfloat16", "default"), ("float32", "highest")]
+
+
+@pytest.fixture(scope="module")
+def tpus() -> Mesh:
+    pytest.importorskip("libtpu", reason="needs libtpu: see benchmarks/ahead.py")
+    return ahead.make_mesh("v5e")
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Mesh:
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs JAX's CUDA plugin: see benchmarks/ahead.py")
+    return ahead.make_mesh("h100")
+
+
+def check_program(
+    mesh: Mesh, device: str, function: str, kind: tuple[str, str], attention: str | None = None
+) -> ahead.Report:
+    model = ahead.make_model(*kind, attention)
+    seconds = SECONDS
+    if function == "encode_step":
+        seconds = model.config.frame_size / model.config.sampling_rate
+    report = ahead.compile_for(mesh, model, function, BATCH, seconds, attention)
+    assert report.collectives == []
+    assert report.memory < ahead.DEVICES[device].memory
+    assert report.flops == pytest.approx(BATCH * seconds * FLOPS_PER_SECOND_OF_AUDIO, rel=0.1)
+    half = (model.encoder, model.encoder_transformer, model.downsample)
+    if function == "decode":
+        half = (model.decoder, model.decoder_transformer, model.upsample)
+    assert report.bytes_accessed > sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(half))
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("function", ahead.FUNCTIONS)
+def test_compiles_for_eight_tpus(tpus: Mesh, function: str, kind: tuple[str, str]):
+    check_program(tpus, "v5e", function, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["encode", "decode"])
+def test_compiles_for_eight_tpus_with_the_splash_kernel(tpus: Mesh, function: str):
+    """In bfloat16, each chip with a program of its own."""
+    check_program(tpus, "v5e", function, KINDS[0], "splash")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("function", ahead.FUNCTIONS)
+def test_compiles_for_eight_gpus(gpus: Mesh, function: str, kind: tuple[str, str]):
+    """With cuDNN's attention in bfloat16, and convolutions that need no copy to another layout."""
+    attention = ahead.fused_attention("h100", kind[0])
+    report = check_program(gpus, "h100", function, kind, attention)
+    fused = report.text.count("__cudnn$fmhaSoftmax")
+    assert fused == (8 if attention and function != "encode_step" else 0)
+
+
+@pytest.mark.slow
+def test_a_training_step_compiles_for_gpus(gpus: Mesh):
+    """Forward and back through both halves, cuDNN's attention too."""
+    model = ahead.make_model(*KINDS[0], "cudnn")
+    everywhere, rows = (jax.NamedSharding(gpus, jax.P(*axes)) for axes in ((), ("data",)))
+    audio = jax.ShapeDtypeStruct((gpus.size * BATCH, 1, 48_000), jnp.float32)
+
+    def loss(model, audio):
+        return jnp.mean((model.decode_latents(model.encode_latents(audio)) - audio) ** 2)
+
+    gradient = jax.jit(jax.grad(loss), in_shardings=(everywhere, rows), out_shardings=everywhere)
+    text = gradient.lower(model, audio).compile(ahead.COMPILER_OPTIONS["cuda"]).as_text() or ""
+    assert text.count("__cudnn$fmhaSoftmaxBackward") == 16
+    assert ahead.collectives(text) == ["all-reduce"]  # of the gradients
+
+
+@pytest.mark.parametrize("function", ["encode", "decode"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_large_batches_stay_within_what_cudnn_counts(function: str, kind: tuple[str, str]):
+    """It convolves arrays of fewer than 2**31 elements; 64 clips of 30 s would have more."""
+    model = ahead.make_model(*kind)
+    program, shapes = ahead.make_program(model, function, 64, 30.0)
+    text = jax.jit(program).trace(model, *shapes).lower(lowering_platforms=("cuda",)).as_text()
+    shapes = [shape.split("x") for shape in re.findall(r"tensor<([\dx]+)x\w+>", text)]
+    largest = max(math.prod(map(int, shape)) for shape in shapes)
+    assert 2**28 < largest < 2**31
+
+
+def test_collectives_would_be_seen():
+    """On any platform: a sum over the batch makes the devices talk."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    lowered = jax.jit(lambda x: x.sum(), in_shardings=rows).lower(jax.ShapeDtypeStruct((8, 3), "float32"))
+    assert ahead.collectives(lowered.compile().as_text() or "") == ["all-reduce"]
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "flops", "bytes_accessed", "expected"),
+    [
+        ("v5e", KINDS[0], 197e12, 0, 10.0),
+        ("v5e", KINDS[1], 197e12, 0, 10 / 6),
+        ("v5e", KINDS[1], 0, 2 * 819e9, 5.0),
+        ("v5e", KINDS[0], 197e12, 2 * 819e9, 5.0),
+        ("h100", KINDS[0], 989e12, 3.35e12 / 2, 10.0),
+        ("h200", KINDS[1], 67e12, 2 * 4.8e12, 5.0),
+    ],
+)
+def test_the_bound_is_that_of_the_slower(
+    device: str, kind: tuple[str, str], flops: float, bytes_accessed: float, expected: float
+):
+    report = ahead.Report(0, flops, bytes_accessed, [], "")
+    assert ahead.bound(report, 10.0, ahead.DEVICES[device], kind) == pytest.approx(expected)

@@ -1,0 +1,88 @@
+"""What a kernel reads and writes, by the rules of `benchmarks.hlo`, in programs small enough to add up."""
+
+import pytest
+
+from benchmarks.hlo import count_bytes
+
+ADD = """
+ENTRY %main (a: f32[10], b: bf16[10]) -> f32[10] {
+  %a = f32[10]{0} parameter(0)
+  %b = bf16[10]{0} parameter(1)
+  %both = (f32[10]{0}, bf16[10]{0}) tuple(%a, %b)
+  %same = f32[10]{0} get-tuple-element(%both), index=0
+  ROOT %sum = f32[10]{0} add(%same, %b), metadata={op_name="add(f32[99])"}
+}
+"""
+
+ROWS = """
+%rows (x: f32[100,4], i: s32[]) -> f32[2,4] {
+  %x = f32[100,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %flat = f32[400]{0} bitcast(%x)
+  %block = f32[40]{0} dynamic-slice(%flat, %i), dynamic_slice_sizes={40}
+  ROOT %part = f32[2,4]{1,0} slice(%block), slice={[0:8]}
+}
+
+ENTRY %main (x: f32[100,4], i: s32[]) -> f32[2,4] {
+  %x = f32[100,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %taken = f32[2,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%rows
+}
+"""
+
+ALL = ROWS.replace("slice(%block)", "add(%block, %x)")
+
+IN_PLACE = """
+%write (x: f32[100,4], new: f32[1,4], i: s32[]) -> f32[100,4] {
+  %x = f32[100,4]{1,0} parameter(0)
+  %new = f32[1,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = f32[100,4]{1,0} dynamic-update-slice(%x, %new, %i, %i)
+}
+
+ENTRY %main (x: f32[100,4], new: f32[1,4], i: s32[]) -> f32[100,4] {
+  %x = f32[100,4]{1,0} parameter(0)
+  %new = f32[1,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %written = f32[100,4]{1,0} fusion(%x, %new, %i), kind=kLoop, calls=%write
+}
+"""
+
+LOOP = """
+%body (state: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %state = (s32[], f32[10]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[10]{0} get-tuple-element(%state), index=1
+  %y = f32[10]{0} negate(%x)
+  ROOT %next = (s32[], f32[10]{0}) tuple(%i, %y)
+}
+
+ENTRY %main (state: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %state = (s32[], f32[10]{0}) parameter(0)
+  ROOT %loop = (s32[], f32[10]{0}) while(%state), body=%body, config={"known_trip_count":{"n":"7"}}
+}
+"""
+
+CALL = """
+ENTRY %main (x: f32[4,2]) -> f32[4] {
+  %x = f32[4,2]{1,0} parameter(0)
+  %called = (f32[4]{0}, u8[16]{0}) custom-call(%x), custom_call_target="library"
+  ROOT %y = f32[4]{0} get-tuple-element(%called), index=0
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ADD, 40 + 20 + 40),
+        (ROWS, 32 + 4 + 32),
+        (ALL, 1600 + 4 + 32),
+        (IN_PLACE, 16 + 4 + 16),
+        (LOOP, 7 * (40 + 40)),
+        (CALL, 32 + 16 + 16),
+    ],
+    ids=["operands", "rows", "all", "in place", "loop", "library"],
+)
+def test_counts_what_is_read_and_written(text: str, expected: int):
+    assert count_bytes(text) == expected
