@@ -1,7 +1,7 @@
 """What XLA makes of the codec for TPUs and NVIDIA GPUs, without one: memory, work, and the speed these
 cannot exceed.
 
-    python -m benchmarks.ahead [--device v5e] [--batch 8] [--seconds 10] [--step 0.08] [--precision highest]
+    python -m benchmarks.ahead [--device v5e] [--batch 8] [--seconds 10] [--step 0.08] [--largest 10]
 
 Full size, compiled ahead of time for 8 chips, the batch sharded over them and the weights on each; nothing
 runs. The numbers are for one chip. It needs libtpu, or JAX's plugin for CUDA and the libraries that this
@@ -17,6 +17,7 @@ included.
 """
 
 import argparse
+import collections
 import functools
 import itertools
 import os
@@ -32,7 +33,7 @@ from jax.typing import DTypeLike
 
 import mimi_jax
 from benchmarks.compare import count_flops
-from benchmarks.hlo import count_bytes
+from benchmarks.hlo import Kernel, kernels
 from mimi_jax.checkpoint import abstract_model
 
 FUNCTIONS = ("encode", "decode", "encode_step")
@@ -103,6 +104,7 @@ class Report(NamedTuple):
     bytes_accessed: float
     collectives: list[str]  # the names of those the program has
     text: str
+    kernels: list[Kernel]  # for GPUs
 
 
 def make_mesh(name: str) -> Mesh:
@@ -177,10 +179,11 @@ def compile_for(
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     taken = sizes - memory.alias_size_in_bytes
+    counted = kernels(text) if platform == "cuda" else []
     if platform == "cuda":
         flops = batch * count_flops(model.config, seconds, model.config.num_quantizers)[function[:6]]
-        cost = {"flops": flops, "bytes accessed": count_bytes(text)}
-    return Report(taken, cost["flops"], cost["bytes accessed"], collectives(text), text)
+        cost = {"flops": flops, "bytes accessed": sum(kernel.bytes for kernel in counted)}
+    return Report(taken, cost["flops"], cost["bytes accessed"], collectives(text), text, counted)
 
 
 def collectives(text: str) -> list[str]:
@@ -205,14 +208,38 @@ def fused_attention(name: str, dtype: str) -> str | None:
     return "cudnn" if DEVICES[name].platform == "cuda" and dtype == "bfloat16" else None
 
 
-def table_row(mesh: Mesh, name: str, function: str, kind: tuple[str, str], batch: int, seconds: float) -> str:
-    attention = fused_attention(name, kind[0])
-    report = compile_for(mesh, make_model(*kind, attention), function, batch, seconds, attention)
-    speed = bound(report, batch * seconds, DEVICES[name], kind)
-    cells = [function, *kind, str(batch), f"{seconds:g}", f"{report.memory / 1e6:.0f}"]
+class Case(NamedTuple):
+    """What is compiled for one line of the table."""
+
+    function: str
+    kind: tuple[str, str]  # dtype and precision
+    batch: int  # rows on each chip
+    seconds: float  # of audio in a row
+
+
+def compile_case(mesh: Mesh, name: str, case: Case) -> Report:
+    attention = fused_attention(name, case.kind[0])
+    model = make_model(*case.kind, attention)
+    return compile_for(mesh, model, case.function, case.batch, case.seconds, attention)
+
+
+def table_row(name: str, case: Case, report: Report) -> str:
+    speed = bound(report, case.batch * case.seconds, DEVICES[name], case.kind)
+    cells = [case.function, *case.kind, str(case.batch), f"{case.seconds:g}", f"{report.memory / 1e6:.0f}"]
     cells += [f"{report.flops / 1e9:.1f}", f"{report.bytes_accessed / 1e9:.2f}", f"{speed:,.0f}"]
     cells.append(", ".join(report.collectives) or "none")
     return f"| {' | '.join(cells)} |"
+
+
+def print_largest(case: Case, report: Report, count: int) -> None:
+    """Which kernels move most bytes, by the operations that they end with."""
+    moved, numbers = collections.Counter(), collections.Counter()
+    for kernel in report.kernels:
+        moved[kernel.source] += kernel.bytes
+        numbers[kernel.source] += 1
+    print(f"\n{case.function}, {case.kind[0]}\n\n| last operation | kernels | GB |\n|---|---|---|")
+    for source, size in moved.most_common(count):
+        print(f"| {source} | {numbers[source]} | {size / 1e9:.2f} |")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -229,6 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--step", type=float, default=0.08, help="seconds of audio in a step; 1.28 in tokenize"
     )
     parser.add_argument("--functions", choices=FUNCTIONS, nargs="+", default=FUNCTIONS)
+    parser.add_argument(
+        "--largest",
+        type=int,
+        default=0,
+        help="list so many kinds of kernels that move most bytes; of GPUs only",
+    )
     options = parser.parse_args(arguments)
     mesh = make_mesh(options.device)
     columns = ["function", "dtype", "precision", "batch per chip", "seconds of audio", "MB per chip", "GFLOP"]
@@ -236,9 +269,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{mesh.size} chips of {mesh.devices.flat[0].device_kind}, jax {jax.__version__}; per chip\n")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     kinds = (("bfloat16", "default"), ("float32", options.precision))
+    reports = {}
     for batch, function, kind in itertools.product(options.batch, options.functions, kinds):
         seconds = options.step if function == "encode_step" else options.seconds
-        print(table_row(mesh, options.device, function, kind, batch, seconds), flush=True)
+        case = Case(function, kind, batch, seconds)
+        reports[case] = compile_case(mesh, options.device, case)
+        print(table_row(options.device, case, reports[case]), flush=True)
+    for case, report in reports.items():
+        if options.largest and report.kernels:
+            print_largest(case, report, options.largest)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many bytes a compiled program moves, counted from its text, since XLA counts none for NVIDIA GPUs.
+"""How many bytes the kernels of a compiled program move, from its text: XLA counts none for NVIDIA GPUs.
 
 Every operation of a scheduled program is a kernel or a call of a library, which reads its operands and writes
 its result once. Of an operand that a kernel takes slices or rows of, only those count; of a result that it
@@ -7,6 +7,7 @@ writes into an operand, only what it writes. Caches make it less, libraries that
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
@@ -31,6 +32,11 @@ class Operation(NamedTuple):
         return re.findall(rf" {role}=%([^\s,]+)", self.text)[0]
 
 
+class Kernel(NamedTuple):
+    source: str  # its last operation, as it was called in JAX
+    bytes: int  # read and written, in all its runs
+
+
 class Computation(NamedTuple):
     operations: dict[str, Operation]
     root: Operation
@@ -46,14 +52,14 @@ class Computation(NamedTuple):
         return min(operation.size, sum(self.bytes_read(part) for part in parts if part.kind in PARTS))
 
 
-def count_bytes(text: str) -> int:
-    """What a program moves between its kernels and memory.
+def kernels(text: str) -> list[Kernel]:
+    """All that moves bytes between kernels and memory.
 
     Args:
         text: of an executable, as `jax.stages.Compiled.as_text` gives it.
     """
     computations, entry = parse(text)
-    return _count(computations, entry)
+    return list(_kernels(computations, entry, times=1))
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -80,20 +86,21 @@ def _size(result: str) -> int:
     return total
 
 
-def _count(computations: dict[str, Computation], name: str) -> int:
-    total, operations = 0, computations[name].operations
+def _kernels(computations: dict[str, Computation], name: str, times: int) -> Iterator[Kernel]:
+    operations = computations[name].operations
     for operation in operations.values():
         if operation.kind == "while":
             [trips] = re.findall(r'"known_trip_count":\{"n":"(\d+)"', operation.text)
-            total += int(trips) * _count(computations, operation.called("body"))
-        elif operation.kind == "fusion":
-            total += _count_kernel(computations[operation.called("calls")], operation)
+            yield from _kernels(computations, operation.called("body"), times * int(trips))
         elif operation.kind not in FREE:
-            total += operation.size + sum(operations[operand].size for operand in operation.operands)
-    return total
+            moved = operation.size + sum(operations[operand].size for operand in operation.operands)
+            if operation.kind == "fusion":
+                moved = _count_fusion(computations[operation.called("calls")], operation)
+            [source, *_] = [*re.findall(r'op_name="([^"]*)"', operation.text), operation.kind]
+            yield Kernel(source.rpartition("/")[2], times * moved)
 
 
-def _count_kernel(computation: Computation, fusion: Operation) -> int:
+def _count_fusion(computation: Computation, fusion: Operation) -> int:
     """What one kernel reads and writes, from what it computes."""
     operations, root = computation.operations, computation.root
     written = operations[root.operands[UPDATES[root.kind]]].size if root.kind in UPDATES else fusion.size

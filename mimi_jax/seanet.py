@@ -18,7 +18,7 @@ from mimi_jax.streaming import Chain, StreamingLayer, step_all, step_in_pieces
 # anew for each, and the layers next to the waveform, the widest, one after the other over what fits in cache.
 BUFFER_BYTES = 25_000_000
 CACHE_BYTES = 2_500_000
-COUNTED_BYTES = 2**31  # elsewhere, where only cuDNN needs pieces: it counts elements in 32 bits
+COUNTED_BYTES = 2**31  # on NVIDIA GPUs, where only large batches need pieces: cuDNN counts in 32 bits
 
 
 def _conv(config: MimiConfig, *sizes: int, rngs: nnx.Rngs, **kwargs) -> Conv1d:
@@ -120,7 +120,8 @@ class Network(Chain):
 @jax.custom_jvp
 def _step(network: Network, state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
     in_cache, counted = (functools.partial(network.step_in_pieces, size) for size in (0, COUNTED_BYTES))
-    return lax.platform_dependent(state, x, lengths, cpu=in_cache, default=counted)
+    whole = functools.partial(Chain.step, network)
+    return lax.platform_dependent(state, x, lengths, cpu=in_cache, cuda=counted, default=whole)
 
 
 @_step.defjvp

@@ -121,5 +121,5 @@ def test_collectives_would_be_seen():
 def test_the_bound_is_that_of_the_slower(
     device: str, kind: tuple[str, str], flops: float, bytes_accessed: float, expected: float
 ):
-    report = ahead.Report(0, flops, bytes_accessed, [], "")
+    report = ahead.Report(0, flops, bytes_accessed, [], "", [])
     assert ahead.bound(report, 10.0, ahead.DEVICES[device], kind) == pytest.approx(expected)

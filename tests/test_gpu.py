@@ -49,3 +49,13 @@ def test_the_depthwise_upsample_is_right(gpu: Any, model: Mimi):
     expected = np.moveaxis(expected, 3, 2).reshape(2, 60, 512)
     got = jax.device_put(model.upsample, gpu)(jax.device_put(x, gpu))
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_larger_than_cudnn_counts(gpu: Any, model: Mimi):
+    """64 clips of 30 s have more than 2**31 activations in the layers next to the waveform."""
+    clip = 0.1 * np.random.default_rng(0).standard_normal((1, 1, 720_000), np.float32)
+    there = jax.device_put(model, gpu)
+    alone = np.asarray(mimi_jax.encode(there, jax.device_put(clip, gpu)).audio_codes)
+    batch = jax.device_put(np.repeat(clip, 64, axis=0), gpu)
+    codes = np.asarray(mimi_jax.encode(there, batch).audio_codes)
+    assert np.mean(codes == alone) >= 0.999

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.hlo import count_bytes
+from benchmarks.hlo import Kernel, kernels
 
 ADD = """
 ENTRY %main (a: f32[10], b: bf16[10]) -> f32[10] {
@@ -85,4 +85,9 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
     ids=["operands", "rows", "all", "in place", "loop", "library"],
 )
 def test_counts_what_is_read_and_written(text: str, expected: int):
-    assert count_bytes(text) == expected
+    assert sum(kernel.bytes for kernel in kernels(text)) == expected
+
+
+def test_names_kernels_by_their_sources():
+    assert kernels(ADD) == [Kernel("add(f32[99])", 100)]
+    assert kernels(CALL) == [Kernel("custom-call", 64)]
