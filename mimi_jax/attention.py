@@ -35,7 +35,7 @@ def rotate(x: jax.Array, turns: ArrayLike) -> jax.Array:
             differences matter to attention.
     """
     cos, sin = jnp.split(jnp.asarray(turns), 2, axis=-1)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
