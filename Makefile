@@ -39,10 +39,10 @@ docs: .venv/with-dev .venv/with-docs  ## the API from its docstrings, in build/d
 	@PYTHONWARNINGS=ignore::UserWarning $(BIN)/pdoc --docformat google --output-directory build/docs $(API)
 
 # What compiles for devices stays out of .venv: where it is installed, JAX looks for them in every process.
-tpu: .venv/with-dev .venv/with-libtpu  ## compile for a TPU of eight chips, on any machine
+tpu: .venv/with-dev .venv/with-libtpu  ## compile for a TPU of eight chips, on any Linux machine
 	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_ahead.py
 
-cuda: .venv/with-dev .venv/with-cuda-compiler  ## compile for eight NVIDIA GPUs, on any machine
+cuda: .venv/with-dev .venv/with-cuda-compiler  ## compile for eight NVIDIA GPUs, on any Linux machine
 	PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_ahead.py
 
 clean:  ## remove .venv, caches and what the demo wrote

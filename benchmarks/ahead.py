@@ -1,7 +1,7 @@
 """What XLA makes of the codec for TPUs and NVIDIA GPUs, without one: memory, work, and the speed these
 cannot exceed.
 
-    python -m benchmarks.ahead [--device v5e] [--batch 8] [--seconds 10] [--step 0.08] [--largest 10]
+    python -m benchmarks.ahead [--device v5e] [--batch 8] [--seconds 10] [--step 0.08] ...
 
 Full size, compiled ahead of time for 8 chips, the batch sharded over them and the weights on each; nothing
 runs. The numbers are for one chip. It needs libtpu, or JAX's plugin for CUDA and the libraries that this
@@ -10,7 +10,8 @@ brings, and takes a few minutes. Install them apart from your environment for wo
 
 For TPUs the operations and bytes are the compiler's. For GPUs it counts none, so operations are those of the
 matrix products that a case needs, and bytes are counted from the program (`benchmarks/hlo.py`). There no
-kernel was tried against another either, as XLA does where it finds a GPU: those of Triton are left out.
+kernel was tried against another either, as XLA does where it finds a GPU, and those of Triton are left out:
+on a GPU the program may move fewer bytes.
 
 Rows in bfloat16 are of precision "default", which on a TPU takes one pass for everything, the quantizer
 included.
@@ -108,7 +109,7 @@ class Report(NamedTuple):
 
 
 def make_mesh(name: str) -> Mesh:
-    """Eight chips that are only described, on one axis, "data".
+    """Eight chips that are only described, on one axis, "data". For GPUs, JAX in this process uses no others.
 
     Raises:
         RuntimeError, NotImplementedError: what compiles for them is not installed.
@@ -181,7 +182,10 @@ def compile_for(
     taken = sizes - memory.alias_size_in_bytes
     counted = kernels(text) if platform == "cuda" else []
     if platform == "cuda":
-        flops = batch * count_flops(model.config, seconds, model.config.num_quantizers)[function[:6]]
+        flops = (
+            batch
+            * count_flops(model.config, seconds, model.config.num_quantizers)[function.removesuffix("_step")]
+        )
         cost = {"flops": flops, "bytes accessed": sum(kernel.bytes for kernel in counted)}
     return Report(taken, cost["flops"], cost["bytes accessed"], collectives(text), text, counted)
 
@@ -263,9 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="list so many kinds of kernels that move most bytes; of GPUs only",
     )
     options = parser.parse_args(arguments)
+    platform = DEVICES[options.device].platform
+    if options.largest and platform == "tpu":
+        parser.error("--largest needs a GPU as its --device: of a TPU's program no kernels are counted")
     mesh = make_mesh(options.device)
     columns = ["function", "dtype", "precision", "batch per chip", "seconds of audio", "MB per chip", "GFLOP"]
-    columns += ["GB accessed", "at most x realtime", "collectives"]
+    columns += ["GB accessed", f"{'' if platform == 'tpu' else 'about '}at most x realtime", "collectives"]
     print(f"{mesh.size} chips of {mesh.devices.flat[0].device_kind}, jax {jax.__version__}; per chip\n")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     kinds = (("bfloat16", "default"), ("float32", options.precision))
@@ -276,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reports[case] = compile_case(mesh, options.device, case)
         print(table_row(options.device, case, reports[case]), flush=True)
     for case, report in reports.items():
-        if options.largest and report.kernels:
+        if options.largest:
             print_largest(case, report, options.largest)
 
 

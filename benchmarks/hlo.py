@@ -3,6 +3,7 @@
 Every operation of a scheduled program is a kernel or a call of a library, which reads its operands and writes
 its result once. Of an operand that a kernel takes slices or rows of, only those count; of a result that it
 writes into an operand, only what it writes. Caches make it less, libraries that want scratch make it more.
+Programs whose kernels run conditionally, or beside each other, are refused.
 """
 
 import math
@@ -12,9 +13,9 @@ from typing import NamedTuple
 
 COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
 OPERATION = re.compile(
-    r"\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<result>\(.*?\)|\S+) (?P<kind>[a-z-]+)\((?P<operands>[^)]*)\)"
+    r"\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<result>\(.*?\)|\S+) (?P<kind>[a-z0-9-]+)\((?P<operands>[^)]*)\)"
 )
-ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+))\[(?P<shape>[\d,]*)\]")
+ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")  # they only name what is there
 PARTS = ("bitcast", "slice", "dynamic-slice", "gather")  # they take a part of their first operand
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write this operand into their first
@@ -51,12 +52,22 @@ class Computation(NamedTuple):
             return operation.size
         return min(operation.size, sum(self.bytes_read(part) for part in parts if part.kind in PARTS))
 
+    def bytes_written(self, result: Operation) -> int:
+        """How much of a result is new."""
+        operands = [self.operations[name] for name in result.operands]
+        if result.kind in ("tuple", "bitcast"):
+            return sum(map(self.bytes_written, operands))
+        return operands[UPDATES[result.kind]].size if result.kind in UPDATES else result.size
+
 
 def kernels(text: str) -> list[Kernel]:
     """All that moves bytes between kernels and memory.
 
     Args:
         text: of an executable, as `jax.stages.Compiled.as_text` gives it.
+
+    Raises:
+        ValueError: for loops of unknown length, and for what does not run one after the other.
     """
     computations, entry = parse(text)
     return list(_kernels(computations, entry, times=1))
@@ -87,22 +98,28 @@ def _size(result: str) -> int:
 
 
 def _kernels(computations: dict[str, Computation], name: str, times: int) -> Iterator[Kernel]:
-    operations = computations[name].operations
-    for operation in operations.values():
+    for operation in computations[name].operations.values():
         if operation.kind == "while":
-            [trips] = re.findall(r'"known_trip_count":\{"n":"(\d+)"', operation.text)
-            yield from _kernels(computations, operation.called("body"), times * int(trips))
+            trips = re.findall(r'"known_trip_count":\{"n":"(\d+)"', operation.text)
+            if not trips:
+                raise ValueError(f"cannot count a loop whose number of rounds is not known: {operation.name}")
+            yield from _kernels(computations, operation.called("body"), times * int(trips[0]))
+        elif operation.kind in ("call", "conditional") or operation.kind.endswith(("-start", "-done")):
+            raise ValueError(f"cannot count an operation of the kind {operation.kind}: {operation.name}")
         elif operation.kind not in FREE:
-            moved = operation.size + sum(operations[operand].size for operand in operation.operands)
-            if operation.kind == "fusion":
-                moved = _count_fusion(computations[operation.called("calls")], operation)
             [source, *_] = [*re.findall(r'op_name="([^"]*)"', operation.text), operation.kind]
-            yield Kernel(source.rpartition("/")[2], times * moved)
+            yield Kernel(source.rpartition("/")[2], times * _moved(computations, name, operation))
 
 
-def _count_fusion(computation: Computation, fusion: Operation) -> int:
-    """What one kernel reads and writes, from what it computes."""
-    operations, root = computation.operations, computation.root
-    written = operations[root.operands[UPDATES[root.kind]]].size if root.kind in UPDATES else fusion.size
-    parameters = [operation for operation in operations.values() if operation.kind == "parameter"]
-    return written + sum(map(computation.bytes_read, parameters))
+def _moved(computations: dict[str, Computation], name: str, operation: Operation) -> int:
+    """What one kernel, an operation of the computation `name`, reads and writes."""
+    if operation.kind == "fusion":
+        kernel = computations[operation.called("calls")]
+        parameters = [inner for inner in kernel.operations.values() if inner.kind == "parameter"]
+        return kernel.bytes_written(kernel.root) + sum(map(kernel.bytes_read, parameters))
+    operands = [computations[name].operations[operand].size for operand in operation.operands]
+    if operation.kind in PARTS:
+        operands[0] = operation.size
+    if operation.kind in UPDATES:
+        return 2 * operands[UPDATES[operation.kind]]
+    return operation.size + sum(operands)

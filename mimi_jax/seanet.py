@@ -18,7 +18,7 @@ from mimi_jax.streaming import Chain, StreamingLayer, step_all, step_in_pieces
 # anew for each, and the layers next to the waveform, the widest, one after the other over what fits in cache.
 BUFFER_BYTES = 25_000_000
 CACHE_BYTES = 2_500_000
-COUNTED_BYTES = 2**31  # on NVIDIA GPUs, where only large batches need pieces: cuDNN counts in 32 bits
+GPU_PIECE_BYTES = 2**31  # cuDNN took no more than 2**31 elements before 9.3, and not always since
 
 
 def _conv(config: MimiConfig, *sizes: int, rngs: nnx.Rngs, **kwargs) -> Conv1d:
@@ -70,7 +70,7 @@ class Group(NamedTuple):
 
     layers: Sequence[StreamingLayer]
     hop: int  # steps of their input for one of the latents
-    max_bytes: int  # of the widest activations on their way, at least
+    max_bytes: int  # of the widest activations on their way, on a CPU
 
 
 class Network(Chain):
@@ -97,7 +97,7 @@ class Network(Chain):
     def step_in_pieces(
         self, min_bytes: int, state: tuple, x: jax.Array, lengths: jax.Array | None
     ) -> tuple[tuple, jax.Array]:
-        """`step` as a CPU does it fastest, but in pieces whose activations may take `min_bytes`."""
+        """`step` as a CPU does it fastest, or in larger pieces, whose activations take `min_bytes`."""
         step_bytes = x.shape[0] * self.hop * self.config.num_filters * x.dtype.itemsize
 
         def size(max_bytes: int, hop: int) -> int:
@@ -119,9 +119,9 @@ class Network(Chain):
 
 @jax.custom_jvp
 def _step(network: Network, state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
-    in_cache, counted = (functools.partial(network.step_in_pieces, size) for size in (0, COUNTED_BYTES))
+    in_cache, large = (functools.partial(network.step_in_pieces, size) for size in (0, GPU_PIECE_BYTES))
     whole = functools.partial(Chain.step, network)
-    return lax.platform_dependent(state, x, lengths, cpu=in_cache, cuda=counted, default=whole)
+    return lax.platform_dependent(state, x, lengths, cpu=in_cache, cuda=large, default=whole)
 
 
 @_step.defjvp

@@ -51,8 +51,8 @@ def test_the_depthwise_upsample_is_right(gpu: Any, model: Mimi):
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_batch_larger_than_cudnn_counts(gpu: Any, model: Mimi):
-    """64 clips of 30 s have more than 2**31 activations in the layers next to the waveform."""
+def test_a_batch_in_pieces_equals_a_clip_alone(gpu: Any, model: Mimi):
+    """64 clips of 30 s have more than 2**31 activations next to the waveform, and go in pieces of time."""
     clip = 0.1 * np.random.default_rng(0).standard_normal((1, 1, 720_000), np.float32)
     there = jax.device_put(model, gpu)
     alone = np.asarray(mimi_jax.encode(there, jax.device_put(clip, gpu)).audio_codes)

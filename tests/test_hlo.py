@@ -48,6 +48,37 @@ ENTRY %main (x: f32[100,4], new: f32[1,4], i: s32[]) -> f32[100,4] {
 }
 """
 
+SEVERAL_IN_PLACE = """
+%write (x: f32[100,4], y: f8e4m3fn[100,4], i: s32[]) -> (f32[100,4], f8e4m3fn[50,8], f32[2]) {
+  %x = f32[100,4]{1,0} parameter(0)
+  %y = f8e4m3fn[100,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %row = f32[1,4]{1,0} constant({...})
+  %small = f8e4m3fn[1,4]{1,0} constant({...})
+  %a = f32[100,4]{1,0} dynamic-update-slice(%x, %row, %i, %i)
+  %b = f8e4m3fn[100,4]{1,0} dynamic-update-slice(%y, %small, %i, %i)
+  %c = f8e4m3fn[50,8]{1,0} bitcast(%b)
+  %d = f32[2]{0} atan2(%row, %row)
+  ROOT %all = (f32[100,4]{1,0}, f8e4m3fn[50,8]{1,0}, f32[2]{0}) tuple(%a, %c, %d)
+}
+
+ENTRY %main (x: f32[100,4], y: f8e4m3fn[100,4], i: s32[]) -> (f32[100,4], f8e4m3fn[50,8], f32[2]) {
+  %x = f32[100,4]{1,0} parameter(0)
+  %y = f8e4m3fn[100,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %written = (f32[100,4], f8e4m3fn[50,8], f32[2]) fusion(%x, %y, %i), kind=kLoop, calls=%write
+}
+"""
+
+ALONE = """
+ENTRY %main (x: f32[100,4], i: s32[]) -> f32[100,4] {
+  %x = f32[100,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %row = f32[1,4]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={1,4}
+  ROOT %y = f32[100,4]{1,0} dynamic-update-slice(%x, %row, %i, %i)
+}
+"""
+
 LOOP = """
 %body (state: (s32[], f32[10])) -> (s32[], f32[10]) {
   %state = (s32[], f32[10]{0}) parameter(0)
@@ -79,10 +110,12 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
         (ROWS, 32 + 4 + 32),
         (ALL, 1600 + 4 + 32),
         (IN_PLACE, 16 + 4 + 16),
+        (SEVERAL_IN_PLACE, 16 + 4 + 8 + 4),
+        (ALONE, 16 + 4 + 4 + 16 + 2 * 16),
         (LOOP, 7 * (40 + 40)),
         (CALL, 32 + 16 + 16),
     ],
-    ids=["operands", "rows", "all", "in place", "loop", "library"],
+    ids=["operands", "rows", "all", "in place", "several in place", "alone", "loop", "library"],
 )
 def test_counts_what_is_read_and_written(text: str, expected: int):
     assert sum(kernel.bytes for kernel in kernels(text)) == expected
@@ -91,3 +124,16 @@ def test_counts_what_is_read_and_written(text: str, expected: int):
 def test_names_kernels_by_their_sources():
     assert kernels(ADD) == [Kernel("add(f32[99])", 100)]
     assert kernels(CALL) == [Kernel("custom-call", 64)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        (', config={"known_trip_count":{"n":"7"}}', "", "number of rounds is not known: loop"),
+        ("negate(", "call(", "an operation of the kind call: y"),
+        ("negate(", "copy-start(", "an operation of the kind copy-start: y"),
+    ],
+)
+def test_refuses_what_it_cannot_count(old: str, new: str, error: str):
+    with pytest.raises(ValueError, match=error):
+        kernels(LOOP.replace(old, new))
