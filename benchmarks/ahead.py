@@ -208,7 +208,7 @@ def bound(report: Report, seconds: float, device: Device, kind: tuple[str, str])
 
 
 def fused_attention(name: str, dtype: str) -> str | None:
-    """What `mimi_jax.kernels.attend` would choose by itself if it found such a GPU."""
+    """What `mimi_jax.ops.kernels.attend` would choose by itself if it found such a GPU."""
     return "cudnn" if DEVICES[name].platform == "cuda" and dtype == "bfloat16" else None
 
 

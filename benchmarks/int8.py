@@ -26,7 +26,7 @@ import mimi_jax
 from benchmarks.agreement import CLIP_SECONDS, compare, load_model, load_speech
 from benchmarks.latency import CODEBOOKS, make_frames, make_step, measure
 from mimi_jax.checkpoint import keep_codebooks
-from mimi_jax.int8 import QUANTIZATIONS, quantize
+from mimi_jax.checkpoint.int8 import QUANTIZATIONS, quantize
 
 COLUMNS = (
     "weights", "file", "of float32", "load", "encode", "decode", "encode step", "decode step",

@@ -20,7 +20,7 @@ from pathlib import Path
 from flax import nnx
 
 import mimi_jax
-from mimi_jax.audio import audio_writer
+from mimi_jax.files.audio import audio_writer
 
 SAMPLE = Path(mimi_jax.__file__).parent / "samples" / "speech.flac"
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of `ru_maxrss`

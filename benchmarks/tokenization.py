@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import mimi_jax
 from mimi_jax import Mimi, MimiConfig
-from mimi_jax.audio import FORMATS
+from mimi_jax.files.audio import FORMATS
 from mimi_jax.tokenization import Summary, tokenize
 from mimi_jax.tokenization.coding import IN_FLIGHT
 

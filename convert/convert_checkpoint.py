@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mimi_jax import cli
+from mimi_jax.cli import main as cli
 
 PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 

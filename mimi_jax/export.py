@@ -30,10 +30,9 @@ from flax import nnx
 from jax import export as jax_export
 from jax.typing import ArrayLike
 
-from mimi_jax.atomic import atomic_path
-from mimi_jax.checkpoint import model_id
+from mimi_jax.checkpoint.store import model_id
 from mimi_jax.config import MimiConfig
-from mimi_jax.kernels import choose_backend
+from mimi_jax.files.atomic import atomic_path
 from mimi_jax.model import (
     DecoderOutput,
     EncoderOutput,
@@ -45,8 +44,9 @@ from mimi_jax.model import (
     encode,
     encode_step,
 )
-from mimi_jax.quantizer import CodebookStatistic
-from mimi_jax.streaming import ceil_div, check_mask_of_rows
+from mimi_jax.nn.quantizer import CodebookStatistic
+from mimi_jax.nn.streaming import ceil_div, check_mask_of_rows
+from mimi_jax.ops.kernels import choose_backend
 
 FORMAT = "mimi_jax.export.1"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

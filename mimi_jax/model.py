@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from mimi_jax.config import MimiConfig
-from mimi_jax.conv import Conv1d, ConvTranspose1d
-from mimi_jax.quantizer import SplitResidualQuantizer
-from mimi_jax.seanet import Decoder, Encoder
-from mimi_jax.streaming import (
+from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
+from mimi_jax.nn.quantizer import SplitResidualQuantizer
+from mimi_jax.nn.seanet import Decoder, Encoder
+from mimi_jax.nn.streaming import (
     StreamingLayer,
     ceil_div,
     check_mask_of_rows,
@@ -30,7 +30,7 @@ from mimi_jax.streaming import (
     is_real,
     step_all,
 )
-from mimi_jax.transformer import Transformer
+from mimi_jax.nn.transformer import Transformer
 
 
 class EncoderOutput(NamedTuple):
@@ -81,7 +81,7 @@ class Mimi(nnx.Module):
         rngs: for the random initial parameters.
         precision: of matrix products, as in `jax.default_matmul_precision`; "highest" is exact float32
             on every backend.
-        attention: a name in `mimi_jax.kernels.BACKENDS`; None chooses by the length of the input.
+        attention: a name in `mimi_jax.ops.kernels.BACKENDS`; None chooses by the length of the input.
         encoder, decoder: False leaves out that half. The quantizer is always there.
     """
 
@@ -136,7 +136,7 @@ class Mimi(nnx.Module):
             precision, attention: as for `Mimi`.
             encoder, decoder: False leaves out that half.
             num_quantizers: keeps the first codebooks alone, such as the 8 of Moshi; None keeps all.
-            quantization: "int8" makes the kernels of both halves int8, as `mimi_jax.int8` does,
+            quantization: "int8" makes the kernels of both halves int8, as `mimi_jax.checkpoint.int8` does,
                 "int8-encoder" and "int8-decoder" of one; None keeps what is stored.
             sharding: where to put every parameter; None for the default device.
 
@@ -162,7 +162,7 @@ class Mimi(nnx.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, which `transformers` loads too, unless it is int8."""
-        from mimi_jax import checkpoint
+        from mimi_jax.checkpoint import store as checkpoint
 
         checkpoint.save(self, folder)
 

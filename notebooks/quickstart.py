@@ -32,7 +32,7 @@ import numpy as np
 from IPython.display import HTML, Audio, Image, display
 
 import mimi_jax
-from mimi_jax.picture import draw, log_mel
+from mimi_jax.quality.picture import draw, log_mel
 
 jax.devices()
 

@@ -41,7 +41,7 @@ from flax import nnx
 from IPython.display import Audio
 
 import mimi_jax
-from mimi_jax.audio import FORMATS
+from mimi_jax.files.audio import FORMATS
 
 print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi"

@@ -35,7 +35,7 @@ import psutil
 from IPython.display import Audio
 
 import mimi_jax
-from mimi_jax.blocks import encode_blocks
+from mimi_jax.streams.chunks import encode_blocks
 
 print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi"

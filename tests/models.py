@@ -14,7 +14,7 @@ import safetensors
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from mimi_jax import checkpoint
+from mimi_jax.checkpoint import store as checkpoint
 from mimi_jax.config import MimiConfig
 from mimi_jax.model import Mimi
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mimi_jax.model import Mimi, decode, decode_step, encode, encode_step
-from mimi_jax.rows import reset_rows
+from mimi_jax.streams.rows import reset_rows
 from tests.models import Clip, load_fixture, relative_error
 
 MODEL, CLIPS = load_fixture("base")  # two rows, 16 frames of 16 samples, 6 attention windows

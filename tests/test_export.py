@@ -15,7 +15,7 @@ import pytest
 from mimi_jax import checkpoint, export
 from mimi_jax.export import ExportedMimi
 from mimi_jax.model import decode, decode_step, encode, encode_step
-from mimi_jax.rows import reset_rows, take_rows
+from mimi_jax.streams.rows import reset_rows, take_rows
 from tests.models import load_fixture, random_like, relative_error
 
 MODEL, CLIPS = load_fixture("kyutai")

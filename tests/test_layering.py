@@ -39,7 +39,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
 def layer_of(path: Path) -> str:
-    """`mimi_jax/conv.py` and `mimi_jax/conv/anything.py` are both the layer `conv`."""
+    """`mimi_jax/nn/conv.py` and `mimi_jax/conv/anything.py` are both the layer `conv`."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -118,7 +118,7 @@ def test_core_reads_in_one_sitting():
     ("source", "error"),
     [
         ("from mimi_jax.model import Mimi", "conv imports model, which stands after it in LAYERS"),
-        ("import mimi_jax.audio", "conv imports audio, which stands after it in LAYERS"),
+        ("import mimi_jax.files.audio", "conv imports audio, which stands after it in LAYERS"),
         ("from mimi_jax import seanet", "conv imports seanet, which stands after it in LAYERS"),
         ("import mimi_jax", "conv imports __init__, which stands after it in LAYERS"),
         ("from mimi_jax import Mimi", "conv imports __init__, which stands after it in LAYERS"),

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 import mimi_jax
-from mimi_jax import checkpoint, config, transformer
+from mimi_jax import checkpoint, config
 from mimi_jax.config import MimiConfig
 from mimi_jax.model import EncoderOutput, Mimi
+from mimi_jax.nn import transformer
 from tests.models import load_fixture, relative_error
 
 MODEL, CLIPS = load_fixture("base")  # 4 codebooks of 16 codes, frames of 16 samples

@@ -11,7 +11,7 @@ import pytest
 
 import mimi_jax
 from mimi_jax import Mimi
-from mimi_jax.audio import decode_audio
+from mimi_jax.files.audio import decode_audio
 
 pytestmark = pytest.mark.network
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimi_jax.model import decode, decode_step, encode, encode_step
-from mimi_jax.rows import put_rows, reset_rows, take_rows
+from mimi_jax.streams.rows import put_rows, reset_rows, take_rows
 from tests.models import load_fixture, relative_error
 
 MODEL = load_fixture("base").model  # 16 samples a frame, and a window of 5 steps

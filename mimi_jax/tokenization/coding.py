@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mimi_jax.audio import bucket_length
+from mimi_jax.files.audio import bucket_length
 from mimi_jax.model import Mimi, encode, encode_step
-from mimi_jax.streaming import is_real, select_rows
-from mimi_jax.tokenization.decoding import Stream
+from mimi_jax.nn.streaming import is_real, select_rows
+from mimi_jax.tokenization.workers import Stream
 
 ROWS = PartitionSpec("rows")
 IN_FLIGHT = 2  # batches that the device has before it, while the next one is put together

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mimi_jax.audio import FORMATS
+from mimi_jax.files.audio import FORMATS
 
 AUDIO = (*FORMATS, ".aif", ".aiff")
 ROWS_AT_ONCE = 16  # of a Parquet file, whose rows hold whole files

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mimi_jax.checkpoint import model_id
+from mimi_jax.checkpoint.store import model_id
 from mimi_jax.model import Mimi
 from mimi_jax.tokenization.coding import Coder, Result
-from mimi_jax.tokenization.decoding import Decoders, Stream, Target
 from mimi_jax.tokenization.inputs import Shard, find_shards, fingerprint
 from mimi_jax.tokenization.output import Failure, Output, Row, Totals
 from mimi_jax.tokenization.progress import Progress
+from mimi_jax.tokenization.workers import Decoders, Stream, Target
 
 DTYPES = ("float32", "bfloat16")
 BATCH_SIZE = {"cpu": 8}  # rows of a device

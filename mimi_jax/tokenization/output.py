@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mimi_jax.atomic import file_lock
+from mimi_jax.files.atomic import file_lock
 
 FORMAT = "mimi_jax.tokens"
 VERSION = 1

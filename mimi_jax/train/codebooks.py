@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mimi_jax.quantizer import EPSILON, ResidualQuantizer, SplitResidualQuantizer, first_argmax
+from mimi_jax.nn.quantizer import EPSILON, ResidualQuantizer, SplitResidualQuantizer, first_argmax
 
 DECAY = 0.99
 DEAD = 0.1  # of the mean usage

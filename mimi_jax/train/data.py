@@ -14,8 +14,8 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from mimi_jax.audio import FORMATS
 from mimi_jax.config import MimiConfig
+from mimi_jax.files.audio import FORMATS
 from mimi_jax.train.recipe import DataRecipe
 
 MARGIN = 64  # samples around a crop, for the filter of the resampler

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from mimi_jax.mel import mel_filters
+from mimi_jax.quality.mel import mel_filters
 
 WINDOWS = tuple(2**power for power in range(6, 11))  # samples of the mel loss' Fourier transforms
 NUM_BANDS = 64

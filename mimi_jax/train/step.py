@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mimi_jax.int8 import dequantize
+from mimi_jax.checkpoint.int8 import dequantize
 from mimi_jax.model import Mimi
 from mimi_jax.train import codebooks as vq
 from mimi_jax.train import losses

@@ -12,7 +12,7 @@ import pytest
 import mimi_jax
 from convert.check_parity import FRAME_SIZE, speech
 from mimi_jax import Mimi, StreamingEncoder
-from mimi_jax.blocks import decode_blocks, encode_blocks
+from mimi_jax.streams.chunks import decode_blocks, encode_blocks
 from tests.parity.conftest import SPEECH
 
 LENGTHS = (1, 1919, 1921, 50_000, 288_777)

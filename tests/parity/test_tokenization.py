@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mimi_jax import Mimi, cli
-from mimi_jax.audio import to_int16
+from mimi_jax.files.audio import to_int16
 from mimi_jax.tokenization import Summary, read_codes, to_unicode, tokenize, tokenize_on_ray
 from tests.models import load_fixture
 from tests.tokenization.corpora import codes_alone, codes_by_id, noise_clip, write_folder

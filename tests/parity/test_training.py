@@ -15,7 +15,7 @@ from transformers.audio_utils import mel_filter_bank
 
 import mimi_jax
 from mimi_jax.checkpoint import BUNDLED
-from mimi_jax.mel import mel_filters
+from mimi_jax.quality.mel import mel_filters
 from mimi_jax.train import losses
 from mimi_jax.train.discriminator import DILATIONS, WINDOWS, Discriminator
 from mimi_jax.train.step import Trainer, start_model

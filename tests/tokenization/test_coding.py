@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mimi_jax.tokenization.coding import PATIENCE, Coder
-from mimi_jax.tokenization.decoding import Piece
 from mimi_jax.tokenization.inputs import Item
 from mimi_jax.tokenization.job import counted_compilations
+from mimi_jax.tokenization.workers import Piece
 from tests.models import load_fixture
 from tests.tokenization.corpora import RATE, codes_alone, noise_clip
 

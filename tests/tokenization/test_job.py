@@ -17,6 +17,7 @@ from flax import nnx
 
 import mimi_jax
 from mimi_jax import Mimi, checkpoint, cli
+from mimi_jax.files.audio import AudioReader
 from mimi_jax.tokenization import read_manifest, tokenize
 from tests.models import load_fixture
 from tests.tokenization.corpora import (
@@ -345,7 +346,7 @@ def test_60_real_clips_survive_three_kills(tmp_path: Path, shared_speech: list[P
     mini = Mimi.from_pretrained("mini", decoder=False)
     for path in clips:
         with path.open("rb") as file:
-            reader = mimi_jax.audio.AudioReader(file, "it", start=0.25, end=2.5)
+            reader = AudioReader(file, "it", start=0.25, end=2.5)
             audio = np.concatenate(list(reader), axis=1)
         np.testing.assert_array_equal(found[f"{path}@0.25-2.5"], codes_alone(mini, audio, 8))
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mimi_jax.tokenization.dataset import read_codes, read_manifest
 from mimi_jax.tokenization.output import ROW_GROUP, Failure, Output, Row, Totals
-from mimi_jax.tokenization.reading import read_codes, read_manifest
 
 SETTINGS = {"num_shards": 3, "sampling_rate": 24_000, "num_quantizers": 2, "dtype": "float32"}
 

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from mimi_jax import MimiConfig
-from mimi_jax.quantizer import SplitResidualQuantizer
+from mimi_jax.nn.quantizer import SplitResidualQuantizer
 from mimi_jax.train import codebooks as vq
 
 CONFIG = MimiConfig(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimi_jax.mel import mel_filters
+from mimi_jax.quality.mel import mel_filters
 from mimi_jax.train import losses
 
 RATE = 24_000

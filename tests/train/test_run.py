@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mimi_jax import Mimi, cli, save_audio
-from mimi_jax.atomic import file_lock
+from mimi_jax.files.atomic import file_lock
 from mimi_jax.train import run
 from mimi_jax.train.run import NotFiniteError, train
 from tests.train.recipes import TINY, tiny_recipe

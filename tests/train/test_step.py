@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mimi_jax
-from mimi_jax import Mimi
+from mimi_jax import Mimi, checkpoint
 from mimi_jax.train import losses
 from mimi_jax.train.recipe import Recipe
 from mimi_jax.train.step import Trainer, TrainState, start_model, weights_of
@@ -214,7 +214,7 @@ def test_tuning_the_decoder_changes_no_code(tmp_path):
     assert logs["loss/mel"] < 0.8 * first["loss/mel"]
     trainer.export(state).save_pretrained(tmp_path / "tuned")
     after = Mimi.from_pretrained(tmp_path / "tuned")
-    assert mimi_jax.checkpoint.model_id(after) == mimi_jax.checkpoint.model_id(before)
+    assert checkpoint.model_id(after) == checkpoint.model_id(before)
     for seed in range(5):
         audio = batch_of(recipe, 4, seed)["audio"]
         codes = mimi_jax.encode(before, audio).audio_codes

@@ -1,0 +1,11 @@
+"""The layers: pure functions of their parameters, a state and an input.
+
+    streaming     what a layer is: `init_state`, `step(state, x)`, `__call__`
+    conv          convolutions and transposed convolutions
+    attention     windowed attention with rotary positions
+    transformer   the Transformers on either side of the quantizer
+    seanet        the convolutional encoder and decoder
+    quantizer     the residual vector quantizer
+
+Reading order is import order.
+"""

@@ -1,0 +1,173 @@
+"""Streaming convolutions, channels last (reference: `MimiConv1d`, `MimiConvTranspose1d`).
+
+With `causal=False` they look ahead: then only the call on a whole clip means anything, and `Mimi`
+refuses to stream.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mimi_jax.nn.streaming import StreamingLayer, ceil_div, fill_beyond, keep_idle_rows
+from mimi_jax.ops.kernels import conv1d
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def _follow(past: jax.Array | None, x: jax.Array, activation: Activation | None) -> tuple[jax.Array, Any]:
+    """The activated inputs of a step, past ones first, and the past of the next step.
+
+    A past is kept unactivated: taken from what is activated, it would make the activation a pass of its own.
+    """
+    activate = activation or (lambda x: x)
+    if past is None:
+        return activate(x), None
+    next_past = jnp.concatenate([past, x], axis=1)[:, -past.shape[1] :]
+    return jnp.concatenate([activate(past), activate(x)], axis=1), next_past
+
+
+class ConvState(NamedTuple):
+    past: jax.Array | None  # [batch, context, in_channels], the inputs that the next step still needs
+    started: jax.Array | None  # int32 [batch], 1 once `past` is real, else 0; None where it starts as zeros
+
+
+class Conv1d(StreamingLayer):
+    """Strided, dilated 1-D convolution: [batch, time, in] -> [batch, time / stride, out].
+
+    Each output sees the inputs up to the end of its own stride. What lies before the clip is zero, or
+    with `pad_mode="replicate"` its first value; the missing end of the last stride likewise.
+    `activation`, if any, is applied to the inputs first.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        activation: Activation | None = None,
+        pad_mode: str = "constant",
+        causal: bool = True,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        padding = (kernel_size - 1) * dilation + 1 - stride
+        if padding < 0:
+            raise ValueError(f"kernel_size={kernel_size} must cover stride={stride}, or inputs are lost")
+        self.in_channels, self.stride, self.dilation = in_channels, stride, dilation
+        self.activation, self.pad_mode = activation, pad_mode
+        self.lookahead = 0 if causal else padding // 2
+        self.context = padding - self.lookahead
+        shape = (kernel_size, in_channels, out_channels)
+        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape))
+        bound = 1 / math.sqrt(in_channels * kernel_size)
+        bias = jax.random.uniform(rngs.params(), (out_channels,), minval=-bound, maxval=bound)
+        self.bias = nnx.Param(bias) if use_bias else None
+
+    def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> ConvState:
+        if self.context == 0:
+            return ConvState(None, None)
+        past = jnp.zeros((batch_size, self.context, self.in_channels), dtype)
+        return ConvState(past, jnp.zeros(batch_size, jnp.int32) if self.pad_mode == "replicate" else None)
+
+    def step(
+        self, state: ConvState | None, x: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[ConvState, jax.Array]:
+        if x.shape[1] % self.stride:
+            raise ValueError(f"time must be a multiple of stride={self.stride}, got {x.shape[1]}; pad it")
+        state = state or self.init_state(x.shape[0], x.dtype)
+        past, started = state
+        # Without stride or lookahead no real output sees anything beyond the end: save the pass.
+        if self.stride > 1 or self.lookahead:
+            x = fill_beyond(x, lengths, self.pad_mode)
+        if past is not None and started is not None:
+            past = jnp.where(started[:, None, None] > 0, past, x[:, :1])
+            started = jnp.maximum(started, 1)  # not ones: a constant would lose the state's sharding
+        x, past = _follow(past, x, self.activation)
+        if self.lookahead:
+            mode = "edge" if self.pad_mode == "replicate" else "constant"
+            x = jnp.pad(x, ((0, 0), (0, self.lookahead), (0, 0)), mode=mode)
+        y = conv1d(x, self.kernel[...], stride=self.stride, dilation=self.dilation)
+        state = keep_idle_rows(lengths, ConvState(past, started), state)
+        return state, y if self.bias is None else y + self.bias[...]
+
+    def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
+        return None if lengths is None else ceil_div(lengths, self.stride)
+
+
+class ConvTransposeState(NamedTuple):
+    past: jax.Array  # [batch, 1, in_channels], the last input, which the next block still hears
+
+
+class ConvTranspose1d(StreamingLayer):
+    """Transposed convolution with a kernel of two strides: [batch, time, in] -> [batch, time * stride, out].
+
+    An input reaches its own `stride` outputs and the next `stride`. Seen from the outputs, each block of
+    `stride` is a product of two inputs, its own and the one before: a plain convolution with two taps. The
+    reference drops the block after the last input; in a stream it comes with the next.
+    `activation`, if any, is applied to the inputs first.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        groups: int = 1,
+        activation: Activation | None = None,
+        causal: bool = True,
+        trim_right_ratio: float = 1.0,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.stride, self.groups, self.activation = stride, groups, activation
+        trim_right = math.ceil(stride * trim_right_ratio) if causal else stride // 2
+        self.lookahead = stride - trim_right  # outputs trimmed on the left
+        shape = (2, groups, in_channels // groups, stride, out_channels // groups)
+        fan = 2 * stride * out_channels // groups
+        self.kernel = nnx.Param(math.sqrt(2 / fan) * jax.random.normal(rngs.params(), shape))
+        bound = 1 / math.sqrt(fan)
+        bias = jax.random.uniform(rngs.params(), (out_channels,), minval=-bound, maxval=bound)
+        self.bias = nnx.Param(bias) if use_bias else None
+
+    def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> ConvTransposeState:
+        return ConvTransposeState(jnp.zeros((batch_size, 1, self.in_channels), dtype))
+
+    def step(
+        self, state: ConvTransposeState | None, x: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[ConvTransposeState, jax.Array]:
+        state = state or self.init_state(x.shape[0], x.dtype)
+        if self.lookahead:  # otherwise no real output hears anything beyond the end
+            x = fill_beyond(x, lengths, "constant")
+        batch, time, _ = x.shape
+        x, past = _follow(state.past, x, self.activation)
+        state = keep_idle_rows(lengths, ConvTransposeState(past), state)
+        if self.lookahead:
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+        # The bias first: once blocks are time, XLA:GPU would write it out as large as y, to add it.
+        bias = 0 if self.bias is None else jnp.tile(self.bias[...], self.stride)
+        y = self._blocks(x).reshape(batch, -1, self.stride * self.out_channels) + bias
+        y = y.reshape(batch, -1, self.out_channels)
+        return state, y[:, self.lookahead : self.lookahead + time * self.stride]
+
+    def _blocks(self, x: jax.Array) -> jax.Array:
+        """What each two neighbouring inputs give: [batch, 1 + time, in] -> [batch, time, stride, out]."""
+        kernel, groups = self.kernel[...], self.groups
+        if groups == 1:
+            return conv1d(x, kernel.reshape(2, self.in_channels, self.stride * self.out_channels))
+        # A depthwise kernel is a few multiply-adds, for which XLA's grouped convolutions are slow.
+        x = x.reshape(*x.shape[:2], groups, self.in_channels // groups)
+        before = jnp.einsum("btgi,giso->btsgo", x[:, :-1], kernel[0])
+        return before + jnp.einsum("btgi,giso->btsgo", x[:, 1:], kernel[1])
+
+    def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
+        return None if lengths is None else lengths * self.stride

@@ -1,0 +1,73 @@
+"""The Transformers on either side of the quantizer (reference: `MimiTransformerModel`)."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mimi_jax.config import MimiConfig
+from mimi_jax.nn.attention import Attention, AttentionState
+from mimi_jax.nn.streaming import Chain, StreamingLayer
+from mimi_jax.ops.kernels import dot_general
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+
+
+class TransformerLayer(StreamingLayer):
+    """Pre-norm attention and MLP, each residual branch scaled per channel (LayerScale, arXiv 2103.17239)."""
+
+    def __init__(self, config: MimiConfig, *, attention: str | None = None, rngs: nnx.Rngs):
+        features, hidden = config.hidden_size, config.intermediate_size
+        assert config.head_dim is not None
+        norm = functools.partial(nnx.LayerNorm, features, epsilon=config.norm_eps, use_fast_variance=False)
+        self.attention_norm = norm(rngs=rngs)
+        self.attention = Attention(
+            features,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.sliding_window,
+            rope_theta=config.rope_theta,
+            use_bias=config.attention_bias,
+            backend=attention,
+            rngs=rngs,
+        )
+        self.attention_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale, jnp.float32))
+        self.mlp_norm = norm(rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, dot_general=dot_general, rngs=rngs)
+        self.mlp_in, self.mlp_out = linear(features, hidden), linear(hidden, features)
+        self.mlp_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale, jnp.float32))
+        self.hidden_act = config.hidden_act
+
+    def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:
+        return self.attention.init_state(batch_size, dtype)
+
+    def step(
+        self, state: AttentionState | None, x: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[AttentionState | None, jax.Array]:
+        state, y = self.attention.step(state, self.attention_norm(x), lengths)
+        x = x + self.attention_scale[...] * y
+        y = self.mlp_out(ACTIVATIONS[self.hidden_act](self.mlp_in(self.mlp_norm(x))))
+        return state, x + self.mlp_scale[...] * y
+
+
+class Transformer(Chain):
+    """A stack of layers: [batch, steps, hidden_size] -> the same; no norm after the last."""
+
+    def __init__(self, config: MimiConfig, *, attention: str | None = None, rngs: nnx.Rngs):
+        self.blocks = nnx.List(
+            TransformerLayer(config, attention=attention, rngs=rngs) for _ in range(config.num_hidden_layers)
+        )
+
+    def layers(self) -> Sequence[StreamingLayer]:
+        return self.blocks

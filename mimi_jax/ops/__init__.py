@@ -1,0 +1,1 @@
+"""What is computed in one of several ways, and who chooses."""

@@ -1,0 +1,286 @@
+"""Int8 weights: what is rounded and what is not, files that come back bit for bit, and the errors."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import mimi_jax
+from mimi_jax import Mimi, MimiConfig, checkpoint, cli, export
+from mimi_jax.checkpoint import int8
+from mimi_jax.checkpoint.int8 import QUANTIZATIONS, Int8Param, quantization_of
+from mimi_jax.nn.quantizer import Codebook
+from tests.models import load_fixture, relative_error
+
+SPEECH = Path(mimi_jax.__file__).parent / "samples" / "speech.flac"
+
+
+@pytest.fixture(scope="module")
+def model() -> Mimi:
+    return Mimi.from_pretrained("mini")
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Mimi:
+    return Mimi.from_pretrained("mini", quantization="int8")
+
+
+@pytest.fixture(scope="module")
+def speech() -> np.ndarray:
+    return mimi_jax.load_audio(SPEECH)[None, :, : 2 * 24_000]
+
+
+def variables(model: Mimi) -> dict[tuple, nnx.Variable]:
+    return dict(nnx.to_flat_state(nnx.state(model)))
+
+
+def assert_same_model(got: Mimi, expected: Mimi) -> None:
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(expected))
+
+
+def assert_same_variable(got: nnx.Variable, expected: nnx.Variable) -> None:
+    assert type(got) is type(expected) and got.dtype == expected.dtype
+    np.testing.assert_array_equal(got[...], expected[...])
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("fixture", ["base", "gqa"])
+def test_every_kernel_of_its_halves_and_nothing_else(name: str, fixture: str):
+    model = load_fixture(fixture).model
+    quantized = int8.quantize(model, name)
+    parts = {part for half in QUANTIZATIONS[name] for part in int8.PARTS[half]}
+    before = variables(model)
+    for place, variable in variables(quantized).items():
+        is_matrix = len(before[place].shape) > 1 and place[0] != "quantizer"
+        assert isinstance(variable, Int8Param) == (is_matrix and place[0] in parts), place
+        if not isinstance(variable, Int8Param):
+            assert_same_variable(variable, before[place])
+    assert quantization_of(quantized) == name and quantization_of(model) is None
+    assert quantized.dtype == jnp.float32
+
+
+def test_the_rounding_is_that_of_the_definition(model: Mimi, quantized: Mimi):
+    """A scale is the largest magnitude of its output channel over 127.5; values are nearest."""
+    before = variables(model)
+    for place, variable in variables(quantized).items():
+        if isinstance(variable, Int8Param):
+            kernel = np.asarray(before[place][...])
+            values, scales = map(np.asarray, variable.get_raw_value())
+            assert values.dtype == np.int8 and values.shape == kernel.shape and scales.dtype == np.float32
+            inner = {2: (0,), 3: (0, 1), 5: (0, 2, 3)}[kernel.ndim]
+            expected = np.abs(kernel).max(inner, keepdims=True) / np.float32(127.5)
+            np.testing.assert_allclose(scales, expected, rtol=1e-6)
+            assert np.all(np.abs(values * scales - kernel) <= 0.5001 * scales)
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [*((name, jnp.float32) for name in QUANTIZATIONS), ("int8", jnp.bfloat16)]
+)
+def test_files_come_back_bit_for_bit(model: Mimi, tmp_path: Path, name: str, dtype):
+    quantized = int8.quantize(model.astype(dtype), name)
+    quantized.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == {"weights": name}
+    assert checkpoint.layout_of(tmp_path) == "int8"
+    assert_same_model(Mimi.from_pretrained(tmp_path, dtype=None), quantized)
+    assert_same_model(Mimi.from_pretrained(tmp_path, dtype=None, quantization=name), quantized)
+    assert_same_model(Mimi.from_pretrained(tmp_path), quantized.astype(jnp.float32))
+    assert checkpoint.model_id(quantized) == checkpoint.model_id(model)
+
+
+def test_reading_and_running_take_no_qwix(quantized: Mimi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    quantized.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    assert_same_model(Mimi.from_pretrained(tmp_path, quantization="int8"), quantized)
+    with pytest.raises(ImportError, match=r"made by qwix; pip install 'mimi_jax\[int8\]'"):
+        Mimi.from_pretrained("mini", quantization="int8")
+
+
+def test_the_size_is_that_of_the_arithmetic(model: Mimi, quantized: Mimi, tmp_path: Path):
+    quantized.save_pretrained(tmp_path)
+    expected = 0
+    for place, variable in variables(model).items():
+        channels = np.prod([variable.shape[axis] for axis in int8.OUTPUT_AXES.get(len(variable.shape), ())])
+        if place[0] == "quantizer":
+            is_stored = place[-1] not in ("embedding", "half_square")
+            expected += 4 * np.prod(variable.shape) if is_stored else 0
+        elif len(variable.shape) > 1:
+            expected += np.prod(variable.shape) + 4 * channels
+        else:
+            expected += 4 * np.prod(variable.shape)
+    assert expected < (tmp_path / "model.safetensors").stat().st_size < expected + 30_000  # of names
+
+
+@pytest.mark.parametrize("num_quantizers, share", [(32, 0.387), (8, 0.294)])
+def test_the_share_at_full_size(num_quantizers: int, share: float):
+    """What docs/speed.md says of the published architecture, and of one with 8 codebooks."""
+    model = checkpoint.abstract_model(MimiConfig(num_quantizers=num_quantizers))
+
+    def num_bytes(model: Mimi) -> int:
+        leaves = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.OfType(Codebook))))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    ratio = num_bytes(int8.quantize_abstract(model, "int8")) / num_bytes(model)
+    assert ratio == pytest.approx(share, abs=5e-4)
+
+
+def test_codes_and_audio_are_close(model: Mimi, quantized: Mimi, speech: np.ndarray):
+    codes = mimi_jax.encode(model, speech).audio_codes
+    rounded = mimi_jax.encode(quantized, speech).audio_codes
+    assert np.mean(rounded[:, 0] == codes[:, 0]) > 0.9
+    assert np.mean(rounded[:, :8] == codes[:, :8]) > 0.7
+    audio = mimi_jax.decode(model, codes).audio_values
+    assert 1e-4 < relative_error(mimi_jax.decode(quantized, codes).audio_values, audio) < 0.1
+
+
+def test_dequantized_is_the_same_function(quantized: Mimi, speech: np.ndarray, tmp_path: Path):
+    plain = int8.dequantize(quantized)
+    assert quantization_of(plain) is None
+    latents = plain.encode_latents(speech)
+    assert relative_error(quantized.encode_latents(speech), latents) < 1e-5
+    checkpoint.save(plain, tmp_path, "kyutai")
+    assert_same_model(Mimi.from_pretrained(tmp_path), plain)
+
+
+def test_steps_give_the_codes_of_the_whole_clip(quantized: Mimi, speech: np.ndarray):
+    codes = mimi_jax.encode(quantized, speech, num_quantizers=8).audio_codes
+    encoder, decoder = mimi_jax.StreamingEncoder(quantized, 1, 8), mimi_jax.StreamingDecoder(quantized)
+    frames = np.split(speech, speech.shape[2] // quantized.config.frame_size, axis=2)
+    steps: list[Any] = [encoder.push(frame) for frame in frames]
+    np.testing.assert_array_equal(np.concatenate(steps, axis=2), codes)
+    audio: list[Any] = [decoder.push(step) for step in steps]
+    expected = mimi_jax.decode(quantized, codes).audio_values
+    assert relative_error(np.concatenate(audio, axis=2), expected) < 1e-5
+
+
+def test_weights_are_int8_inside_a_program(quantized: Mimi):
+    """A program takes them as they are: nothing makes them larger before it runs."""
+    audio = jax.ShapeDtypeStruct((1, 1, 1920), jnp.float32)
+    inputs = jax.jit(mimi_jax.encode).trace(quantized, audio).jaxpr.in_avals
+    kernels = [variable for variable in variables(quantized).values() if isinstance(variable, Int8Param)]
+    shapes = [kernel.get_raw_value().values.shape for kernel in kernels]
+    assert sorted(aval.shape for aval in inputs if aval.dtype == jnp.int8) == sorted(shapes)
+
+
+def test_gradients_flow_through_latents(quantized: Mimi):
+    latents = jnp.full((1, 2, quantized.config.hidden_size), 0.1)
+    gradient = jax.grad(lambda latents: (quantized.decode_latents(latents) ** 2).sum())(latents)
+    assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
+
+
+def test_halves_of_models(quantized: Mimi, tmp_path: Path):
+    encoder = Mimi.from_pretrained("mini", quantization="int8", decoder=False)
+    assert encoder.decoder is None and quantization_of(encoder) == "int8"
+    encoder.save_pretrained(tmp_path / "encoder")
+    for name in (None, "int8", "int8-encoder"):
+        assert_same_model(Mimi.from_pretrained(tmp_path / "encoder", quantization=name), encoder)
+    quantized.save_pretrained(tmp_path / "whole")
+    assert_same_model(Mimi.from_pretrained(tmp_path / "whole", decoder=False), encoder)
+    int8.quantize(Mimi.from_pretrained("mini"), "int8-encoder").save_pretrained(tmp_path / "mixed")
+    decoder = Mimi.from_pretrained(tmp_path / "mixed", encoder=False)
+    assert_same_model(decoder, Mimi.from_pretrained("mini", encoder=False))
+
+
+def test_quantizing_twice_changes_nothing(model: Mimi, quantized: Mimi):
+    in_turns = int8.quantize(int8.quantize(model, "int8-encoder"), "int8-decoder")
+    assert quantization_of(in_turns) == "int8"
+    assert_same_model(in_turns, quantized)
+    assert_same_model(int8.quantize(quantized), quantized)
+
+
+def test_exported_and_replicated(tmp_path: Path):
+    model = load_fixture("base").model
+    everywhere = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P())
+    quantized = int8.quantize(model)
+    quantized.save_pretrained(tmp_path / "saved")
+    sharded = Mimi.from_pretrained(tmp_path / "saved", sharding=everywhere)
+    assert all(leaf.sharding.is_equivalent_to(everywhere, leaf.ndim) for leaf in jax.tree.leaves(sharded))
+    export.save(quantized, tmp_path / "base.zip", seconds=1.0, platforms=["cpu"])
+    audio = load_fixture("base").clips[0].audio[:1, :, : model.config.frame_size]
+    codes = export.load(tmp_path / "base.zip").encode(audio).audio_codes
+    np.testing.assert_array_equal(codes, mimi_jax.encode(quantized, audio).audio_codes)
+
+
+def test_unknown_names():
+    for name in ("int4", "", {"encoder": "int8"}):
+        with pytest.raises(ValueError, match="must be one of int8, int8-encoder, int8-decoder, got"):
+            Mimi.from_pretrained("mini", quantization=name)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_half_that_is_not_there():
+    with pytest.raises(ValueError, match="'int8-encoder' is of a half that this model lacks"):
+        Mimi.from_pretrained("mini", quantization="int8-encoder", encoder=False)
+
+
+@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
+def test_other_layouts_cannot_hold_it(quantized: Mimi, tmp_path: Path, layout: str):
+    with pytest.raises(ValueError, match=rf"cannot be stored in the layout '{layout}'.*int8\.dequantize"):
+        checkpoint.save(quantized, tmp_path / "new", layout)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_half_that_is_not_loaded(model: Mimi, tmp_path: Path):
+    int8.quantize(model, "int8-decoder").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'int8-decoder' is of a half that this model lacks"):
+        Mimi.from_pretrained(tmp_path, decoder=False, quantization="int8-decoder")
+
+
+def test_another_quantization_than_the_stored_one(model: Mimi, tmp_path: Path):
+    int8.quantize(model, "int8-encoder").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved with quantization='int8-encoder', and 'int8' was asked for"):
+        Mimi.from_pretrained(tmp_path, quantization="int8")
+
+
+def test_kernels_are_rounded_once(model: Mimi, quantized: Mimi, tmp_path: Path):
+    model.save_pretrained(tmp_path)
+    half = Mimi.from_pretrained(tmp_path, quantization="int8", dtype=jnp.bfloat16)
+    for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(quantized.astype(jnp.bfloat16)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_file_without_its_mark_says_so(quantized: Mimi, tmp_path: Path):
+    quantized.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "alone.safetensors")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds int8 weights; the config\.json saved with it"):
+        Mimi.from_pretrained(tmp_path / "alone.safetensors")
+
+
+def test_the_command_line_converts_it_to_floats(quantized: Mimi, tmp_path: Path):
+    quantized.save_pretrained(tmp_path / "int8")
+    assert (
+        cli.main(["convert", str(tmp_path / "int8"), str(tmp_path / "floats"), "--to", "transformers"]) == 0
+    )
+    floats = Mimi.from_pretrained(tmp_path / "floats")
+    for a, b in zip(jax.tree.leaves(floats), jax.tree.leaves(int8.dequantize(quantized)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_damaged_files_are_named(quantized: Mimi, tmp_path: Path):
+    quantized.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["encoder.first.kernel_scale"]
+    tensors["downsample.kernel"] = tensors["downsample.kernel"].astype(np.float32)
+    tensors["upsample.kernel_zero"] = np.zeros(1, np.int8)
+    tensors["decoder.first.bias"] = tensors["decoder.first.bias"].astype(np.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        Mimi.from_pretrained(tmp_path)
+    for problem in (
+        r"missing encoder.first.kernel_scale [1, 1, 16]",
+        r"unexpected upsample.kernel_zero",
+        r"downsample.kernel holds float32, expected int8",
+        r"decoder.first.bias holds int8, expected floating point",
+    ):
+        assert problem in str(error.value)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for mark in ({"quant_method": "gptq"}, {"weights": "int4"}, {}, "gptq"):
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": mark}))
+        with pytest.raises(ValueError, match=r"config\.json: quantization must be one of int8"):
+            Mimi.from_pretrained(tmp_path)

@@ -1,0 +1,222 @@
+"""Blocks give what whole clips give, with one program for every length."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+import mimi_jax
+from mimi_jax import Mimi, MimiConfig
+from mimi_jax.streams.chunks import BLOCK_FRAMES, decode_blocks, encode_blocks
+from tests.models import load_fixture, random_module, relative_error
+
+BLOCK = BLOCK_FRAMES * 16  # samples, of the fixtures' 16 samples a frame
+LONGEST = 2 * BLOCK + 107  # no whole number of frames
+LENGTHS = [1, 15, 16, BLOCK - 1, BLOCK, BLOCK + 1, LONGEST]
+
+
+def noise(num_samples: int, channels: int = 1) -> np.ndarray:
+    """float32 [channels, samples]."""
+    return np.random.default_rng(0).normal(0, 0.3, (channels, num_samples)).astype(np.float32)
+
+
+def random_codes(model: Mimi, num_frames: int, num_codebooks: int | None = None) -> np.ndarray:
+    """int32 [codebooks, frames]."""
+    shape = num_codebooks or model.config.num_quantizers, num_frames
+    return np.random.default_rng(0).integers(0, model.config.codebook_size, shape, np.int32)
+
+
+def encode_in_blocks(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
+    """The codes of a clip that comes in two pieces, neither of them as long as a block."""
+    blocks = encode_blocks(model, np.split(audio, [audio.shape[1] // 3], axis=1), num_quantizers)
+    return np.concatenate([codes for codes, _ in blocks], axis=1)
+
+
+def decode_in_blocks(model: Mimi, codes: np.ndarray) -> np.ndarray:
+    return np.concatenate(list(decode_blocks(model, np.split(codes, [1], axis=1))), axis=1)
+
+
+def encode_whole(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
+    """Padded to one length and masked, which is exact (tests of `encode`), so that one program serves."""
+    num_samples = audio.shape[1]
+    padded = np.pad(audio, [(0, 0), (0, LONGEST - num_samples)])
+    out = mimi_jax.encode(model, padded[None], np.arange(LONGEST)[None] < num_samples, num_quantizers)
+    return np.asarray(out.audio_codes[0])[:, : model.encoded_length(num_samples)]
+
+
+@pytest.mark.parametrize("num_samples", LENGTHS)
+def test_codes_are_those_of_the_whole_clip(num_samples: int):
+    model = load_fixture("base").model
+    audio = noise(num_samples)
+    codes = encode_in_blocks(model, audio)
+    assert codes.dtype == np.int32
+    np.testing.assert_array_equal(codes, encode_whole(model, audio))
+
+
+@pytest.mark.parametrize("num_frames", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 2 * BLOCK_FRAMES + 7])
+def test_audio_is_that_of_the_whole_clip(num_frames: int):
+    model = load_fixture("base").model
+    codes = random_codes(model, 2 * BLOCK_FRAMES + 7)
+    whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
+    audio = decode_in_blocks(model, codes[:, :num_frames])
+    assert audio.dtype == np.float32
+    assert relative_error(audio, whole[:, : num_frames * 16]) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "channels"), [("stereo", 2), ("noncausal", 1)])
+def test_other_models(name: str, channels: int):
+    model = load_fixture(name).model
+    audio = noise(LONGEST, channels)
+    codes = encode_in_blocks(model, audio)
+    np.testing.assert_array_equal(codes, mimi_jax.encode(model, audio[None]).audio_codes[0])
+    decoded = decode_in_blocks(model, codes)
+    assert decoded.shape == (channels, codes.shape[1] * model.config.frame_size)
+    whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
+    assert relative_error(decoded, whole) < 1e-6
+
+
+def test_fewer_codebooks():
+    model = load_fixture("base").model
+    audio = noise(BLOCK + 1)
+    codes = encode_in_blocks(model, audio, 2)
+    np.testing.assert_array_equal(codes, encode_in_blocks(model, audio)[:2])
+    whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
+    assert relative_error(decode_in_blocks(model, codes), whole) < 1e-6
+
+
+def test_ten_minutes_and_one_sample_are_the_same_program(monkeypatch: pytest.MonkeyPatch):
+    config = MimiConfig(
+        sampling_rate=2400,
+        upsampling_ratios=(6, 4, 4),
+        num_filters=2,
+        hidden_size=8,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        codebook_size=8,
+        codebook_dim=4,
+        vector_quantization_hidden_dimension=4,
+        num_quantizers=2,
+        upsample_groups=8,
+    )
+    model = random_module(lambda rngs: Mimi(config, rngs=rngs))
+    traced = []
+    for method in ("_encode_latents", "_decode_latents"):
+        original = getattr(Mimi, method)
+
+        def count(self, *args, method=method, original=original, **kwargs):
+            traced.append(method)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Mimi, method, count)
+    audio = np.resize(noise(2400), (1, 600 * 2400))
+    codes = encode_in_blocks(model, audio)
+    assert codes.shape == (2, 7500)
+    assert decode_in_blocks(model, codes).shape == audio.shape
+    assert encode_in_blocks(model, audio[:, :1], 2).shape == (2, 1)
+    assert traced == ["_encode_latents", "_decode_latents"]
+
+
+@pytest.mark.parametrize("piece", [1, 333, BLOCK, 2 * BLOCK + 1])
+def test_pieces_of_any_length_make_blocks_of_one(piece: int):
+    model = load_fixture("base").model
+    audio = noise(LONGEST)
+    pieces = [audio[:, start : start + piece] for start in range(0, LONGEST, piece)]
+    codes, lengths = zip(*encode_blocks(model, pieces), strict=True)
+    assert lengths == (BLOCK, BLOCK, 107)
+    assert [part.shape[1] for part in codes] == [BLOCK_FRAMES, BLOCK_FRAMES, 7]
+    codes = np.concatenate(codes, axis=1)
+    np.testing.assert_array_equal(codes, encode_whole(model, audio))
+    decoded = list(decode_blocks(model, [codes[:, start : start + piece] for start in range(0, 107, piece)]))
+    assert [part.shape[1] for part in decoded] == [BLOCK, BLOCK, 7 * 16]
+
+
+def test_the_blocks_of_a_model_that_cannot_stream_are_one():
+    model = load_fixture("noncausal").model
+    ((codes, length),) = encode_blocks(model, np.split(noise(LONGEST), [100, 200], axis=1))
+    assert length == LONGEST
+    (audio,) = decode_blocks(model, np.split(codes, [1], axis=1))
+    assert audio.shape[1] == codes.shape[1] * model.config.frame_size
+
+
+@pytest.mark.parametrize(
+    ("audio", "num_quantizers", "error"),
+    [
+        (noise(16)[0], None, r"a piece of a clip must be \[channels, samples\], got \[16\]"),
+        (noise(0), None, "the clip has no samples"),
+        (noise(16, 2), None, r"audio must be \[batch, channels=1, samples > 0\]"),
+        (np.zeros((1, 16), np.int16), None, "audio must be floating point"),
+        (noise(16), 0, "num_quantizers must be an integer from 1 to 4"),
+        (noise(16), 5, "num_quantizers must be an integer from 1 to 4"),
+    ],
+)
+def test_bad_audio(audio: np.ndarray, num_quantizers: int | None, error: str):
+    with pytest.raises(ValueError, match=error):
+        list(encode_blocks(load_fixture("base").model, [audio], num_quantizers))
+
+
+@pytest.mark.parametrize(
+    ("codes", "error"),
+    [
+        (np.zeros((4, 3)), r"codes must be integers \[codebooks, frames\], got float64 \[4, 3\]"),
+        (np.zeros(4, int), r"codes must be integers .* got int64 \[4\]"),
+        (np.zeros((4, 0), int), "the clip has no samples"),
+        (np.zeros((5, 3), int), "num_quantizers must be an integer from 1 to 4"),
+        (np.full((4, 3), 16), r"codes must lie in \[0, 16\), got 16 to 16"),
+        (np.full((4, 3), -1), r"codes must lie in \[0, 16\), got -1 to -1"),
+    ],
+)
+def test_bad_codes(codes: np.ndarray, error: str, monkeypatch: pytest.MonkeyPatch):
+    def compute(*_):
+        raise AssertionError("the codes should have been refused before any computation")
+
+    monkeypatch.setattr("mimi_jax.streams.chunks.decode_step", compute)
+    with pytest.raises(ValueError, match=error):
+        list(decode_blocks(load_fixture("base").model, [codes]))
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """A list that grows by one entry with each program that XLA is asked for."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+FRAMES = range(61, 261)
+BUCKETS = len({mimi_jax.bucket_length(frames, 1) for frames in FRAMES})
+SMALL = 5  # programs of a constant or a cast
+
+
+# A stream has one program for all lengths, in each direction, and one for its fresh state.
+@pytest.mark.parametrize(("name", "most"), [("base", 4), ("noncausal", 2 * BUCKETS + SMALL)])
+def test_200_lengths_do_not_compile_200_times(name: str, most: int):
+    model = load_fixture(name).model
+    frame_size = model.config.frame_size
+    audio = noise(FRAMES[-1] * frame_size)
+    with count_compilations() as compiled:
+        for frames in FRAMES:
+            codes = encode_in_blocks(model, audio[:, : frames * frame_size - frames % 7])
+            assert codes.shape[1] == frames
+            assert decode_in_blocks(model, codes).shape == (1, frames * frame_size)
+    assert 2 <= len(compiled) <= most
+
+
+def test_200_batches_do_not_compile_200_times():
+    model, audio = load_fixture("base").model, noise(FRAMES[-1] * 16)
+    with count_compilations() as compiled:
+        for frames in FRAMES:
+            clips = [audio[:, : 16 * frames], audio[:, : 8 * frames]]
+            mimi_jax.encode(model, *mimi_jax.pad_batch(clips, frame_size=16))
+    assert 2 <= len(compiled) <= BUCKETS + SMALL

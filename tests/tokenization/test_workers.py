@@ -1,0 +1,187 @@
+"""Worker processes give what `load_audio` gives, whatever becomes of some of them."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mimi_jax
+from mimi_jax.files.audio import AudioReader
+from mimi_jax.tokenization.inputs import Item
+from mimi_jax.tokenization.workers import PIECE_SECONDS, Decoders, Stream, Target
+from tests.tokenization.corpora import RATE, audio_bytes, noise_clip, write_tar
+
+MAX_SECONDS = 200
+
+
+@pytest.fixture(scope="module")
+def decoders() -> Iterator[Decoders]:
+    with Decoders(Target(RATE, 1, MAX_SECONDS), num_workers=2) as decoders:
+        yield decoders
+
+
+def whole(stream: Stream) -> np.ndarray:
+    pieces = []
+    while True:
+        piece = stream.next()
+        pieces.append(piece.audio)
+        if piece.is_last:
+            return np.concatenate(pieces, axis=1)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 1.0, PIECE_SECONDS, PIECE_SECONDS * 2.5])
+@pytest.mark.parametrize("rate", [RATE, 16_000])
+def test_pieces_are_those_of_the_file(tmp_path: Path, decoders: Decoders, seconds: float, rate: int):
+    path = tmp_path / "a.flac"
+    path.write_bytes(audio_bytes(noise_clip(round(seconds * rate), channels=2), rate, "FLAC"))
+    stream = decoders.open(Item("a", str(path), size=path.stat().st_size))
+    np.testing.assert_array_equal(whole(stream), mimi_jax.load_audio(path))
+
+
+def test_files_inside_archives_and_in_memory(tmp_path: Path, decoders: Decoders):
+    clips = {f"{n}.wav": audio_bytes(noise_clip(1000 * n, seed=n)) for n in (1, 2)}
+    write_tar(tmp_path / "a.tar", clips)
+    data = (tmp_path / "a.tar").read_bytes()
+    for name, clip in clips.items():
+        offset = data.index(clip)
+        expected = whole(decoders.open(Item(name, data=clip)))
+        found = whole(decoders.open(Item(name, str(tmp_path / "a.tar"), offset, len(clip))))
+        np.testing.assert_array_equal(found, expected)
+        assert found.shape[1] == 1000 * int(name[0])
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG"])
+def test_a_stretch_is_the_same_samples(form: str):
+    audio = audio_bytes(noise_clip(50_000), form=form)
+    samples = np.concatenate(list(AudioReader(io.BytesIO(audio), "it")), axis=1)
+    reader = AudioReader(io.BytesIO(audio), "it", start=0.5, end=1.25)
+    assert reader.num_samples == 18_000
+    np.testing.assert_array_equal(np.concatenate(list(reader), axis=1), samples[:, 12_000:30_000])
+    to_end = np.concatenate(list(AudioReader(io.BytesIO(audio), "it", start=0.5)), axis=1)
+    np.testing.assert_array_equal(to_end, samples[:, 12_000:])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "error"),
+    [
+        (3.0, None, "no audio from 3 s to its end: it is 2 s long"),
+        (1.0, 2.5, "is 2 s long, and ends before 2.5 s"),
+    ],
+)
+def test_a_stretch_outside_the_file_is_refused(start: float, end: float | None, error: str):
+    with pytest.raises(ValueError, match=error):
+        AudioReader(io.BytesIO(audio_bytes(noise_clip(2 * RATE))), "it", start=start, end=end)
+
+
+def test_a_stretch_may_end_a_rounding_behind_the_file():
+    reader = AudioReader(io.BytesIO(audio_bytes(noise_clip(2 * RATE))), "it", start=1.0, end=2.05)
+    assert np.concatenate(list(reader), axis=1).shape[1] == RATE
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", "the file is empty"),
+        (b"no audio at all", "is not a WAV, FLAC, OGG or MP3 file"),
+        (audio_bytes(np.zeros((1, 5000), np.float32)), "the clip is silent"),
+        (audio_bytes(np.zeros((1, 0), np.float32)), "the file has no samples"),
+        (audio_bytes(noise_clip(1000))[:-500], "cut short"),
+        (audio_bytes(np.full((1, 9), np.nan, np.float32), subtype="FLOAT"), "NaN or infinite"),
+        (audio_bytes(noise_clip(8000 * 201), 8000), "the clip is too long"),
+    ],
+)
+def test_what_cannot_be_used_is_said(decoders: Decoders, data: bytes, error: str):
+    with pytest.raises(ValueError, match=error):
+        whole(decoders.open(Item("it", data=data)))
+
+
+def test_a_problem_that_is_known_is_passed_on(decoders: Decoders):
+    with pytest.raises(ValueError, match="the row has no audio"):
+        decoders.open(Item("it", problem="the row has no audio")).next()
+    missing = decoders.open(Item("it", "/nowhere/x.wav", size=3))
+    with pytest.raises(ValueError, match="No such file"):
+        missing.next()
+
+
+def kill_worker(decoders: Decoders) -> None:
+    os.kill(decoders._workers[0]._process.result(), signal.SIGKILL)
+    time.sleep(0.3)
+
+
+@pytest.fixture
+def one() -> Iterator[Decoders]:
+    with Decoders(Target(RATE, 1, MAX_SECONDS), num_workers=1) as decoders:
+        yield decoders
+
+
+def test_what_a_dead_worker_had_open_goes_on(one: Decoders):
+    item = Item("good", data=audio_bytes(noise_clip((PIECE_SECONDS * 2 + 1) * RATE)))
+    begun = one.open(item)
+    first = begun.next().audio  # and the next piece is asked for
+    kill_worker(one)
+    behind = [one.open(item) for _ in range(3)]
+    expected = whole(one.open(item))
+    for stream in behind:
+        np.testing.assert_array_equal(whole(stream), expected)
+    np.testing.assert_array_equal(np.concatenate([first, whole(begun)], axis=1), expected)
+
+
+def test_a_file_that_kills_its_worker_twice_is_blamed_alone(one: Decoders, tmp_path: Path):
+    os.mkfifo(tmp_path / "stuck.wav")  # whoever opens it waits, until it is killed
+    stuck = Item("stuck", str(tmp_path / "stuck.wav"))
+    good = Item("good", data=audio_bytes(noise_clip(1000)))
+    streams = [one.open(item) for item in (stuck, good, stuck, good)]
+
+    def kill_often() -> None:
+        for _ in range(4):
+            time.sleep(1)
+            kill_worker(one)
+
+    killer = threading.Thread(target=kill_often)
+    killer.start()
+    for stream in streams:
+        if stream.item is good:
+            assert whole(stream).shape == (1, 1000)
+        else:
+            with pytest.raises(ValueError, match="the decoder crashed on this file"):
+                stream.next()
+    killer.join()
+
+
+def test_workers_that_cannot_start_blame_no_file(tmp_path: Path):
+    """Such as those of a script that tokenizes as it is imported."""
+    (tmp_path / "x.wav").write_bytes(audio_bytes(noise_clip(1000)))
+    script = f"""
+from mimi_jax.tokenization import tokenize
+tokenize([{str(tmp_path / "x.wav")!r}], {str(tmp_path / "out")!r})
+"""
+    (tmp_path / "script.py").write_text(script)
+    result = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'must stand under if __name__ == "__main__":' in result.stderr
+    assert list((tmp_path / "out" / "codes").iterdir()) == []
+
+
+def test_a_stuck_worker_does_not_keep_the_process(tmp_path: Path):
+    os.mkfifo(tmp_path / "stuck.wav")
+    script = f"""
+import time
+from mimi_jax.tokenization.workers import Decoders, Target
+from mimi_jax.tokenization.inputs import Item
+if __name__ == "__main__":
+    with Decoders(Target(24_000, 1, 100), 1) as decoders:
+        decoders.open(Item("stuck", {str(tmp_path / "stuck.wav")!r}))
+        time.sleep(2)
+    print("ends")
+"""
+    (tmp_path / "script.py").write_text(script)
+    line = [sys.executable, str(tmp_path / "script.py")]
+    assert subprocess.run(line, capture_output=True, text=True, timeout=30).stdout == "ends\n"
