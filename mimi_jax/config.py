@@ -7,6 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+
+def ceil_div(numerator, denominator: int):
+    """Integer division rounded up, exact for Python integers of any size and for integer arrays."""
+    return -(-numerator // denominator)
+
+
 PAD_MODES = ("constant", "replicate")  # the others would look ahead
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 

@@ -31,7 +31,7 @@ from jax import export as jax_export
 from jax.typing import ArrayLike
 
 from mimi_jax.checkpoint.store import model_id
-from mimi_jax.config import MimiConfig
+from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.files.atomic import atomic_path
 from mimi_jax.model import (
     DecoderOutput,
@@ -45,7 +45,7 @@ from mimi_jax.model import (
     encode_step,
 )
 from mimi_jax.nn.quantizer import CodebookStatistic
-from mimi_jax.nn.streaming import ceil_div, check_mask_of_rows
+from mimi_jax.nn.streaming import check_mask_of_rows
 from mimi_jax.ops.kernels import choose_backend
 
 FORMAT = "mimi_jax.export.1"
@@ -241,7 +241,7 @@ def save(
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive, got {seconds!r}")
-    count = model.quantizer.check_count(config.num_quantizers if num_quantizers is None else num_quantizers)
+    count = model.quantizer.resolve_count(config.num_quantizers if num_quantizers is None else num_quantizers)
     frames = max(model.encoded_length(round(seconds * config.sampling_rate)), 1)
     metadata = Metadata(config, platforms, jax.__version__, model_id(model, count), batch_size, count, frames)
     weights, rebuild = _split(_with_portable_attention(model, frames))

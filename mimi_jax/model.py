@@ -18,19 +18,24 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from mimi_jax.config import MimiConfig
+from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.quantizer import SplitResidualQuantizer
 from mimi_jax.nn.seanet import Decoder, Encoder
 from mimi_jax.nn.streaming import (
     StreamingLayer,
-    ceil_div,
     check_mask_of_rows,
     check_state,
     is_real,
     step_all,
 )
 from mimi_jax.nn.transformer import Transformer
+
+# The two halves, and the parts that each is made of, in the order in which they compute.
+HALVES = {
+    "encoder": ("encoder", "encoder_transformer", "downsample"),
+    "decoder": ("upsample", "decoder_transformer", "decoder"),
+}
 
 
 class EncoderOutput(NamedTuple):

@@ -460,7 +460,7 @@ def model_id(model: Mimi, num_quantizers: int | None = None) -> str:
         num_quantizers: how many codebooks the codes are of; None for all.
     """
     quantizer = model.quantizer
-    count = quantizer.num_quantizers if num_quantizers is None else quantizer.check_count(num_quantizers)
+    count = quantizer.num_quantizers if num_quantizers is None else quantizer.resolve_count(num_quantizers)
     digest = hashlib.sha256()
     for place, variable in sorted(_variables(model).items(), key=lambda item: str(item[0])):
         if place[0] == "quantizer":

@@ -629,7 +629,7 @@ def _check_folder(path: Path) -> None:
 def _check_num_quantizers(model: "Mimi", num_quantizers: int | None) -> None:
     if num_quantizers is not None:
         try:
-            model.quantizer.check_count(num_quantizers)
+            model.quantizer.resolve_count(num_quantizers)
         except ValueError as error:
             raise UsageError(str(error)) from None
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mimi_jax.nn.streaming import StreamingLayer, ceil_div, fill_beyond, keep_idle_rows
+from mimi_jax.config import ceil_div
+from mimi_jax.nn.streaming import StreamingLayer, fill_beyond, keep_idle_rows
 from mimi_jax.ops.kernels import conv1d
 
 Activation = Callable[[jax.Array], jax.Array]

@@ -105,8 +105,14 @@ class SplitResidualQuantizer(nnx.Module):
         self.semantic.derive()
         self.acoustic.derive()
 
-    def check_count(self, num_quantizers: int) -> int:
-        """Refuse a number of codebooks that this quantizer cannot use."""
+    def resolve_count(self, num_quantizers: int | None) -> int:
+        """A number of codebooks that this quantizer can use; None means all of them.
+
+        Raises:
+            ValueError: fewer than the semantic ones, or more than there are.
+        """
+        if num_quantizers is None:
+            return self.num_quantizers
         if type(num_quantizers) is not int or not (
             self.num_semantic <= num_quantizers <= self.num_quantizers
         ):
@@ -118,9 +124,7 @@ class SplitResidualQuantizer(nnx.Module):
 
     def encode(self, latents: jax.Array, num_quantizers: int | None = None) -> jax.Array:
         """[batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames]; None for all codebooks."""
-        if num_quantizers is None:
-            num_quantizers = self.num_quantizers
-        num_acoustic = self.check_count(num_quantizers) - self.num_semantic
+        num_acoustic = self.resolve_count(num_quantizers) - self.num_semantic
         with jax.default_matmul_precision("highest"):
             codes = self.semantic.encode(latents, self.num_semantic)
             if num_acoustic == 0:
@@ -129,7 +133,7 @@ class SplitResidualQuantizer(nnx.Module):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """int codes [batch, codebooks, frames], of some or all codebooks -> [batch, frames, hidden_size]."""
-        self.check_count(codes.shape[1])
+        self.resolve_count(codes.shape[1])
         with jax.default_matmul_precision("highest"):
             latents = self.semantic.decode(codes[:, : self.num_semantic])
             if codes.shape[1] == self.num_semantic:

@@ -109,11 +109,6 @@ class Chain(StreamingLayer):
         return lengths
 
 
-def ceil_div(numerator, denominator: int):
-    """Integer division rounded up, exact for Python integers of any size and for integer arrays."""
-    return -(-numerator // denominator)
-
-
 def is_real(lengths: jax.Array, size: int) -> jax.Array:
     """bool [batch, size]: which of the first `size` positions of each row lie before its end."""
     return jnp.arange(size) < lengths[:, None]

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mimi_jax.nn.streaming import ceil_div
+from mimi_jax.config import ceil_div
 
 HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 

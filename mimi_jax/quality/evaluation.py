@@ -59,7 +59,7 @@ def evaluate(model: Mimi, clips: Iterable[Clip], counts: Sequence[int]) -> Evalu
     scores: dict[int, list[tuple[float, ...]]] = {count: [] for count in sorted(counts)}
     usage = np.zeros((config.num_quantizers, config.codebook_size))
     for count in scores:
-        model.quantizer.check_count(count)
+        model.quantizer.resolve_count(count)
     num_clips, num_samples, visqol = 0, 0, _make_visqol()
     for clip in clips:
         audio = read_crop(

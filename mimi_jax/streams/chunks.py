@@ -39,7 +39,7 @@ def encode_blocks(
     """
     # Resolved here, since None and the number of all codebooks would be two programs.
     num_quantizers = model.config.num_quantizers if num_quantizers is None else num_quantizers
-    num_quantizers = model.quantizer.check_count(num_quantizers)
+    num_quantizers = model.quantizer.resolve_count(num_quantizers)
     if not model.config.is_streamable:
         audio, mask = pad_batch([np.concatenate(list(pieces), axis=1)], model.config.frame_size)
         length = int(mask.sum())
@@ -113,6 +113,6 @@ def _blocks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def _check_codes(model: Mimi, codes: np.ndarray) -> np.ndarray:
     if codes.dtype.kind not in "iu" or codes.ndim != 2:
         raise ValueError(f"codes must be integers [codebooks, frames], got {codes.dtype} {list(codes.shape)}")
-    model.quantizer.check_count(len(codes))
+    model.quantizer.resolve_count(len(codes))
     check_range(codes, model.config.codebook_size)
     return codes.astype(np.int32)

@@ -72,7 +72,7 @@ class StreamingEncoder(_Stream):
     def __init__(self, model: Mimi, batch_size: int = 1, num_quantizers: int | None = None):
         if num_quantizers is None:
             num_quantizers = model.config.num_quantizers
-        self.num_quantizers = model.quantizer.check_count(num_quantizers)
+        self.num_quantizers = model.quantizer.resolve_count(num_quantizers)
         super().__init__(model, model.init_encoder_state, batch_size)
 
     def reset(self) -> None:
@@ -180,7 +180,7 @@ class StreamingDecoder(_Stream):
     """
 
     def __init__(self, model: Mimi, batch_size: int = 1):
-        self._check_count = model.quantizer.check_count
+        self._check_count = model.quantizer.resolve_count
         super().__init__(model, model.init_decoder_state, batch_size)
 
     def warmup(self, num_quantizers: int | None = None) -> None:

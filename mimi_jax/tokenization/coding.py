@@ -71,7 +71,7 @@ class Coder:
         if model.config.codebook_size > 2**16:
             raise ValueError(f"codes are kept in 16 bits, and codebook_size is {model.config.codebook_size}")
         self.batch_size, self.config = batch_size, model.config
-        self.num_quantizers = model.quantizer.check_count(num_quantizers)
+        self.num_quantizers = model.quantizer.resolve_count(num_quantizers)
         self.block_size = block_frames * model.config.frame_size
         self._mesh = Mesh(np.array(devices), *ROWS)
         self._by_row = NamedSharding(self._mesh, ROWS)

@@ -70,7 +70,7 @@ def plan(
     codec = Mimi.from_pretrained(os.fspath(model), decoder=False)
     config = codec.config
     jax.eval_shape(lambda: codec.init_encoder_state(1))  # which refuses a model that cannot stream
-    count = codec.quantizer.check_count(config.num_quantizers if num_quantizers is None else num_quantizers)
+    count = codec.quantizer.resolve_count(config.num_quantizers if num_quantizers is None else num_quantizers)
     settings = {
         "model_id": model_id(codec, count),
         "encoder_id": _encoder_id(codec),  # other encoders may share the codebooks

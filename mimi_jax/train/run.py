@@ -19,8 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from mimi_jax.config import ceil_div
 from mimi_jax.files.atomic import atomic_path, file_lock
-from mimi_jax.nn.streaming import ceil_div
 from mimi_jax.train.data import Clip, Sampler, find_clips, fit_features, make_iterator
 from mimi_jax.train.recipe import Recipe
 from mimi_jax.train.step import Trainer, TrainState, start_model
