@@ -26,7 +26,7 @@ CLIP_SECONDS = 10
 def load_model(name: str | None) -> mimi_jax.Mimi:
     if name is not None:
         return mimi_jax.Mimi.from_pretrained(name)
-    from convert.reference_models import random_transformers_model
+    from tests.parity.references import random_transformers_model
 
     with tempfile.TemporaryDirectory() as folder:
         random_transformers_model({}, seed=0).save_pretrained(folder)

@@ -24,7 +24,7 @@ Tree = TypeVar("Tree")
 
 
 class Clip(NamedTuple):
-    """Audio and what the reference makes of it, as `convert/make_fixtures.py` describes them."""
+    """Audio and what the reference makes of it, as `tests/fixtures/make.py` describes them."""
 
     audio: np.ndarray  # [batch, channels, samples]
     latents: np.ndarray  # [batch, frames, hidden_size]

@@ -39,7 +39,7 @@ def test_outputs_are_what_a_reader_wants_to_see(source: Path):
     notebook = committed(source)
     assert source.with_suffix(".ipynb").stat().st_size < MAX_BYTES
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    assert counts == list(range(1, len(counts) + 1)), "run python -m convert.run_notebooks"
+    assert counts == list(range(1, len(counts) + 1)), "run python -m notebooks.tools.run"
     assert {output.output_type for output in outputs(notebook)} <= {
         "stream",
         "execute_result",
@@ -63,7 +63,7 @@ def test_the_badge_leads_to_the_project(source: Path):
 @pytest.mark.notebooks
 @notebooks
 def test_it_says_what_its_source_says(source: Path):
-    from convert.run_notebooks import read
+    from notebooks.tools.run import read
 
     expected = read(source)
     assert [(c.cell_type, c.source) for c in committed(source).cells] == [
@@ -74,7 +74,7 @@ def test_it_says_what_its_source_says(source: Path):
 @pytest.mark.notebooks
 @notebooks
 def test_it_runs(source: Path):
-    from convert.run_notebooks import execute, read
+    from notebooks.tools.run import execute, read
 
     notebook = read(source)
     execute(notebook)

@@ -19,7 +19,7 @@ SPEECH = Path(os.environ.get("MIMI_JAX_SPEECH", ROOT.parent / "shared" / "speech
 @pytest.fixture(scope="session")
 def reference() -> Any:
     """`transformers.MimiModel`, default architecture, random weights."""
-    from convert.reference_models import random_transformers_model
+    from tests.parity.references import random_transformers_model
 
     return random_transformers_model({}, seed=0)
 

@@ -10,10 +10,10 @@ import torch
 from transformers import MimiModel
 
 import mimi_jax
-from convert.check_parity import OTHER_LENGTHS, WHOLE_LENGTHS, Parity, compare, speech
-from convert.reference_models import flat_state, kyutai_state, moshi_model_from
 from mimi_jax import Mimi, checkpoint
 from tests.parity.conftest import SPEECH
+from tests.parity.references import flat_state, kyutai_state, moshi_model_from
+from tests.parity.table import OTHER_LENGTHS, WHOLE_LENGTHS, Parity, compare, speech
 
 pytestmark = pytest.mark.parity
 

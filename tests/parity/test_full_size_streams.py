@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import mimi_jax
-from convert.check_parity import FRAME_SIZE, speech
 from mimi_jax import Mimi, StreamingEncoder
 from mimi_jax.streams.chunks import decode_blocks, encode_blocks
 from tests.parity.conftest import SPEECH
+from tests.parity.table import FRAME_SIZE, speech
 
 LENGTHS = (1, 1919, 1921, 50_000, 288_777)
 LONG = 264  # frames: more than two windows of attention, of 125 each

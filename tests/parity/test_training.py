@@ -15,7 +15,7 @@ from transformers.audio_utils import mel_filter_bank
 
 import mimi_jax
 from mimi_jax.checkpoint import BUNDLED
-from mimi_jax.quality.mel import mel_filters
+from mimi_jax.quality.spectrum import mel_filters, stft
 from mimi_jax.train import losses
 from mimi_jax.train.discriminator import DILATIONS, WINDOWS, Discriminator
 from mimi_jax.train.step import Trainer, start_model
@@ -58,7 +58,7 @@ def torch_mel_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def test_stft(window: int):
     x = noise(2, 6000)
     theirs = torch_stft(torch.from_numpy(x), window).numpy()
-    np.testing.assert_allclose(losses.stft(jnp.asarray(x), window), theirs, atol=2e-6)
+    np.testing.assert_allclose(stft(jnp.asarray(x), window), theirs, atol=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")

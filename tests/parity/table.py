@@ -1,6 +1,6 @@
 """Compare this package with `transformers` and `moshi` at full size, and print a Markdown table.
 
-    python -m convert.check_parity [SPEECH_FOLDER]
+    python -m tests.parity.table [SPEECH_FOLDER]
 
 The default architecture, 96 million well-conditioned random weights, float32. Speech is read from
 SPEECH_FOLDER (FLAC or WAV files, joined), else a synthetic signal stands in.
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import mimi_jax
-from convert.reference_models import code_gaps, encode_latents, speech_like
 from mimi_jax import Mimi
+from tests.parity.references import code_gaps, encode_latents, speech_like
 
 SAMPLING_RATE, FRAME_SIZE = 24_000, 1920
 
@@ -92,7 +92,7 @@ def compare(model: Mimi, reference: Any, audio: np.ndarray, moshi: Any = None) -
 def main() -> None:
     import tempfile
 
-    from convert.reference_models import moshi_model_from, random_transformers_model
+    from tests.parity.references import moshi_model_from, random_transformers_model
 
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     reference = random_transformers_model({}, seed=0)

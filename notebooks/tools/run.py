@@ -1,6 +1,6 @@
 """Run the notebooks and keep what they print, draw and play: notebooks/*.py to notebooks/*.ipynb.
 
-    python -m convert.run_notebooks [quickstart ...]
+    python -m notebooks.tools.run [quickstart ...]
 
 A notebook is written and reviewed as `.py` (jupytext's percent format), and shown as `.ipynb`, on GitHub and
 in Colab. Progress bars and warnings are left out, and nothing in the file changes where nothing else did.
@@ -17,7 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[1]
 SECONDS = 300  # that a cell may take, anywhere
 PIXELS = 900  # of a picture's longer side, as wide as a page shows it
 
