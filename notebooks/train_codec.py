@@ -38,8 +38,8 @@ from IPython.display import Audio
 
 import mimi_jax
 from mimi_jax.quality.picture import log_mel
+from mimi_jax.quality.spectrum import mel_distance
 from mimi_jax.train import Recipe, train
-from mimi_jax.train.losses import mel_distance
 from mimi_jax.train.recipe import DataRecipe, LossRecipe, OptimizerRecipe
 
 print(jax.devices())

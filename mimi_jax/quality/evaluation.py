@@ -14,6 +14,7 @@ import soxr
 from mimi_jax.files.audio import pad_batch
 from mimi_jax.model import Mimi, decode, encode
 from mimi_jax.quality.metrics import si_sdr
+from mimi_jax.quality.spectrum import WINDOWS, mel_distance
 from mimi_jax.train.data import Clip, read_crop
 
 VISQOL_RATE = 16_000  # Hz, of its speech mode
@@ -25,7 +26,7 @@ class Quality(NamedTuple):
     num_quantizers: int
     kbits: float  # a second
     si_sdr: float  # dB
-    mel_distance: float  # dB, see `mimi_jax.train.losses.mel_distance`
+    mel_distance: float  # dB, see `mimi_jax.quality.spectrum.mel_distance`
     stoi: float  # 0 to 1
     visqol: float  # 1 to 5
 
@@ -108,8 +109,6 @@ def _compare(real: np.ndarray, fake: np.ndarray, sampling_rate: int, visqol: Any
 
 def _mel_distance(real: np.ndarray, fake: np.ndarray, sampling_rate: int) -> float:
     """Computed with silence behind both clips, which adds nothing, so that few lengths are compiled."""
-    from mimi_jax.train.losses import WINDOWS, mel_distance
-
     padded, _ = pad_batch([real, fake], max(WINDOWS))
     return float(mel_distance(*padded, sampling_rate)) * padded.shape[-1] / real.shape[-1]
 

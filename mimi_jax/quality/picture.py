@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mimi_jax.files.codes import CodeFile
-from mimi_jax.quality.mel import mel_filters, to_mel
+from mimi_jax.quality.spectrum import NUM_BANDS, mel_filters, to_mel
 
 if TYPE_CHECKING:
     from mimi_jax.quality.evaluation import Evaluation
 
 MAX_COLUMNS = 1500  # about the pixels across; longer clips are drawn, and computed, more coarsely
-NUM_BANDS = 64
 DYNAMIC_RANGE = 80  # dB below the loudest band
 TICKS = (200, 500, 1000, 2000, 4000, 8000, 16_000)  # Hz
 

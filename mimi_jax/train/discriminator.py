@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimi_jax.train.losses import stft
+from mimi_jax.quality.spectrum import stft
 
 WINDOWS = (1024, 2048, 512, 256, 128)  # samples
 SLOPE = 0.3  # of the leaky ReLU

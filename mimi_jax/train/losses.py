@@ -9,47 +9,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
-from mimi_jax.quality.mel import mel_filters
-
-WINDOWS = tuple(2**power for power in range(6, 11))  # samples of the mel loss' Fourier transforms
-NUM_BANDS = 64
-LOWEST = 64.0  # Hz
-FLOOR = 1e-5
-
-
-def stft(x: jax.Array, window: int) -> jax.Array:
-    """Short-time Fourier transform with a Hann window and a hop of a quarter of it.
-
-    That of `torch.stft(center=False)` over the window's norm, as `torchaudio` has it with `normalized=True`.
-
-    Args:
-        x: float [..., samples], at least `window` of them.
-        window: samples of the transform, a multiple of 4.
-
-    Returns:
-        complex [..., frames, window / 2 + 1].
-    """
-    hop = window // 4
-    blocks = x[..., : x.shape[-1] // hop * hop].reshape(*x.shape[:-1], -1, hop)
-    frames = blocks.shape[-2] - 3
-    # Four shifted views, whose gradient is an addition; that of a gather is a slow scatter.
-    framed = jnp.concatenate([blocks[..., i : i + frames, :] for i in range(4)], axis=-1)
-    hann = np.sin(np.pi * np.arange(window) / window) ** 2
-    hann = (hann / np.sqrt(np.sum(hann**2))).astype(np.float32)
-    return jnp.fft.rfft(framed * hann)
-
-
-def mel_spectrogram(x: jax.Array, window: int, sampling_rate: int) -> jax.Array:
-    """Magnitudes in bands: [..., samples] -> [..., ceil(samples / hop), NUM_BANDS] for whole hops."""
-    side = (window - window // 4) // 2
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(side, side)], mode="reflect")
-    spectrum = stft(x, window)
-    # The magnitude's gradient is infinite at zero.
-    power = jnp.maximum(spectrum.real**2 + spectrum.imag**2, 1e-14)
-    return jnp.sqrt(power) @ mel_filters(window, sampling_rate, NUM_BANDS, LOWEST).T
+from mimi_jax.quality.spectrum import FLOOR, WINDOWS, mel_spectrogram
 
 
 def waveform_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
@@ -68,16 +29,6 @@ def mel_loss(real: jax.Array, fake: jax.Array, sampling_rate: int, floor: float 
         total += jnp.mean(jnp.abs(x - y))
         total += jnp.mean((jnp.log10(floor + x) - jnp.log10(floor + y)) ** 2)
     return total / (2 * len(WINDOWS))
-
-
-@jax.jit(static_argnames="sampling_rate")
-def mel_distance(real: ArrayLike, fake: ArrayLike, sampling_rate: int) -> jax.Array:
-    """The part of `mel_loss` that does not depend on loudness, as a distance: mean |difference| in dB."""
-    differences = []
-    for window in WINDOWS:
-        x, y = (mel_spectrogram(jnp.asarray(audio), window, sampling_rate) for audio in (real, fake))
-        differences.append(jnp.mean(jnp.abs(jnp.log10(FLOOR + x) - jnp.log10(FLOOR + y))))
-    return 20 * jnp.mean(jnp.stack(differences))
 
 
 def adversarial_loss(fake_logits: Sequence[jax.Array]) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mimi_jax
 from mimi_jax import Mimi, checkpoint
-from mimi_jax.train import losses
+from mimi_jax.quality.spectrum import mel_distance
 from mimi_jax.train.recipe import Recipe
 from mimi_jax.train.step import Trainer, TrainState, start_model, weights_of
 from mimi_jax.train.weight_norm import NormalizedKernel
@@ -53,7 +53,7 @@ def run(recipe: Recipe, steps: int, batch=None) -> tuple[Trainer, TrainState, li
 
 
 def distance(model: Mimi, audio: jax.Array) -> float:
-    return float(losses.mel_distance(audio, model(audio).audio_values, TINY.sampling_rate))
+    return float(mel_distance(audio, model(audio).audio_values, TINY.sampling_rate))
 
 
 SLOW = pytest.mark.slow
@@ -77,9 +77,7 @@ def test_two_clips_are_learned_by_heart(part: str):
     # A loss that does not see when something happens can reach a noise with the spectrum of each clip, and
     # one that does not see whose audio it is, the other clip.
     bounds = {"spectrum": stationary.astype(np.float32), "other clip": audio[::-1]}
-    bounds = {
-        name: float(losses.mel_distance(audio, fake, TINY.sampling_rate)) for name, fake in bounds.items()
-    }
+    bounds = {name: float(mel_distance(audio, fake, TINY.sampling_rate)) for name, fake in bounds.items()}
     assert end < bounds["spectrum"]
     if part != "waveform":
         assert end < bounds["other clip"] and end < start / 3
