@@ -32,6 +32,7 @@ import numpy as np
 from IPython.display import HTML, Audio, Image, display
 
 import mimi_jax
+from mimi_jax.files.codes import CodeSpec
 from mimi_jax.quality.picture import draw, log_mel
 
 jax.devices()
@@ -140,9 +141,8 @@ player(decoded)
 # and colours say no more than which codes are equal.
 
 # %%
-code_file = mimi_jax.CodeFile(
-    np.asarray(codes[0]), clip.shape[1], config.sampling_rate, config.codebook_size, config.frame_size, "here"
-)
+spec = CodeSpec("here", config.sampling_rate, config.frame_size, config.codebook_size, codebooks)
+code_file = mimi_jax.CodeFile(spec, np.asarray(codes[0]), clip.shape[1])
 Image(draw(clip, np.asarray(decoded), code_file, f"{MODEL}, {codebooks} codebooks"), width=900)
 
 # %% [markdown]

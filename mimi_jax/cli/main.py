@@ -317,9 +317,7 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
     _decode(model, *_encode(model, warm, spec)[:1], warm.shape[1])
     codes, encode_seconds = _encode(model, audio, spec)
     decoded, decode_seconds = _decode(model, codes, audio.shape[1])
-    file = CodeFile(
-        codes, audio.shape[1], spec.sampling_rate, spec.codebook_size, spec.frame_size, spec.model_id
-    )
+    file = CodeFile(spec, codes, audio.shape[1])
     title = f"{arguments.input.name} through {arguments.model}: {_summary(spec, file.num_samples)}"
     png = draw(audio, decoded, file, title)
     with atomic_path(picture) as temporary:  # around the other, so that there are two new files or none
@@ -327,7 +325,7 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
         save_audio(output, decoded, config.sampling_rate)
     _print_table(
         {
-            "model": f"{arguments.model} ({file.model_id})",
+            "model": f"{arguments.model} ({spec.model_id})",
             **_code_rows(spec, file.num_samples),
             "SI-SDR": f"{si_sdr(audio, decoded):.1f} dB",
             "encoding": _speed(spec, file.num_samples, encode_seconds),
@@ -339,31 +337,31 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
 
 
 def run_info(arguments: argparse.Namespace) -> None:
-    if _is_code_file(arguments.name):
-        from mimi_jax.files.codes import open_codes
+    from mimi_jax.files.codes import is_code_file, open_codes
 
+    if is_code_file(arguments.name):
         with open_codes(arguments.name) as reader:
             spec, num_samples = reader.spec, reader.num_samples
             collections.deque(reader, maxlen=0)  # which checks every code
         owner = _bundled_with(spec) or "not a bundled one"
         _print_table({**_code_rows(spec, num_samples), "model": f"{spec.model_id} ({owner})"})
         return
-    from mimi_jax.checkpoint.store import find, layout_of, model_id
+    from mimi_jax.checkpoint.store import find, layout_of
 
     path = find(arguments.name)
     model = _load_model(path, dtype=None)
     config = model.config
-    frame_rate = config.sampling_rate / config.frame_size
+    spec = _code_spec(model, None)
     _print_table(
         {
             "model": str(path),
-            "identity": model_id(model),
+            "identity": spec.model_id,
             "layout": layout_of(path),
             "parameters": f"{_num_parameters(model):,}",
             "audio": f"{config.sampling_rate} Hz, {'mono' if config.audio_channels == 1 else 'stereo'}",
-            "frames": f"{frame_rate:g} Hz, of {config.frame_size} samples",
+            "frames": f"{spec.frame_rate:g} Hz, of {config.frame_size} samples",
             "codebooks": f"{config.num_quantizers} x {config.codebook_size} codes",
-            "bitrate": f"{_kbits(config.num_quantizers, config.codebook_size, frame_rate):.2f} kbit/s",
+            "bitrate": f"{spec.kbits:.2f} kbit/s",
         }
     )
 
@@ -577,10 +575,12 @@ def _reason(error: Exception) -> str:
 
 def _output_of(arguments: argparse.Namespace, suffix: str, is_audio: bool = False) -> Path:
     """Where the output goes, once it is sure that input and output can be opened."""
+    from mimi_jax.files.codes import is_code_file
+
     source, output = arguments.input, arguments.output
     if output is None:
         output = PIPE if source == PIPE else source.with_suffix(suffix)
-        if not is_audio and output != source and output.is_file() and not _is_code_file(str(output)):
+        if not is_audio and output != source and output.is_file() and not is_code_file(output):
             raise UsageError(f"{output} exists and is no code file; name the output with -o")
     if source != PIPE:
         _check_input(source)
@@ -881,18 +881,6 @@ def _code_spec(model: "Mimi", num_quantizers: int | None) -> "CodeSpec":
     )
 
 
-def _is_code_file(name: str) -> bool:
-    import safetensors
-
-    from mimi_jax.files.codes import FORMAT
-
-    try:
-        with safetensors.safe_open(name, framework="np") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (safetensors.SafetensorError, OSError):
-        return False
-
-
 def _bundled_with(spec: "CodeSpec") -> str | None:
     """The bundled model that made such codes."""
     from mimi_jax.checkpoint.store import bundled_models
@@ -920,23 +908,17 @@ def _device() -> str:
     return jax.devices()[0].device_kind
 
 
-def _kbits(num_codebooks: int, codebook_size: int, frame_rate: float) -> float:
-    return num_codebooks * math.log2(codebook_size) * frame_rate / 1000
-
-
 def _code_rows(spec: "CodeSpec", num_samples: int) -> dict[str, str]:
-    frame_rate = spec.sampling_rate / spec.frame_size
     return {
         "duration": f"{num_samples / spec.sampling_rate:.2f} s, {num_samples} samples",
-        "frames": f"{spec.num_frames(num_samples)}, {frame_rate:g} Hz",
+        "frames": f"{spec.num_frames(num_samples)}, {spec.frame_rate:g} Hz",
         "codebooks": f"{spec.num_codebooks} x {spec.codebook_size} codes",
-        "bitrate": f"{_kbits(spec.num_codebooks, spec.codebook_size, frame_rate):.2f} kbit/s",
+        "bitrate": f"{spec.kbits:.2f} kbit/s",
     }
 
 
 def _summary(spec: "CodeSpec", num_samples: int) -> str:
-    kbits = _kbits(spec.num_codebooks, spec.codebook_size, spec.sampling_rate / spec.frame_size)
-    return f"{spec.num_frames(num_samples)} frames x {spec.num_codebooks} codebooks, {kbits:.2f} kbit/s"
+    return f"{spec.num_frames(num_samples)} frames x {spec.num_codebooks} codebooks, {spec.kbits:.2f} kbit/s"
 
 
 def _speed(spec: "CodeSpec", num_samples: int, seconds: float) -> str:

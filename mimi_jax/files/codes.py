@@ -1,29 +1,30 @@
-"""Code files: the codes of one clip on disk, at the bitrate that the codec promises.
+"""Code files: the codes of one clip on disk, packed to the bit rate of the codec.
 
-A code file is a safetensors file, so it begins with the length of its header (8 bytes, little-endian)
-and the header (JSON), and its metadata are strings:
+A code file is a safetensors file. It begins with the length of its header (8 bytes, little-endian) and the
+header (JSON). The metadata in the header are strings:
 
     format         "mimi_jax.files.codes"
     version        "1"
-    model_id       identity of the codebooks that these are codes of
+    model_id       identity of the codebooks that made the codes
     sampling_rate  Hz
     num_samples    exact length of the clip, before any padding
-    frame_size     samples a frame
+    frame_size     samples per frame
     codebook_size  codes lie in [0, codebook_size)
-    num_codebooks  codes a frame, semantic first
+    num_codebooks  codes per frame, semantic first
     num_frames     ceil(num_samples / frame_size)
 
-It holds one tensor, `audio_codes`, uint8 [ceil(num_frames * num_codebooks * bits / 8)], where `bits` is
-the width of codebook_size - 1 in binary and at least 1: 11 for 2048 codes. The bytes are one stream of
-bits, the most significant bit of each byte first. In it stand all codes as unsigned numbers of `bits`
-bits, most significant bit first, without gaps: the codes of frame 0 from the first codebook to the last,
-those of frame 1, and so on. So code k of frame t begins at bit (t * num_codebooks + k) * bits. Zeros
-fill the last byte.
+The file holds one tensor, `audio_codes`, uint8 [ceil(num_frames * num_codebooks * bits / 8)]. Here `bits` is
+the number of binary digits of codebook_size - 1, at least 1; it is 11 for 2048 codes. The bytes form one
+stream of bits, and the most significant bit of each byte comes first. The stream holds the codes as unsigned
+numbers of `bits` bits each, most significant bit first, without gaps. The order is frame 0 from the first
+codebook to the last, then frame 1, and so on, so code k of frame t begins at bit
+(t * num_codebooks + k) * bits. Zeros fill the last byte.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -33,28 +34,33 @@ from typing import BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mimi_jax.config import ceil_div
 from mimi_jax.files.atomic import atomic_path
 
 FORMAT = "mimi_jax.files.codes"
 VERSION = "1"
 MAX_BITS = 16
-MAX_COUNT = 2**63  # what the header has room for
-PIECE_FRAMES = 4096  # read at once; a multiple of 8, so that each piece begins with a byte
+PARTIAL_FRAME = "the last frame was shorter than frame_size, so it ended the clip; nothing can follow it"
+MAX_COUNT = 2**63  # the largest number that the header has room for
+FRAMES_AT_ONCE = 4096  # a multiple of 8, so that what is read at once begins and ends on a whole byte
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeSpec:
     """What the codes in a file or a stream mean.
 
+    `mimi_jax.checkpoint.identity.code_spec(model)` makes the spec of a model's codes.
+
     Args:
-        model_id: identity of the codebooks, `mimi_jax.checkpoint.store.model_id(model, num_codebooks)`.
+        model_id: identity of the codebooks. Codes of the first codebooks alone have another identity.
         sampling_rate: Hz.
-        frame_size: samples a frame.
+        frame_size: samples per frame.
         codebook_size: codes lie in [0, codebook_size); at most 65536.
-        num_codebooks: codes a frame, semantic first.
+        num_codebooks: codes per frame, semantic first.
 
     Raises:
-        ValueError: a field that is not so.
+        ValueError: a number is not a positive integer, `codebook_size` is too large, or `model_id` is not a
+            string or is empty.
     """
 
     model_id: str
@@ -69,18 +75,29 @@ class CodeSpec:
         if self.codebook_size > 2**MAX_BITS:
             raise ValueError(f"codebook_size must be at most 65536, got {self.codebook_size}")
         if not isinstance(self.model_id, str) or not self.model_id:
-            raise ValueError(f"model_id must be a string, not empty, got {self.model_id!r}")
+            raise ValueError(f"model_id must be a string that is not empty, got {self.model_id!r}")
 
     @property
     def bits(self) -> int:
-        """Bits that a code takes."""
+        """Bits per code in a file or a stream."""
         return code_bits(self.codebook_size)
 
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sampling_rate / self.frame_size
+
+    @property
+    def kbits(self) -> float:
+        """The bit rate of the codec, in kbit per second; without the bits that a packed code may waste."""
+        return self.num_codebooks * math.log2(self.codebook_size) * self.frame_rate / 1000
+
     def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // self.frame_size)
+        """How many frames a clip of `num_samples` samples has."""
+        return ceil_div(num_samples, self.frame_size)
 
     def check(self, codes: np.ndarray, num_samples: int) -> None:
-        """Refuse what is not codes [codebooks, frames] of so many samples."""
+        """Raise ValueError unless `codes` are [codebooks, frames] for a clip of `num_samples` samples."""
         num_frames = self.num_frames(num_samples)
         if codes.shape != (self.num_codebooks, num_frames):
             raise ValueError(
@@ -92,41 +109,39 @@ class CodeSpec:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CodeFile:
-    """What a code file holds.
+    """The contents of a code file.
 
     Args:
-        audio_codes: integers [codebooks, frames] in [0, codebook_size), kept as int32.
-        num_samples: exact length of the clip; `frames` is ceil(num_samples / frame_size).
-        sampling_rate, codebook_size, frame_size: as in `CodeSpec`.
-        model_id: as there, of just these codebooks: where some are cut off, it is another.
+        spec: what the codes mean.
+        audio_codes: integers [codebooks, frames] in [0, spec.codebook_size); kept as int32.
+        num_samples: exact length of the clip; `frames` is ceil(num_samples / spec.frame_size).
 
     Raises:
-        ValueError: a field that is not so.
+        ValueError: `num_samples` is not a positive integer, or the codes do not fit the spec and the length.
     """
 
+    spec: CodeSpec
     audio_codes: np.ndarray
     num_samples: int
-    sampling_rate: int
-    codebook_size: int
-    frame_size: int
-    model_id: str
 
     def __post_init__(self):
         codes = np.asarray(self.audio_codes)
         _check_count("num_samples", self.num_samples)
-        if codes.ndim != 2 or len(codes) == 0:
-            raise ValueError(f"audio_codes must be [codebooks > 0, frames], got {list(codes.shape)}")
         self.spec.check(codes, int(self.num_samples))
         object.__setattr__(self, "audio_codes", codes.astype(np.int32))
 
-    @property
-    def spec(self) -> CodeSpec:
-        num_codebooks = len(self.audio_codes)
-        return CodeSpec(self.model_id, self.sampling_rate, self.frame_size, self.codebook_size, num_codebooks)
+
+def is_code_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a file that calls itself a code file. False if there is no such file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def save_codes(path: str | os.PathLike[str], codes: CodeFile) -> None:
-    """Write a code file, whole or not at all; the same codes give the same bytes.
+    """Write a code file, whole or not at all. The same codes give the same bytes.
 
     Raises:
         OSError: the file cannot be written.
@@ -137,7 +152,7 @@ def save_codes(path: str | os.PathLike[str], codes: CodeFile) -> None:
 
 @contextlib.contextmanager
 def code_writer(path: str | os.PathLike[str], spec: CodeSpec) -> Iterator["CodeWriter"]:
-    """`save_codes` in pieces: the file appears when the block ends, and not at all if it raises."""
+    """`save_codes` in pieces: the file appears when the `with` block ends, and not at all if it raises."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         writer = CodeWriter(file, spec)
         yield writer
@@ -145,31 +160,38 @@ def code_writer(path: str | os.PathLike[str], spec: CodeSpec) -> Iterator["CodeW
 
 
 class CodeWriter:
-    """Writes the codes of a clip to an open file, piece by piece, and the header last."""
+    """Writes the codes of a clip to an open file: the codes piece by piece, then the header.
+
+    `num_samples` and `num_frames` say how much has been written.
+    """
 
     def __init__(self, file: BinaryIO, spec: CodeSpec):
         self._file, self._spec = file, spec
-        self._pending = np.zeros(0, np.int32)  # codes that do not fill whole bytes yet
+        self._pending = np.zeros(0, np.int32)  # codes that do not yet fill whole bytes
         self.num_samples = self.num_frames = self._num_bytes = 0
         self._header_size = len(_header(spec, MAX_COUNT, MAX_COUNT, MAX_COUNT))
         file.seek(8 + self._header_size)
 
     def write(self, codes: np.ndarray, num_samples: int) -> None:
-        """Append codes [codebooks, frames] of so many samples; only the last frame may have fewer."""
+        """Append codes [codebooks, frames] of `num_samples` samples.
+
+        Raises:
+            ValueError: the codes do not fit the spec, or the frame before them was shorter than a frame.
+        """
         if self.num_samples % self._spec.frame_size:
-            raise ValueError("the last frame was no whole one, so nothing can follow it")
+            raise ValueError(PARTIAL_FRAME)
         self._spec.check(codes, num_samples)
         self.num_samples += num_samples
         self.num_frames += codes.shape[1]
         numbers = np.concatenate([self._pending, codes.T.ravel()])
-        whole = len(numbers) // 8 * 8  # eight codes of any width are whole bytes
+        whole = len(numbers) // 8 * 8  # eight codes of any width fill whole bytes
         self._append(numbers[:whole])
         self._pending = numbers[whole:]
 
     def close(self) -> None:
-        """Write what is pending, and the header."""
+        """Write the codes that are still pending, and the header."""
         if self.num_samples == 0:
-            raise ValueError("there is nothing to write: a code file holds one sample or more")
+            raise ValueError("a code file must hold the codes of at least one sample, got none")
         self._append(self._pending)
         header = _header(self._spec, self.num_samples, self.num_frames, self._num_bytes)
         self._file.seek(0)
@@ -182,7 +204,7 @@ class CodeWriter:
 
 
 def _header(spec: CodeSpec, num_samples: int, num_frames: int, num_bytes: int) -> bytes:
-    """The header, with its metadata always in the same order, unlike that of safetensors.numpy.save."""
+    """The JSON header. Its fields always have the same order, unlike those of safetensors.numpy.save."""
     fields = {**dataclasses.asdict(spec), "num_samples": num_samples, "num_frames": num_frames}
     metadata = {"format": FORMAT, "version": VERSION, **{key: str(value) for key, value in fields.items()}}
     tensor = {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}
@@ -194,15 +216,12 @@ def load_codes(path: str | os.PathLike[str]) -> CodeFile:
     """Read a code file and check everything in it.
 
     Raises:
-        OSError: the file is missing (FileNotFoundError), a folder, or may not be read.
-        ValueError: it is not a code file, was cut short, or contradicts itself.
+        OSError: the file is missing (FileNotFoundError), is a folder, or cannot be read.
+        ValueError: the file is not a code file, was cut short, or contradicts itself.
     """
     with open_codes(path) as reader:
-        spec, num_samples = reader.spec, reader.num_samples
         codes = np.concatenate([piece for piece, _ in reader], axis=1)
-    return CodeFile(
-        codes, num_samples, spec.sampling_rate, spec.codebook_size, spec.frame_size, spec.model_id
-    )
+        return CodeFile(reader.spec, codes, reader.num_samples)
 
 
 @contextlib.contextmanager
@@ -210,7 +229,7 @@ def open_codes(path: str | os.PathLike[str]) -> Iterator["CodeReader"]:
     """`load_codes` in pieces, in memory that does not grow with the length of the clip."""
     with contextlib.ExitStack() as stack:
         with _checking(path):
-            # open() says what is wrong with a path; safe_open does not always.
+            # safe_open does not always say what is wrong with a path; open() does.
             stack.enter_context(open(path, "rb"))
             reader = CodeReader(stack.enter_context(safe_open(path, framework="numpy")), path)
         yield reader
@@ -225,9 +244,10 @@ def _checking(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class CodeReader:
-    """An open code file: `spec`, `num_samples`, and what a loop over it gives.
+    """An open code file, with its `spec` and its `num_samples`.
 
-    That is (codes, num_samples) pairs: int32 [codebooks, frames] and the samples that they are of.
+    A loop over it yields pairs (codes, num_samples): int32 [codebooks, frames], and how many samples these
+    codes stand for.
     """
 
     def __init__(self, file, path: str | os.PathLike[str]):
@@ -253,14 +273,14 @@ class CodeReader:
             )
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        for start in range(0, self.num_samples, PIECE_FRAMES * self.spec.frame_size):
-            num_samples = min(self.num_samples - start, PIECE_FRAMES * self.spec.frame_size)
+        for start in range(0, self.num_samples, FRAMES_AT_ONCE * self.spec.frame_size):
+            num_samples = min(self.num_samples - start, FRAMES_AT_ONCE * self.spec.frame_size)
             with _checking(self._path):
                 codes = self._read(start // self.spec.frame_size, self.spec.num_frames(num_samples))
             yield codes, num_samples
 
     def _read(self, start: int, num_frames: int) -> np.ndarray:
-        """int32 [codebooks, frames] from frame `start` on, which begins with a byte."""
+        """int32 [codebooks, frames] from frame `start` on, which must begin on a whole byte."""
         num_codebooks, bits = self.spec.num_codebooks, self.spec.bits
         first = start * num_codebooks * bits // 8
         count = num_frames * num_codebooks
@@ -282,19 +302,19 @@ def _check_count(name: str, value: object) -> None:
 
 
 def code_bits(codebook_size: int) -> int:
-    """Bits that a code in [0, codebook_size) takes in a code file."""
+    """Bits per code in a code file, for codes in [0, codebook_size)."""
     return max(1, (codebook_size - 1).bit_length())
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
-    """Write numbers one after the other as `bits` bits each, most significant first.
+    """Pack numbers into `bits` bits each, without gaps, most significant bit first.
 
     Args:
         values: integers [count] in [0, 2**bits).
         bits: 1 to 16.
 
     Returns:
-        uint8 [ceil(count * bits / 8)], the last byte filled up with zeros.
+        uint8 [ceil(count * bits / 8)]; zeros fill the last byte.
     """
     _check_bits(bits)
     check_range(values, 2**bits)
@@ -303,7 +323,7 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The int32 [count] numbers that `pack_bits` wrote with `bits` bits each."""
+    """The numbers that `pack_bits` packed into `bits` bits each, int32 [count]."""
     _check_bits(bits)
     _check_packed(str(packed.dtype), packed.shape, bits, count)
     digits = np.zeros((count, MAX_BITS), np.uint8)
@@ -312,8 +332,8 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def packed_size(bits: int, count: int) -> int:
-    """Bytes that so many codes take."""
-    return -(-count * bits // 8)
+    """How many bytes `count` codes take."""
+    return ceil_div(count * bits, 8)
 
 
 def _check_packed(dtype: str, shape: Sequence[int], bits: int, count: int) -> None:
@@ -328,7 +348,7 @@ def _check_bits(bits: int) -> None:
 
 
 def check_range(values: np.ndarray, limit: int) -> None:
-    """Refuse what is not integers in [0, limit)."""
+    """Raise ValueError unless `values` are integers in [0, limit)."""
     if values.dtype.kind not in "iu":
         raise ValueError(f"codes must be integers, got {values.dtype}")
     if values.size and not (values.min() >= 0 and values.max() < limit):

@@ -32,7 +32,10 @@ def draw(original: np.ndarray, decoded: np.ndarray, file: CodeFile, title: str) 
     """
     from matplotlib.figure import Figure  # not pyplot: no windows, and no global state
 
-    rate, end = file.sampling_rate, file.audio_codes.shape[1] * file.frame_size / file.sampling_rate
+    rate, end = (
+        file.spec.sampling_rate,
+        file.audio_codes.shape[1] * file.spec.frame_size / file.spec.sampling_rate,
+    )
     clips = {"original": original.mean(axis=0), "decoded": decoded.mean(axis=0)}
     figure = Figure(figsize=(11, 9), layout="constrained")
     axes = figure.subplots(5, sharex=True, height_ratios=(2, 2, 3, 3, 3))
@@ -78,7 +81,7 @@ def _draw_codes(axis, file: CodeFile, end: float):
     """An image of the codes, whose colours say no more than which are equal."""
     extent = (0, end, len(file.audio_codes) + 0.5, 0.5)
     axis.yaxis.get_major_locator().set_params(integer=True)
-    limits = {"vmin": 0, "vmax": file.codebook_size - 1}
+    limits = {"vmin": 0, "vmax": file.spec.codebook_size - 1}
     return axis.imshow(file.audio_codes, extent=extent, interpolation="nearest", aspect="auto", **limits)
 
 

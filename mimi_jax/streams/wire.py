@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mimi_jax.files.audio import to_int16
-from mimi_jax.files.codes import CodeSpec, check_range, pack_bits, packed_size, unpack_bits
+from mimi_jax.files.codes import PARTIAL_FRAME, CodeSpec, check_range, pack_bits, packed_size, unpack_bits
 
 FORMAT = "mimi_jax.code_stream"
 VERSION = "1"
@@ -98,7 +98,7 @@ class CodeStreamWriter:
     def write(self, codes: np.ndarray, num_samples: int) -> None:
         """Append codes [codebooks, frames] of so many samples; a last frame of fewer ends the stream."""
         if not self._is_open:
-            raise ValueError("the last frame was no whole one, so nothing can follow it")
+            raise ValueError(PARTIAL_FRAME)
         self._spec.check(codes, num_samples)
         num_last = num_samples % self._spec.frame_size
         packets = [b"F" + pack_bits(frame, self._spec.bits).tobytes() for frame in codes.T]

@@ -1,5 +1,6 @@
 """The command line: what it writes, and that every failure is one line and leaves nothing behind."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import mimi_jax
 from mimi_jax import Mimi, checkpoint, cli
+from mimi_jax.files.codes import CodeSpec
 from tests.models import load_fixture
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +129,8 @@ def test_encode_and_decode(place: Path, run, tiny: list[str], models: Path):
     audio = mimi_jax.load_audio("clip.wav")
     file = mimi_jax.load_codes("out.safetensors")
     np.testing.assert_array_equal(file.audio_codes, mimi_jax.encode(model, audio[None]).audio_codes[0])
-    assert (file.num_samples, file.sampling_rate, file.model_id) == (2000, RATE, checkpoint.model_id(model))
+    assert (file.num_samples, file.spec.sampling_rate) == (2000, RATE)
+    assert file.spec.model_id == checkpoint.model_id(model)
 
     result = run("decode", "out.safetensors", "-o", "out.wav", *tiny)
     assert result.status == 0, result.stderr
@@ -236,8 +239,8 @@ def test_info_names_the_bundled_model_of_codes(place: Path, run, count: int):
     model = Mimi.from_pretrained("mini")
     config, identity = model.config, checkpoint.model_id(model, count)
     codes = np.zeros((count, 1), int)
-    file = mimi_jax.CodeFile(codes, 1, RATE, config.codebook_size, config.frame_size, identity)
-    mimi_jax.save_codes("mini.safetensors", file)
+    spec = CodeSpec(identity, RATE, config.frame_size, config.codebook_size, count)
+    mimi_jax.save_codes("mini.safetensors", mimi_jax.CodeFile(spec, codes, 1))
     assert f"{identity} (mini)" in run("info", "mini.safetensors").stdout
 
 
@@ -344,8 +347,8 @@ def test_codes_of_another_model(fails, models: Path):
 
 def test_codes_of_another_rate(fails, tiny: list[str]):
     file = mimi_jax.load_codes("codes.safetensors")
-    fields = {**vars(file), "sampling_rate": 16_000}
-    mimi_jax.save_codes("slow.safetensors", mimi_jax.CodeFile(**fields))
+    slow = dataclasses.replace(file, spec=dataclasses.replace(file.spec, sampling_rate=16_000))
+    mimi_jax.save_codes("slow.safetensors", slow)
     assert "its sampling_rate is 16000" in fails("decode", "slow.safetensors", "-o", "out.wav", *tiny)
 
 

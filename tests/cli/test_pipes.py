@@ -397,7 +397,7 @@ def test_fewer_codebooks_on_pipes(run):
 def test_no_audio_is_a_stream_of_no_frames_and_no_file(run, tmp_path: Path):
     assert run("encode", "-") == (0, make_clip().header + b"E", "")
     assert run("decode", "-", stdin=make_clip().header + b"E") == (0, b"", "")
-    error = "mimi-jax encode: error: there is nothing to write: a code file holds one sample or more\n"
+    error = "mimi-jax encode: error: a code file must hold the codes of at least one sample, got none\n"
     assert run("encode", "-", "-o", "codes.safetensors") == (1, b"", error)
     assert not list(tmp_path.iterdir())
 

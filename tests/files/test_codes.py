@@ -13,13 +13,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mimi_jax.files.codes import CodeFile, code_bits, load_codes, pack_bits, save_codes, unpack_bits
+from mimi_jax.files.codes import (
+    CodeFile,
+    CodeSpec,
+    code_bits,
+    is_code_file,
+    load_codes,
+    pack_bits,
+    save_codes,
+    unpack_bits,
+)
+
+SPEC = CodeSpec(
+    "sha256:0123456789abcdef", sampling_rate=24_000, frame_size=1920, codebook_size=2048, num_codebooks=8
+)
 
 
 def make_codes(num_codebooks: int = 8, num_samples: int = 100_000, codebook_size: int = 2048) -> CodeFile:
-    shape = (num_codebooks, -(-num_samples // 1920))
-    codes = np.random.default_rng(0).integers(codebook_size, size=shape)
-    return CodeFile(codes, num_samples, 24_000, codebook_size, 1920, "sha256:0123456789abcdef")
+    spec = dataclasses.replace(SPEC, num_codebooks=num_codebooks, codebook_size=codebook_size)
+    codes = np.random.default_rng(0).integers(
+        codebook_size, size=(num_codebooks, spec.num_frames(num_samples))
+    )
+    return CodeFile(spec, codes, num_samples)
 
 
 @pytest.fixture
@@ -80,8 +95,7 @@ def test_what_is_saved_comes_back(path: Path, num_codebooks: int, num_samples: i
     loaded = load_codes(path)
     np.testing.assert_array_equal(loaded.audio_codes, saved.audio_codes)
     assert loaded.audio_codes.dtype == np.int32
-    for field in dataclasses.fields(CodeFile)[1:]:
-        assert getattr(loaded, field.name) == getattr(saved, field.name)
+    assert (loaded.spec, loaded.num_samples) == (saved.spec, saved.num_samples)
 
 
 def test_eight_codebooks_cost_1100_bits_a_second(path: Path):
@@ -127,12 +141,32 @@ def test_the_same_codes_give_the_same_bytes(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
-        ({"num_samples": 1921}, r"audio_codes must be \[8, 2\], .* got \[8, 1\]"),
         ({"sampling_rate": 24e3}, "sampling_rate must be a positive integer, got 24000.0"),
         ({"frame_size": -1}, "frame_size must be a positive integer, got -1"),
         ({"codebook_size": 65537}, "codebook_size must be at most 65536, got 65537"),
-        ({"model_id": ""}, "model_id must be a string, not empty"),
+        ({"num_codebooks": 0}, "num_codebooks must be a positive integer, got 0"),
+        ({"model_id": ""}, "model_id must be a string that is not empty, got ''"),
+        ({"model_id": 3}, "model_id must be a string that is not empty, got 3"),
+    ],
+)
+def test_a_bad_spec_is_refused(changes: dict[str, Any], error: str):
+    with pytest.raises(ValueError, match=error):
+        dataclasses.replace(SPEC, **changes)
+
+
+def test_rates_of_a_spec():
+    assert (SPEC.frame_rate, SPEC.bits) == (12.5, 11)
+    assert SPEC.kbits == pytest.approx(1.1)
+    assert dataclasses.replace(SPEC, num_codebooks=32, codebook_size=1024).kbits == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
+        ({"num_samples": 1921}, r"audio_codes must be \[8, 2\], .* got \[8, 1\]"),
+        ({"spec": dataclasses.replace(SPEC, num_codebooks=7)}, r"must be \[7, 1\], .* got \[8, 1\]"),
+        ({"spec": dataclasses.replace(SPEC, codebook_size=2)}, r"codes must lie in \[0, 2\)"),
         ({"audio_codes": np.zeros((1, 8, 1), int)}, r"audio_codes must be .* got \[1, 8, 1\]"),
         ({"audio_codes": np.zeros((0, 1), int)}, r"audio_codes must be .* got \[0, 1\]"),
         ({"audio_codes": np.zeros((8, 1))}, "codes must be integers, got float64"),
@@ -167,7 +201,7 @@ def test_every_number_is_checked(path: Path, key: str, text: str | None):
         ({"format": "pt"}, "format must be 'mimi_jax.files.codes', got 'pt'"),
         ({"format": None}, "format must be 'mimi_jax.files.codes', got None"),
         ({"version": "2"}, "version must be '1', got '2'"),
-        ({"model_id": None}, "model_id must be a string, not empty, got ''"),
+        ({"model_id": None}, "model_id must be a string that is not empty, got ''"),
         ({"num_samples": "1921"}, "num_frames must be 2 for 1921 samples, got 5"),
         ({"num_samples": "9" * 5000}, "Exceeds the limit"),
         ({"num_frames": "2"}, r"4 codes of 10 bits must be uint8 \[5\], got uint8 \[13\]"),
@@ -183,6 +217,13 @@ def test_metadata_that_do_not_fit_are_refused(path: Path, changes: dict[str, str
         load_codes(path)
     assert str(info.value).startswith(f"{path} is not a valid code file: ")
     assert "\n" not in str(info.value)
+
+
+def test_a_code_file_is_known_by_its_metadata(path: Path):
+    assert not is_code_file(path)
+    assert not is_code_file(path.parent)
+    save_codes(path, make_codes())
+    assert is_code_file(path)
 
 
 def write_model(path: Path) -> None:
@@ -209,6 +250,7 @@ def write_extra_tensor(path: Path) -> None:
 )
 def test_other_files_are_refused(path: Path, write: Callable[[Path], object], error: str):
     write(path)
+    assert is_code_file(path) == (write is write_extra_tensor)
     with pytest.raises(ValueError, match=f"{path} is not a valid code file: .*{error}") as info:
         load_codes(path)
     assert "\n" not in str(info.value)

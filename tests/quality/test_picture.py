@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from mimi_jax.files.codes import CodeFile
+from mimi_jax.files.codes import CodeFile, CodeSpec
 from mimi_jax.quality.picture import MAX_COLUMNS, NUM_BANDS, draw, log_mel, mel_filters
 
 RATE = 24_000
@@ -19,7 +19,7 @@ def tone(hertz: float, num_samples: int, rate: int = RATE) -> np.ndarray:
 def code_file(num_samples: int, num_codebooks: int = 8) -> CodeFile:
     num_frames = -(-num_samples // 1920)
     codes = np.random.default_rng(0).integers(0, 2048, (num_codebooks, num_frames))
-    return CodeFile(codes, num_samples, RATE, 2048, 1920, "0123")
+    return CodeFile(CodeSpec("0123", RATE, 1920, 2048, num_codebooks), codes, num_samples)
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,7 @@ def test_nothing_follows_a_last_frame():
     writer = CodeStreamWriter(written.append, SPEC)
     writer.write(make_codes(SPEC, 1921), 1921)
     before = list(written)
-    with pytest.raises(ValueError, match="the last frame was no whole one, so nothing can follow it"):
+    with pytest.raises(ValueError, match="the last frame was shorter than frame_size, so it ended the clip"):
         writer.write(make_codes(SPEC, 1920), 1920)
     writer.close()
     assert written == before
