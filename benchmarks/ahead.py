@@ -131,7 +131,8 @@ def make_mesh(name: str) -> Mesh:
 @functools.cache
 def make_model(dtype: DTypeLike, precision: str, attention: str | None = None) -> mimi_jax.Mimi:
     """A model of full size that has shapes and no values."""
-    model = abstract_model(mimi_jax.MimiConfig(), precision=precision, attention=attention)
+    compute = "portable" if attention is None else {"attention": attention}
+    model = abstract_model(mimi_jax.MimiConfig(), precision=precision, compute=compute)
     return jax.eval_shape(lambda model: model.astype(dtype), model)
 
 
@@ -208,7 +209,7 @@ def bound(report: Report, seconds: float, device: Device, kind: tuple[str, str])
 
 
 def fused_attention(name: str, dtype: str) -> str | None:
-    """What `mimi_jax.ops.kernels.attend` would choose by itself if it found such a GPU."""
+    """What `mimi_jax.ops.policy` would choose by itself if it found such a GPU."""
     return "cudnn" if DEVICES[name].platform == "cuda" and dtype == "bfloat16" else None
 
 

@@ -30,6 +30,7 @@ from flax import nnx
 from jax import export as jax_export
 from jax.typing import ArrayLike
 
+from mimi_jax.arguments import check_audio, check_mask, check_rows
 from mimi_jax.checkpoint.store import model_id
 from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.files.atomic import atomic_path
@@ -37,16 +38,13 @@ from mimi_jax.model import (
     DecoderOutput,
     EncoderOutput,
     Mimi,
-    check_audio,
-    check_mask,
     decode,
     decode_step,
     encode,
     encode_step,
 )
 from mimi_jax.nn.quantizer import CodebookStatistic
-from mimi_jax.nn.streaming import check_mask_of_rows
-from mimi_jax.ops.kernels import choose_backend
+from mimi_jax.ops.policy import resolve
 
 FORMAT = "mimi_jax.export.1"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -203,7 +201,7 @@ class ExportedMimi:
     def _check_active(self, active: ArrayLike | None) -> jax.Array:
         batch = self.metadata.batch_size
         rows = np.ones(batch, bool) if active is None else jnp.asarray(active) != 0
-        return check_mask_of_rows("active", rows, batch)
+        return check_rows("active", rows, batch)
 
 
 def save(
@@ -244,7 +242,7 @@ def save(
     count = model.quantizer.resolve_count(config.num_quantizers if num_quantizers is None else num_quantizers)
     frames = max(model.encoded_length(round(seconds * config.sampling_rate)), 1)
     metadata = Metadata(config, platforms, jax.__version__, model_id(model, count), batch_size, count, frames)
-    weights, rebuild = _split(_with_portable_attention(model, frames))
+    weights, rebuild = _split(_portable(model))
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     functions: Functions = {}
     if model.encoder is not None:
@@ -319,13 +317,10 @@ def _check_platform(name: str, metadata: Metadata) -> None:
         )
 
 
-def _with_portable_attention(model: Mimi, frames: int) -> Mimi:
-    """The same model, but what it does with clips of so many frames does not depend on this machine."""
+def _portable(model: Mimi) -> Mimi:
+    """The same model, computed by nothing that only this machine has."""
     model = nnx.merge(*nnx.split(model))  # a copy, to be changed
-    for transformer in (model.encoder_transformer, model.decoder_transformer):
-        for block in [] if transformer is None else transformer.blocks:
-            time = frames * model.config.latent_stride
-            block.attention.backend = choose_backend(time, block.attention.window)
+    model.compute = resolve("portable")
     return model
 
 

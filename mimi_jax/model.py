@@ -8,7 +8,7 @@ Inside, arrays are channels last. Here, at the boundary, they are as everywhere 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +18,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from mimi_jax.arguments import check_audio, check_codes, check_mask, check_state, lengths_of_active
 from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.quantizer import SplitResidualQuantizer
 from mimi_jax.nn.seanet import Decoder, Encoder
-from mimi_jax.nn.streaming import (
-    StreamingLayer,
-    check_mask_of_rows,
-    check_state,
-    is_real,
-    step_all,
-)
+from mimi_jax.nn.streaming import StreamingLayer, is_real, step_all
 from mimi_jax.nn.transformer import Transformer
+from mimi_jax.ops import policy
 
 # The two halves, and the parts that each is made of, in the order in which they compute.
 HALVES = {
@@ -67,7 +63,7 @@ def _computing(method):
             hint = "pad_batch joins clips, and out.audio_codes are the codes of an output"
             raise TypeError(f"expected an array, got {type(x).__name__}; {hint}")
         sharding = jax.typeof(x).sharding
-        with jax.default_matmul_precision(self.precision):
+        with jax.default_matmul_precision(self.precision), policy.computing(self.compute):
             if not (axes := sharding.mesh.explicit_axes):
                 return method(self, x, *args, **kwargs)
             batch = PartitionSpec(*sharding.spec[:1])
@@ -86,7 +82,8 @@ class Mimi(nnx.Module):
         rngs: for the random initial parameters.
         precision: of matrix products, as in `jax.default_matmul_precision`; "highest" is exact float32
             on every backend.
-        attention: a name in `mimi_jax.ops.kernels.BACKENDS`; None chooses by the length of the input.
+        compute: "auto" for the fastest implementations on this machine; "portable" for those in plain XLA;
+            or implementations by operation, such as {"attention": "banded"}, see `mimi_jax.ops.policy`.
         encoder, decoder: False leaves out that half. The quantizer is always there.
     """
 
@@ -96,15 +93,15 @@ class Mimi(nnx.Module):
         *,
         rngs: nnx.Rngs,
         precision: str = "highest",
-        attention: str | None = None,
+        compute: str | Mapping[str, str] | policy.Compute = "auto",
         encoder: bool = True,
         decoder: bool = True,
     ):
         if not (encoder or decoder):
             raise ValueError("a model needs its encoder, its decoder or both, got neither")
-        self.config, self.precision = config, precision
+        self.config, self.precision, self.compute = config, precision, policy.resolve(compute)
         size, stride, causal = config.hidden_size, config.latent_stride, config.use_causal_conv
-        transformer = functools.partial(Transformer, config, attention=attention, rngs=rngs)
+        transformer = functools.partial(Transformer, config, rngs=rngs)
         resampling = {"stride": stride, "causal": causal, "use_bias": False, "rngs": rngs}
         self.encoder = Encoder(config, rngs=rngs) if encoder else None
         self.encoder_transformer = transformer() if encoder else None
@@ -125,7 +122,7 @@ class Mimi(nnx.Module):
         *,
         dtype: DTypeLike | None = jnp.float32,
         precision: str = "highest",
-        attention: str | None = None,
+        compute: str | Mapping[str, str] | policy.Compute = "auto",
         encoder: bool = True,
         decoder: bool = True,
         num_quantizers: int | None = None,
@@ -138,7 +135,7 @@ class Mimi(nnx.Module):
             name: a bundled model ("mini"), a folder with `config.json` and weights, a `.safetensors` file in
                 the layout of `transformers` or of Kyutai, or a Hugging Face repository ("kyutai/mimi").
             dtype: of weights and activations; the quantizer is always float32. None keeps what is stored.
-            precision, attention: as for `Mimi`.
+            precision, compute: as for `Mimi`.
             encoder, decoder: False leaves out that half.
             num_quantizers: keeps the first codebooks alone, such as the 8 of Moshi; None keeps all.
             quantization: "int8" makes the kernels of both halves int8, as `mimi_jax.checkpoint.int8` does,
@@ -157,7 +154,7 @@ class Mimi(nnx.Module):
             name,
             dtype=dtype,
             precision=precision,
-            attention=attention,
+            compute=compute,
             encoder=encoder,
             decoder=decoder,
             num_quantizers=num_quantizers,
@@ -217,7 +214,7 @@ class Mimi(nnx.Module):
         audio = pad_to_frame(audio, self.config)
         if lengths is None and audio.shape[2] > num_samples:
             lengths = jnp.full(audio.shape[0], num_samples)
-        lengths = _lengths_of_active(active, lengths, len(audio), num_samples)
+        lengths = lengths_of_active(active, lengths, len(audio), num_samples)
         if state is not None:
             check_state(state, jax.eval_shape(lambda: self.init_encoder_state(len(audio))))
         x = jnp.swapaxes(audio, 1, 2).astype(self.dtype)
@@ -257,12 +254,7 @@ class Mimi(nnx.Module):
 
         A code outside [0, codebook_size) gives NaN.
         """
-        codes = jnp.asarray(codes)
-        if codes.ndim != 3 or not jnp.issubdtype(codes.dtype, jnp.integer):
-            raise ValueError(
-                f"codes must be integers [batch, codebooks, frames], got {codes.dtype} {list(codes.shape)}"
-            )
-        return self.quantizer.decode(codes)
+        return self.quantizer.decode(check_codes(codes))
 
     @_computing
     def _decode_latents(
@@ -303,53 +295,6 @@ class Mimi(nnx.Module):
         if padding_mask is None:
             padding_mask = jnp.ones((codes.shape[0], jnp.shape(audio)[2]), bool)
         return MimiOutput(codes, codes_mask, decode(self, codes, padding_mask).audio_values)
-
-
-def check_audio(
-    config: MimiConfig, audio: ArrayLike, padding_mask: ArrayLike | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Refuse audio that is not what the model takes, and silence what its mask leaves out.
-
-    Returns:
-        The audio, and the length of each row, int32 [batch]: up to its last real sample. None for all.
-    """
-    audio = jnp.asarray(audio)
-    channels = config.audio_channels
-    if audio.ndim != 3 or audio.shape[1] != channels or audio.shape[2] == 0:
-        expected = f"[batch, channels={channels}, samples > 0]"
-        raise ValueError(f"audio must be {expected}, got {list(audio.shape)}; [samples] is audio[None, None]")
-    if not jnp.issubdtype(audio.dtype, jnp.floating):
-        raise ValueError(f"audio must be floating point in [-1, 1], got {audio.dtype}; divide int16 by 32768")
-    if padding_mask is None:
-        return audio, None
-    mask, lengths = check_mask(padding_mask, audio.shape[0])
-    if mask.shape[1] != audio.shape[2]:
-        raise ValueError(f"padding_mask must cover {audio.shape[2]} samples, got {mask.shape[1]}")
-    # `where`, since zero times NaN is NaN, and padding may hold anything.
-    return jnp.where(mask[:, None, :], audio, 0), lengths
-
-
-def _lengths_of_active(
-    active: ArrayLike | None, lengths: jax.Array | None, batch_size: int, size: int
-) -> jax.Array | None:
-    """The lengths, but 0 for the rows that are not active; None stands for `size` of each row."""
-    if active is None:
-        return lengths
-    rows = check_mask_of_rows("active", jnp.asarray(active) != 0, batch_size)
-    return jnp.where(rows, size if lengths is None else lengths, 0)
-
-
-def check_mask(padding_mask: ArrayLike, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """A mask as bool [batch, samples], and the length of each row, up to its last real sample."""
-    mask = jnp.asarray(padding_mask) != 0
-    if mask.ndim == 3 and mask.shape[1] == 1:
-        mask = mask[:, 0]
-    if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] == 0:
-        raise ValueError(
-            f"padding_mask must be [batch={batch_size}, samples > 0] or [batch, 1, samples],"
-            f" got {list(jnp.shape(padding_mask))}"
-        )
-    return mask, jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
 
 
 def pad_to_frame(audio: ArrayLike, config: MimiConfig) -> jax.Array:
@@ -479,6 +424,6 @@ def decode_step(
         The state for the next step, and audio [batch, channels, frames * frame_size].
     """
     latents = model.dequantize(audio_codes)
-    lengths = _lengths_of_active(active, None, *latents.shape[:2])
+    lengths = lengths_of_active(active, None, *latents.shape[:2])
     state, audio = model._decode_latents(latents, lengths, state)
     return state, audio if lengths is None else jnp.where(lengths[:, None, None] > 0, audio, 0)

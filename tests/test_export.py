@@ -137,7 +137,7 @@ def test_bfloat16_and_fewer_codebooks(tmp_path: Path):
 
 
 def test_attention_kernels_of_one_platform_stay_out(tmp_path: Path):
-    model = checkpoint.abstract_model(MODEL.config, attention="cudnn")
+    model = checkpoint.abstract_model(MODEL.config, compute={"attention": "cudnn"})
     save(random_like(model, seed=0), tmp_path / "mimi.zip")
     assert np.all(export.load(tmp_path / "mimi.zip").encode(CLIP.audio).audio_codes_mask)
 

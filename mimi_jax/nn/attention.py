@@ -10,8 +10,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from mimi_jax.nn.streaming import StreamingLayer, step_in_pieces
-from mimi_jax.ops.kernels import BACKENDS, attend, dot_general, visible
+from mimi_jax.nn.streaming import StreamingLayer
+from mimi_jax.ops import policy
+from mimi_jax.ops.attention import visible
+from mimi_jax.ops.pieces import step_in_pieces
 
 
 @functools.lru_cache(maxsize=32)
@@ -57,11 +59,7 @@ class AttentionState(NamedTuple):
 
 
 class Attention(StreamingLayer):
-    """Causal self-attention over a sliding window, with rotary positions and grouped keys and values.
-
-    Args:
-        backend: a name in `kernels.BACKENDS`, for whole clips; None chooses by platform, dtype and length.
-    """
+    """Causal self-attention over a sliding window, with rotary positions and grouped keys and values."""
 
     def __init__(
         self,
@@ -73,17 +71,14 @@ class Attention(StreamingLayer):
         *,
         rope_theta: float = 10_000.0,
         use_bias: bool = False,
-        backend: str | None = None,
         rngs: nnx.Rngs,
     ):
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
-        self.window, self.rope_theta, self.backend = window, rope_theta, backend
+        self.window, self.rope_theta = window, rope_theta
         self.slots = window - 1 + SPARE
 
         def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=use_bias, dot_general=dot_general, rngs=rngs)
+            return nnx.Linear(size_in, size_out, use_bias=use_bias, dot_general=policy.product, rngs=rngs)
 
         self.query_proj = linear(features, num_heads * head_dim)
         self.key_proj = linear(features, num_key_value_heads * head_dim)
@@ -107,8 +102,7 @@ class Attention(StreamingLayer):
         value = self.value_proj(x).reshape(key.shape)
         if state is None:
             turn = turns(time, self.head_dim, self.rope_theta)
-            attend_whole = attend if self.backend is None else BACKENDS[self.backend]
-            out = attend_whole(rotate(query, turn), rotate(key, turn), value, window=self.window)
+            out = policy.attention(rotate(query, turn), rotate(key, turn), value, window=self.window)
         else:
             past, state = state, self._write(state, key, value, lengths)
             if time <= SPARE:

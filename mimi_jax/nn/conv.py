@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from mimi_jax.config import ceil_div
 from mimi_jax.nn.streaming import StreamingLayer, fill_beyond, keep_idle_rows
-from mimi_jax.ops.kernels import conv1d
+from mimi_jax.ops import policy
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -95,7 +95,7 @@ class Conv1d(StreamingLayer):
         if self.lookahead:
             mode = "edge" if self.pad_mode == "replicate" else "constant"
             x = jnp.pad(x, ((0, 0), (0, self.lookahead), (0, 0)), mode=mode)
-        y = conv1d(x, self.kernel[...], stride=self.stride, dilation=self.dilation)
+        y = policy.convolution(x, self.kernel[...], stride=self.stride, dilation=self.dilation)
         state = keep_idle_rows(lengths, ConvState(past, started), state)
         return state, y if self.bias is None else y + self.bias[...]
 
@@ -164,7 +164,7 @@ class ConvTranspose1d(StreamingLayer):
         """What each two neighbouring inputs give: [batch, 1 + time, in] -> [batch, time, stride, out]."""
         kernel, groups = self.kernel[...], self.groups
         if groups == 1:
-            return conv1d(x, kernel.reshape(2, self.in_channels, self.stride * self.out_channels))
+            return policy.convolution(x, kernel.reshape(2, self.in_channels, self.stride * self.out_channels))
         # A depthwise kernel is a few multiply-adds, for which XLA's grouped convolutions are slow.
         x = x.reshape(*x.shape[:2], groups, self.in_channels // groups)
         before = jnp.einsum("btgi,giso->btsgo", x[:, :-1], kernel[0])

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import lax
 
 from mimi_jax.config import MimiConfig
+from mimi_jax.ops import policy
 
 EPSILON = 1e-5  # the smallest cluster usage that an embedding is divided by, as in the references
 
@@ -23,16 +24,6 @@ class CodebookStatistic(nnx.Variable):
 
 class Codebook(nnx.Variable):
     """What is derived from the statistics, once, and read by every call."""
-
-
-def first_argmax(x: jax.Array) -> jax.Array:
-    """Where each last axis is greatest, first if there are several: int32. On CPUs it takes half as long as
-    `jnp.argmax`, which XLA does not vectorize."""
-    is_greatest = x == jnp.max(x, axis=-1, keepdims=True)
-    indices = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    # Among NaN nothing is greatest, and the index must be one all the same.
-    last = x.shape[-1] - 1
-    return jnp.min(jnp.where(is_greatest, indices, last), axis=-1)
 
 
 class ResidualQuantizer(nnx.Module):
@@ -69,8 +60,7 @@ class ResidualQuantizer(nnx.Module):
         # By number, and by whole codebooks: a slice of the first ones would be copied in every call.
         def step(residual: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
             embedding = self.embedding[level]
-            # |r - e|^2 / 2 without the part that is the same for every e, and negated.
-            codes = first_argmax(residual @ embedding.T - self.half_square[level])
+            codes = policy.search(residual, embedding, self.half_square[level])
             return residual - embedding[codes], codes
 
         return jnp.moveaxis(lax.scan(step, residual, jnp.arange(num_levels))[1], 0, 1)

@@ -3,22 +3,16 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jax import lax
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
-from mimi_jax.nn.streaming import Chain, StreamingLayer, step_all, step_in_pieces
-from mimi_jax.ops.kernels import elu
-
-# A CPU is bound by memory here. So all layers go over pieces of time whose buffers the system need not find
-# anew for each, and the layers next to the waveform, the widest, one after the other over what fits in cache.
-BUFFER_BYTES = 25_000_000
-CACHE_BYTES = 2_500_000
-GPU_PIECE_BYTES = 2**31  # cuDNN took no more than 2**31 elements before 9.3, and not always since
+from mimi_jax.nn.streaming import Chain, StreamingLayer, step_all
+from mimi_jax.ops.pieces import step_in_pieces
+from mimi_jax.ops.policy import PieceBytes, elu
 
 
 def _conv(config: MimiConfig, *sizes: int, rngs: nnx.Rngs, **kwargs) -> Conv1d:
@@ -28,6 +22,8 @@ def _conv(config: MimiConfig, *sizes: int, rngs: nnx.Rngs, **kwargs) -> Conv1d:
 
 class ResidualBlock(Chain):
     """Two activated convolutions around a bottleneck, added to the input or to a 1x1 convolution of it."""
+
+    operation = "residual_block"
 
     def __init__(self, config: MimiConfig, channels: int, dilation: int, *, rngs: nnx.Rngs):
         conv = functools.partial(_conv, config, rngs=rngs)
@@ -39,10 +35,10 @@ class ResidualBlock(Chain):
     def layers(self) -> Sequence[StreamingLayer]:
         return self.conv1, self.conv2
 
-    def step(
+    def step_layers(
         self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
     ) -> tuple[tuple, jax.Array]:
-        state, y = super().step(state, x, lengths)
+        state, y = super().step_layers(state, x, lengths)
         # A 1x1 convolution has no past, so the shortcut needs no state.
         return state, y + (x if self.shortcut is None else self.shortcut(x))
 
@@ -53,7 +49,9 @@ def _residual_blocks(config: MimiConfig, channels: int, rngs: nnx.Rngs) -> nnx.L
 
 
 class EncoderStage(Chain):
-    """Residual blocks, then `ratio` times fewer steps of twice as many channels."""
+    """Residual blocks, then a convolution to `ratio` times fewer positions of twice as many channels."""
+
+    operation = "encoder_stage"
 
     def __init__(self, config: MimiConfig, channels: int, ratio: int, *, rngs: nnx.Rngs):
         self.blocks = _residual_blocks(config, channels, rngs)
@@ -66,18 +64,20 @@ class EncoderStage(Chain):
 
 
 class Group(NamedTuple):
-    """Neighbouring layers of a network."""
+    """Neighbouring layers of a network, which go over pieces of time together."""
 
     layers: Sequence[StreamingLayer]
-    hop: int  # steps of their input for one of the latents
-    max_bytes: int  # of the widest activations on their way, on a CPU
+    inputs_per_step: int  # positions of the group's input for each step of 25 Hz
+    is_wide: bool  # whether it lies next to the waveform, where activations are largest
 
 
 class Network(Chain):
-    """Either half: stages, and a convolution before and after them."""
+    """Encoder or decoder: stages, and a convolution before and after them."""
 
     def __init__(self, config: MimiConfig):
-        self.config, self.hop = config, math.prod(config.upsampling_ratios)
+        self.config, self.samples_per_step = config, math.prod(config.upsampling_ratios)
+        # A network that looks ahead has no state, and so no pieces.
+        self.operation = "network" if config.is_streamable else ""
 
     def groups(self) -> Sequence[Group]:
         raise NotImplementedError
@@ -88,46 +88,33 @@ class Network(Chain):
     def step(
         self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
     ) -> tuple[tuple, jax.Array]:
-        if not self.config.is_streamable:
-            return super().step(state, x, lengths)
-        if state is None:
+        if state is None and self.operation:
             state = self.init_state(x.shape[0], x.dtype)
-        return _step(self, state, x, lengths)
+        return super().step(state, x, lengths)
 
     def step_in_pieces(
-        self, min_bytes: int, state: tuple, x: jax.Array, lengths: jax.Array | None
+        self, limits: PieceBytes, state: tuple, x: jax.Array, lengths: jax.Array | None
     ) -> tuple[tuple, jax.Array]:
-        """`step` as a CPU does it fastest, or in larger pieces, whose activations take `min_bytes`."""
-        step_bytes = x.shape[0] * self.hop * self.config.num_filters * x.dtype.itemsize
+        """`step`, in pieces of time whose widest activations take no more than `limits`."""
+        step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
 
-        def size(max_bytes: int, hop: int) -> int:
-            return max(max(max_bytes, min_bytes) // step_bytes, 1) * hop
+        def size(max_bytes: int, inputs_per_step: int) -> int:
+            return max(max_bytes // step_bytes, 1) * inputs_per_step
 
         def step_groups(state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
             new_state = ()
-            for layers, hop, max_bytes in self.groups():
+            for layers, inputs_per_step, is_wide in self.groups():
+                max_bytes = limits.wide_layers if is_wide else limits.all_layers
                 step = functools.partial(step_all, layers)
                 old, state = state[: len(layers)], state[len(layers) :]
-                new, x = step_in_pieces(step, old, x, lengths, size(max_bytes, hop))
+                new, x = step_in_pieces(step, old, x, lengths, size(max_bytes, inputs_per_step))
                 new_state += new
                 for layer in layers:
                     lengths = layer.output_lengths(lengths)
             return new_state, x
 
-        return step_in_pieces(step_groups, state, x, lengths, size(BUFFER_BYTES, self.groups()[0].hop))
-
-
-@jax.custom_jvp
-def _step(network: Network, state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
-    in_cache, large = (functools.partial(network.step_in_pieces, size) for size in (0, GPU_PIECE_BYTES))
-    whole = functools.partial(Chain.step, network)
-    return lax.platform_dependent(state, x, lengths, cpu=in_cache, cuda=large, default=whole)
-
-
-@_step.defjvp
-def _step_whole(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-    # A way back needs all activations, and pieces would copy all of them for each piece.
-    return jax.jvp(Chain.step, primals, tangents)
+        first = self.groups()[0].inputs_per_step
+        return step_in_pieces(step_groups, state, x, lengths, size(limits.all_layers, first))
 
 
 class Encoder(Network):
@@ -147,13 +134,15 @@ class Encoder(Network):
     def groups(self) -> Sequence[Group]:
         ratio = self.config.upsampling_ratios[-1]
         return (
-            Group((self.first, *self.stages[:1]), self.hop, CACHE_BYTES),
-            Group((*self.stages[1:], self.last), self.hop // ratio, BUFFER_BYTES),
+            Group((self.first, *self.stages[:1]), self.samples_per_step, is_wide=True),
+            Group((*self.stages[1:], self.last), self.samples_per_step // ratio, is_wide=False),
         )
 
 
 class DecoderStage(Chain):
-    """`ratio` times more steps of half as many channels, then residual blocks."""
+    """A convolution to `ratio` times more positions of half as many channels, then residual blocks."""
+
+    operation = "decoder_stage"
 
     def __init__(self, config: MimiConfig, channels: int, ratio: int, *, rngs: nnx.Rngs):
         self.upsample = ConvTranspose1d(
@@ -188,6 +177,6 @@ class Decoder(Network):
     def groups(self) -> Sequence[Group]:
         ratio = self.config.upsampling_ratios[-1]
         return (
-            Group((self.first, *self.stages[:-1]), 1, BUFFER_BYTES),
-            Group((*self.stages[-1:], self.last), self.hop // ratio, CACHE_BYTES),
+            Group((self.first, *self.stages[:-1]), 1, is_wide=False),
+            Group((*self.stages[-1:], self.last), self.samples_per_step // ratio, is_wide=True),
         )

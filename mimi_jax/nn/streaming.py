@@ -21,14 +21,15 @@ which nothing is real keeps its state. Ragged batches, clips that are no whole n
 that pause and streams that end are one mechanism.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
+
+from mimi_jax.ops import policy
 
 State = TypeVar("State")
 
@@ -64,33 +65,13 @@ def step_all(
     return tuple(new_states), x
 
 
-def step_in_pieces(
-    step: Callable, state: State, x: jax.Array, lengths: jax.Array | None, size: int
-) -> tuple[State, jax.Array]:
-    """`step(state, x, lengths)`, but `size` of x at a time: what it computes on the way stays in cache."""
-    batch, time, channels = x.shape
-    if time <= size:
-        return step(state, x, lengths)
-
-    def step_piece(state: State, piece: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
-        start, x = piece
-        return step(state, x, None if lengths is None else jnp.clip(lengths - start, 0, x.shape[1]))
-
-    count, rest = divmod(time, size)
-    pieces = jnp.moveaxis(x[:, : time - rest].reshape(batch, count, size, channels), 1, 0)
-    # Inside `shard_map` a carry must differ between the devices from the start, as x does.
-    zero = jnp.zeros_like(x[:, 0, 0])
-    state = jax.tree.map(lambda s: s + jnp.expand_dims(zero, range(1, s.ndim)).astype(s.dtype), state)
-    state, y = lax.scan(step_piece, state, (jnp.arange(0, time - rest, size), pieces))
-    y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1])
-    if rest:
-        state, end = step_piece(state, (jnp.array(time - rest), x[:, time - rest :]))
-        y = jnp.concatenate([y, end], axis=1)
-    return state, y
-
-
 class Chain(StreamingLayer):
-    """Layers one after the other; its state is the tuple of theirs."""
+    """Layers one after the other; its state is the tuple of theirs.
+
+    `mimi_jax.ops.policy` computes the chain layer by layer, or as one where it has a way to do that.
+    """
+
+    operation = ""
 
     def layers(self) -> Sequence[StreamingLayer]:
         raise NotImplementedError
@@ -101,6 +82,12 @@ class Chain(StreamingLayer):
     def step(
         self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
     ) -> tuple[tuple, jax.Array]:
+        return policy.step(self, state, x, lengths)
+
+    def step_layers(
+        self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[tuple, jax.Array]:
+        """Step one layer after the other."""
         return step_all(self.layers(), state, x, lengths)
 
     def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
@@ -136,13 +123,6 @@ def batch_size(state: Any) -> int:
     return jax.tree.leaves(state)[0].shape[0]
 
 
-def check_state(state: Any, fresh: Any) -> None:
-    """Refuse a state that has not the form of a fresh one: another model's, half's, batch's or dtype's."""
-    forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), tree) for tree in (state, fresh)]
-    if forms[0] != forms[1]:
-        raise ValueError("the state must be of this model, this half and as many streams as the input")
-
-
 def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
     """For each row of a batch, the state `if_true` or `if_false`; `rows` is bool [batch]."""
 
@@ -155,11 +135,3 @@ def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
 def keep_idle_rows(lengths: jax.Array | None, new_state: State, state: State) -> State:
     """The new state, but the old one of the rows of which nothing was real in this step."""
     return new_state if lengths is None else select_rows(lengths > 0, new_state, state)
-
-
-def check_mask_of_rows(name: str, rows: ArrayLike | Sequence[bool], batch: int) -> jax.Array:
-    """Refuse what is not bool [batch], such as the numbers of rows."""
-    rows = jnp.asarray(rows)
-    if rows.dtype != bool or rows.shape != (batch,):
-        raise ValueError(f"{name} must be bool [batch={batch}], got {rows.dtype} {list(rows.shape)}")
-    return rows

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.attention import Attention, AttentionState
 from mimi_jax.nn.streaming import Chain, StreamingLayer
-from mimi_jax.ops.kernels import dot_general
+from mimi_jax.ops import policy
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -26,7 +26,7 @@ ACTIVATIONS = {
 class TransformerLayer(StreamingLayer):
     """Pre-norm attention and MLP, each residual branch scaled per channel (LayerScale, arXiv 2103.17239)."""
 
-    def __init__(self, config: MimiConfig, *, attention: str | None = None, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
         features, hidden = config.hidden_size, config.intermediate_size
         assert config.head_dim is not None
         norm = functools.partial(nnx.LayerNorm, features, epsilon=config.norm_eps, use_fast_variance=False)
@@ -39,12 +39,11 @@ class TransformerLayer(StreamingLayer):
             config.sliding_window,
             rope_theta=config.rope_theta,
             use_bias=config.attention_bias,
-            backend=attention,
             rngs=rngs,
         )
         self.attention_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale, jnp.float32))
         self.mlp_norm = norm(rngs=rngs)
-        linear = functools.partial(nnx.Linear, use_bias=False, dot_general=dot_general, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, dot_general=policy.product, rngs=rngs)
         self.mlp_in, self.mlp_out = linear(features, hidden), linear(hidden, features)
         self.mlp_scale = nnx.Param(jnp.full(features, config.layer_scale_initial_scale, jnp.float32))
         self.hidden_act = config.hidden_act
@@ -64,10 +63,8 @@ class TransformerLayer(StreamingLayer):
 class Transformer(Chain):
     """A stack of layers: [batch, steps, hidden_size] -> the same; no norm after the last."""
 
-    def __init__(self, config: MimiConfig, *, attention: str | None = None, rngs: nnx.Rngs):
-        self.blocks = nnx.List(
-            TransformerLayer(config, attention=attention, rngs=rngs) for _ in range(config.num_hidden_layers)
-        )
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List(TransformerLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers))
 
     def layers(self) -> Sequence[StreamingLayer]:
         return self.blocks

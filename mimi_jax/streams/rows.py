@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from mimi_jax.nn.streaming import State, batch_size, check_mask_of_rows, select_rows
+from mimi_jax.arguments import check_rows
+from mimi_jax.nn.streaming import State, batch_size, select_rows
 
 
 def reset_rows(state: State, rows: ArrayLike | Sequence[bool]) -> State:
@@ -30,7 +31,7 @@ def reset_rows(state: State, rows: ArrayLike | Sequence[bool]) -> State:
     """
     if not jax.tree.leaves(state):  # of a layer that remembers nothing
         return state
-    return _reset_rows(state, check_mask_of_rows("rows", rows, batch_size(state)))
+    return _reset_rows(state, check_rows("rows", rows, batch_size(state)))
 
 
 @jax.jit

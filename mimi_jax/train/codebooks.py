@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mimi_jax.nn.quantizer import EPSILON, ResidualQuantizer, SplitResidualQuantizer, first_argmax
+from mimi_jax.nn.quantizer import EPSILON, ResidualQuantizer, SplitResidualQuantizer
+from mimi_jax.ops.nearest import plain_search
 
 DECAY = 0.99
 DEAD = 0.1  # of the mean usage
@@ -102,7 +103,7 @@ def _quantize_levels(
         residual, total = carry
         embedding, is_used, key = level
         vectors = lax.stop_gradient(residual)
-        codes = first_argmax(vectors @ embedding.T - jnp.sum(embedding**2, axis=-1) / 2)
+        codes = plain_search(vectors, embedding, jnp.sum(embedding**2, axis=-1) / 2)
         quantized = embedding[codes]
         distance = jnp.mean((residual - quantized) ** 2)
         flat, flat_codes = vectors.reshape(-1, dim), codes.ravel()
@@ -185,7 +186,7 @@ def _kmeans(vectors: jax.Array, size: int, key: jax.Array) -> tuple[jax.Array, j
     """Centres [size, dim], how many vectors each has, at least one, and what they leave of the vectors."""
 
     def assign(centres: jax.Array) -> jax.Array:
-        return first_argmax(vectors @ centres.T - jnp.sum(centres**2, axis=1) / 2)
+        return plain_search(vectors, centres, jnp.sum(centres**2, axis=1) / 2)
 
     def step(i: jax.Array, centres: jax.Array) -> jax.Array:
         codes = assign(centres)

@@ -1,7 +1,4 @@
-"""The one rule of visibility, rotary positions, and every backend against the definition."""
-
-import functools
-import math
+"""Rotary positions, and what the attention layer remembers."""
 
 import jax
 import jax.numpy as jnp
@@ -9,117 +6,7 @@ import numpy as np
 import pytest
 
 from mimi_jax.nn.attention import Attention, rotate, turns
-from mimi_jax.ops.kernels import (
-    BACKENDS,
-    attend,
-    banded_attention,
-    choose_backend,
-    reference_attention,
-    splash_attention,
-    visible,
-)
 from tests.models import noise, random_module, relative_error
-
-
-def test_visible():
-    """Window 3: a query sees itself and the two keys before it, none after, and none before position 1."""
-    queries, keys = jnp.arange(6)[:, None], jnp.arange(6)
-    assert visible(queries, keys, 1, 3).astype(int).tolist() == [
-        [0, 0, 0, 0, 0, 0],
-        [0, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 0, 0],
-        [0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 1, 1, 1],
-    ]
-
-
-def attention_by_loops(query: np.ndarray, key: np.ndarray, value: np.ndarray, window: int) -> np.ndarray:
-    """One row: each query's average of the values, weighted by its softmax over the window."""
-    time, heads, head_dim = query.shape
-    share = heads // key.shape[1]
-    out = np.zeros(query.shape)
-    for t, head in np.ndindex(time, heads):
-        seen = slice(max(0, t - window + 1), t + 1)
-        scores = key[seen, head // share] @ query[t, head] / math.sqrt(head_dim)
-        weights = np.exp(scores - scores.max())
-        out[t, head] = weights @ value[seen, head // share] / weights.sum()
-    return out
-
-
-@pytest.mark.parametrize("backend", ["reference", "banded"])
-@pytest.mark.parametrize(
-    ("time", "window", "heads", "key_value_heads"),
-    [(1, 4, 2, 2), (4, 4, 2, 2), (13, 4, 4, 2), (12, 4, 4, 1), (9, 4, 2, 1), (5, 1, 2, 2), (5, 8, 2, 2)],
-)
-def test_backends_equal_the_loops(backend: str, time: int, window: int, heads: int, key_value_heads: int):
-    query = noise(2, time, heads, 6, seed=1)
-    key, value = (noise(2, time, key_value_heads, 6, seed=seed) for seed in (2, 3))
-    out = jax.jit(functools.partial(BACKENDS[backend], window=window))(query, key, value)
-    for row in range(2):
-        expected = attention_by_loops(query[row], key[row], value[row], window)
-        assert relative_error(out[row], expected) < 1e-6
-
-
-def gradients(attend, query, key, value, weights) -> tuple[jax.Array, ...]:
-    def loss(q, k, v):
-        return jnp.vdot(attend(q, k, v), weights)
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
-
-
-def test_gradients_of_banded_attention_equal_the_reference():
-    tensors = noise(2, 13, 4, 6), noise(2, 13, 2, 6, seed=1), noise(2, 13, 2, 6, seed=2)
-    weights = noise(2, 13, 4, 6, seed=3)
-    actual, expected = (
-        gradients(functools.partial(attend, window=4), *tensors, weights)
-        for attend in (banded_attention, reference_attention)
-    )
-    for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) < 1e-5
-
-
-# time, window, key_value_heads: within one block of 128 and beyond, a window that is wider than a block
-@pytest.mark.parametrize(("time", "window", "key_value_heads"), [(100, 30, 2), (300, 250, 2), (300, 30, 1)])
-def test_splash_attention_equals_the_reference(time: int, window: int, key_value_heads: int):
-    """Forward and gradient; in the interpreter, which runs a TPU kernel on any machine."""
-    query, weights = noise(2, time, 2, 64, seed=1), noise(2, time, 2, 64, seed=4)
-    key, value = (noise(2, time, key_value_heads, 64, seed=seed) for seed in (2, 3))
-    splash = functools.partial(splash_attention, window=window, interpret=True)
-    reference = functools.partial(reference_attention, window=window)
-    tensors = query, key, value
-    assert relative_error(jax.jit(splash)(*tensors), reference(*tensors)) < 1e-5
-    actual, expected = (gradients(attend, *tensors, weights) for attend in (splash, reference))
-    for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) < 1e-5
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(("time", "window"), [(100, 30), (750, 250)])
-def test_cudnn_attention_equals_the_reference(time: int, window: int, dtype):
-    """Forward and gradient, as far as the dtype goes; and it is what the automatic choice takes."""
-    tensors = [jnp.asarray(noise(2, time, 8, 64, seed=seed), dtype) for seed in range(4)]
-    query, key, value, _ = tensors
-    exact = [tensor.astype(jnp.float32) for tensor in tensors]
-    cudnn = functools.partial(BACKENDS["cudnn"], window=window)
-    reference = functools.partial(reference_attention, window=window)
-    out = jax.jit(cudnn)(query, key, value)
-    assert relative_error(out, reference(*exact[:3])) < 1e-2
-    np.testing.assert_array_equal(jax.jit(functools.partial(attend, window=window))(query, key, value), out)
-    for a, e in zip(gradients(cudnn, *tensors), gradients(reference, *exact), strict=True):
-        assert relative_error(a, e) < 2e-2
-
-
-def test_long_inputs_take_the_banded_backend():
-    assert [choose_backend(time, 250) for time in (1, 500, 501)] == ["reference", "reference", "banded"]
-
-
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(
-        ValueError, match="attention must be one of reference, banded, cudnn, splash, got 'flash'"
-    ):
-        random_module(lambda rngs: Attention(6, 2, 2, 4, 4, backend="flash", rngs=rngs))
 
 
 def test_rotate_turns_pairs_of_halves():

@@ -16,8 +16,9 @@ from mimi_jax.config import MimiConfig
 from mimi_jax.nn.attention import Attention
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.seanet import Decoder, DecoderStage, Encoder, EncoderStage, ResidualBlock
-from mimi_jax.nn.streaming import Chain, StreamingLayer
+from mimi_jax.nn.streaming import StreamingLayer
 from mimi_jax.nn.transformer import Transformer, TransformerLayer
+from mimi_jax.ops import policy
 from mimi_jax.streams.rows import reset_rows
 from tests.models import random_like, random_module, relative_error
 
@@ -51,6 +52,7 @@ class Row(NamedTuple):
     build: Callable[[nnx.Rngs], StreamingLayer]
     channels: int
     stride: int = 1
+    compute: str | dict[str, str] = "auto"
 
 
 LAYERS = {
@@ -67,9 +69,11 @@ LAYERS = {
         lambda rngs: ConvTranspose1d(4, 4, 2, groups=4, use_bias=False, rngs=rngs), 4
     ),
     "attention, reference": Row(
-        lambda rngs: Attention(6, 2, 2, 4, WINDOW, backend="reference", rngs=rngs), 6
+        lambda rngs: Attention(6, 2, 2, 4, WINDOW, rngs=rngs), 6, compute={"attention": "reference"}
     ),
-    "attention, banded": Row(lambda rngs: Attention(6, 2, 2, 4, WINDOW, backend="banded", rngs=rngs), 6),
+    "attention, banded": Row(
+        lambda rngs: Attention(6, 2, 2, 4, WINDOW, rngs=rngs), 6, compute={"attention": "banded"}
+    ),
     "attention, grouped queries": Row(
         lambda rngs: Attention(6, 4, 2, 4, WINDOW, use_bias=True, rngs=rngs), 6
     ),
@@ -91,6 +95,7 @@ class Case:
 
     def __init__(self, row: Row):
         self.layer, self.stride = random_module(row.build), row.stride
+        self.compute = policy.resolve(row.compute)
         self.time = STRIDES * self.stride
         generator = np.random.default_rng(1)
         self.x = generator.normal(size=(BATCH, self.time, row.channels)).astype(np.float32)
@@ -99,12 +104,17 @@ class Case:
         self.garbage = 1e4 if has_attention else np.nan
         self.traces = collections.Counter()
         self.step = functools.partial(jit(self._step), self.layer)
-        self.whole = functools.partial(jit(type(self.layer).__call__), self.layer)
+        self.whole = functools.partial(jit(self._whole), self.layer)
         self.y = np.asarray(self.whole(self.x))
 
     def _step(self, layer: StreamingLayer, state: Any, x: jax.Array, lengths: jax.Array | None = None):
         self.traces[x.shape, lengths is None] += 1
-        return layer.step(state, x, lengths)
+        with policy.computing(self.compute):
+            return layer.step(state, x, lengths)
+
+    def _whole(self, layer: StreamingLayer, x: jax.Array, lengths: jax.Array | None = None):
+        with policy.computing(self.compute):
+            return layer(x, lengths)
 
     def init_state(self) -> Any:
         return self.layer.init_state(BATCH)
@@ -171,15 +181,15 @@ def ragged(case: Case) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield lengths, np.where(beyond[..., None], np.float32(case.garbage), case.x)
 
 
-@pytest.mark.parametrize("min_bytes", [0, 700, 2000])
+@pytest.mark.parametrize(
+    "limits", [policy.PieceBytes(1000, 300), policy.PieceBytes(1000, 700), policy.PieceBytes(2000, 2000)]
+)
 @pytest.mark.parametrize("case", ["encoder", "decoder"], indirect=True)
-def test_networks_in_pieces_equal_layer_by_layer(case: Case, min_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    """In pieces of pieces, as on a CPU, and in pieces as long as elsewhere; here a latent has 144 bytes."""
-    monkeypatch.setattr("mimi_jax.nn.seanet.BUFFER_BYTES", 1000)
-    monkeypatch.setattr("mimi_jax.nn.seanet.CACHE_BYTES", 300)
+def test_networks_in_pieces_equal_layer_by_layer(case: Case, limits: policy.PieceBytes):
+    """In pieces of pieces, as on a CPU, and in large ones, as on a GPU. Here a step of 25 Hz has 144 bytes."""
     network: Any = case.layer
-    in_pieces = jit(functools.partial(network.step_in_pieces, min_bytes))
-    in_order = jit(functools.partial(Chain.step, network))
+    in_pieces = jit(functools.partial(network.step_in_pieces, limits))
+    in_order = jit(network.step_layers)
     assert "while" in in_pieces.lower(case.init_state(), case.x, None).as_text()
     for lengths, _ in ragged(case):
         arguments = case.init_state(), case.x, jnp.asarray(lengths)

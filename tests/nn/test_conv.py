@@ -9,7 +9,6 @@ import pytest
 
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.streaming import StreamingLayer
-from mimi_jax.ops.kernels import conv1d, elu
 from tests.models import noise, random_module, relative_error
 
 
@@ -127,24 +126,3 @@ def test_a_part_of_a_stride_is_refused():
     layer = random_module(lambda rngs: Conv1d(3, 2, 4, stride=2, rngs=rngs))
     with pytest.raises(ValueError, match="time must be a multiple of stride=2, got 5; pad it"):
         run(layer, noise(1, 5, 3))
-
-
-def test_elu_is_exact_to_the_rounding_of_one():
-    x = np.concatenate([np.linspace(-20, 20, 4001), [1e-8, -1e-8, 1e4, -1e4]]).astype(np.float32)
-    exact = np.where(x > 0, x, np.expm1(np.minimum(x.astype(np.float64), 0)))
-    np.testing.assert_allclose(jax.jit(elu)(x), exact, rtol=0, atol=1.2e-7)
-    slopes = jax.vmap(jax.grad(elu))(jnp.array([-1e4, -1.0, 0.0, 1.0, 1e4]))
-    np.testing.assert_allclose(slopes, [0, np.exp(-1), 1, 1, 1], rtol=1e-6)
-    half = jnp.asarray(x, jnp.bfloat16)
-    np.testing.assert_array_equal(jax.jit(elu)(half), jax.jit(jax.nn.elu)(half))
-
-
-@pytest.mark.parametrize(("taps", "stride", "dilation"), [(3, 1, 1), (8, 4, 1), (7, 2, 1), (3, 1, 2)])
-def test_half_precision_adds_in_float32(taps: int, stride: int, dilation: int):
-    """Only the inputs and the output are rounded, whichever way it is computed."""
-    x, kernel = (jnp.asarray(noise(*shape), jnp.bfloat16) for shape in ((2, 40, 128), (taps, 128, 16)))
-    how = {"stride": stride, "dilation": dilation}
-    expected = conv1d(x.astype(jnp.float32), kernel.astype(jnp.float32), **how)
-    out = conv1d(x, kernel, **how)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-8, atol=1e-2)

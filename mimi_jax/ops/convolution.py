@@ -1,0 +1,80 @@
+"""Convolutions, products and ELU, each in several ways that give the same numbers.
+
+The first way of each table is the plain one, to which tests compare the others. `policy` chooses.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def plain_convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
+    """Convolve x [batch, time, in] with kernel [taps, in, out], without padding."""
+    return lax.conv_general_dilated(
+        x, kernel, (stride,), "VALID", rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+def convolution_by_strides(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1
+) -> jax.Array:
+    """Compute one product for each stride of the kernel, with float32 sums.
+
+    Raises:
+        ValueError: the kernel is dilated, or its taps are not a multiple of the stride.
+    """
+    taps, size_in, size_out = kernel.shape
+    if taps % stride or dilation > 1:
+        raise ValueError(
+            f"taps={taps} must be a multiple of stride={stride}, and dilation={dilation} must be 1"
+        )
+    batch, time, _ = x.shape
+    parts, steps = taps // stride, (time - taps) // stride + 1
+    kernel = kernel.reshape(parts, stride * size_in, size_out)
+    total = jnp.zeros((), jnp.float32)
+    for part in range(parts):
+        strides = x[:, part * stride : (part + steps) * stride].reshape(batch, steps, stride * size_in)
+        total += jnp.matmul(strides, kernel[part], preferred_element_type=jnp.float32)
+    return total.astype(x.dtype)
+
+
+CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
+    "plain": plain_convolution,
+    "strides": convolution_by_strides,
+}
+
+
+# Products of activations [..., in] and a kernel [in, out], as `nnx.Linear` asks `lax.dot_general` for them.
+
+
+def product_with_float32_sums(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
+    """Add up in float32, as GPUs and TPUs do by themselves, and round the sums to the dtype of `x`."""
+    options["preferred_element_type"] = jnp.float32
+    return lax.dot_general(x, kernel, dimension_numbers, **options).astype(x.dtype)
+
+
+def product_as_convolution(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
+    """Call the product a convolution of one tap, which XLA:CPU gives to another library."""
+    y = plain_convolution(x.reshape(1, -1, x.shape[-1]), kernel[None])
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+PRODUCTS: dict[str, Callable[..., jax.Array]] = {
+    "plain": lax.dot_general,
+    "float32_sums": product_with_float32_sums,
+    "convolution": product_as_convolution,
+}
+
+
+def elu_by_exp(x: jax.Array) -> jax.Array:
+    """ELU from an exponential, which XLA:CPU computes in half the time of `expm1`.
+
+    Near zero it is less exact than `expm1` by what 1 is rounded by in the dtype of `x`.
+    """
+    return jnp.where(x > 0, x, jnp.exp(jnp.where(x > 0, 0, x)) - 1)
+
+
+ELUS: dict[str, Callable[..., jax.Array]] = {"plain": functools.partial(jax.nn.elu), "exp": elu_by_exp}

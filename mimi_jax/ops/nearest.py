@@ -1,0 +1,37 @@
+"""The search of a codebook for the code that is nearest to a vector."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def first_argmax(x: jax.Array) -> jax.Array:
+    """Where each last axis is greatest, the first place if there are several: int32.
+
+    On CPUs it takes half the time of `jnp.argmax`, which XLA does not vectorize.
+    """
+    is_greatest = x == jnp.max(x, axis=-1, keepdims=True)
+    indices = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    # Nothing is greatest among NaN, and the index must still be a valid one.
+    last = x.shape[-1] - 1
+    return jnp.min(jnp.where(is_greatest, indices, last), axis=-1)
+
+
+def plain_search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> jax.Array:
+    """Find the nearest codes, the first one if several are equally near.
+
+    Args:
+        vectors: float32 [..., dim].
+        embedding: float32 [codebook_size, dim].
+        half_square: float32 [codebook_size], half the squared norm of each embedding.
+
+    Returns:
+        int32 [...].
+    """
+    # |v - e|^2 / 2 without the part that is the same for every e, and negated.
+    return first_argmax(vectors @ embedding.T - half_square)
+
+
+SEARCHES: dict[str, Callable[..., jax.Array]] = {"plain": plain_search}

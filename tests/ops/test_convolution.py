@@ -1,0 +1,50 @@
+"""Each way to compute a convolution, a product or ELU gives the numbers of the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mimi_jax.ops import policy
+from mimi_jax.ops.convolution import CONVOLUTIONS, PRODUCTS
+from tests.models import noise, relative_error
+
+
+@pytest.mark.parametrize(("taps", "stride"), [(1, 1), (3, 1), (8, 4), (10, 5)])
+def test_a_convolution_by_strides_is_the_plain_one(taps: int, stride: int):
+    x, kernel = noise(2, 40, 6), noise(taps, 6, 5, seed=1)
+    plain, strides = (CONVOLUTIONS[name](x, kernel, stride=stride) for name in ("plain", "strides"))
+    assert relative_error(strides, plain) < 1e-6
+
+
+def test_a_convolution_by_strides_refuses_what_it_cannot_compute():
+    with pytest.raises(ValueError, match="taps=7 must be a multiple of stride=2, and dilation=1 must be 1"):
+        CONVOLUTIONS["strides"](noise(1, 40, 3), noise(7, 3, 4), stride=2)
+
+
+@pytest.mark.parametrize("name", ["float32_sums", "convolution"])
+def test_products_are_the_plain_one(name: str):
+    x, kernel, dimensions = noise(2, 4, 6), noise(6, 5, seed=1), (((2,), (0,)), ((), ()))
+    out = PRODUCTS[name](jnp.asarray(x), jnp.asarray(kernel), dimension_numbers=dimensions)
+    assert relative_error(out, x @ kernel) < 1e-6
+
+
+def test_elu_is_exact_to_the_rounding_of_one():
+    x = np.concatenate([np.linspace(-20, 20, 4001), [1e-8, -1e-8, 1e4, -1e4]]).astype(np.float32)
+    exact = np.where(x > 0, x, np.expm1(np.minimum(x.astype(np.float64), 0)))
+    np.testing.assert_allclose(jax.jit(policy.elu)(x), exact, rtol=0, atol=1.2e-7)
+    slopes = jax.vmap(jax.grad(policy.elu))(jnp.array([-1e4, -1.0, 0.0, 1.0, 1e4]))
+    np.testing.assert_allclose(slopes, [0, np.exp(-1), 1, 1, 1], rtol=1e-6)
+    half = jnp.asarray(x, jnp.bfloat16)
+    np.testing.assert_array_equal(jax.jit(policy.elu)(half), jax.jit(jax.nn.elu)(half))
+
+
+@pytest.mark.parametrize(("taps", "stride", "dilation"), [(3, 1, 1), (8, 4, 1), (7, 2, 1), (3, 1, 2)])
+def test_half_precision_adds_in_float32(taps: int, stride: int, dilation: int):
+    """Only the inputs and the output are rounded, whichever way it is computed."""
+    x, kernel = (jnp.asarray(noise(*shape), jnp.bfloat16) for shape in ((2, 40, 128), (taps, 128, 16)))
+    how = {"stride": stride, "dilation": dilation}
+    expected = policy.convolution(x.astype(jnp.float32), kernel.astype(jnp.float32), **how)
+    out = policy.convolution(x, kernel, **how)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-8, atol=1e-2)
