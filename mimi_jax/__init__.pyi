@@ -4,10 +4,10 @@
 from .config import MimiConfig as MimiConfig
 
 # Files
-from .files.audio import bucket_length as bucket_length
 from .files.audio import load_audio as load_audio
-from .files.audio import pad_batch as pad_batch
 from .files.audio import save_audio as save_audio
+from .files.batches import bucket_length as bucket_length
+from .files.batches import pad_batch as pad_batch
 from .files.codes import CodeFile as CodeFile
 from .files.codes import load_codes as load_codes
 from .files.codes import save_codes as save_codes

@@ -11,7 +11,7 @@ import pytest
 
 import mimi_jax
 from mimi_jax import Mimi
-from mimi_jax.files.audio import decode_audio
+from mimi_jax.files.audio import read_audio
 
 pytestmark = pytest.mark.network
 
@@ -42,7 +42,7 @@ def read_clip(clip: str) -> np.ndarray:
     datasets = pytest.importorskip("datasets", reason="NOT CHECKED on the short clip: needs datasets")
     speech = datasets.load_dataset("hf-internal-testing/librispeech_asr_dummy", "clean", split="validation")
     audio = speech.cast_column("audio", datasets.Audio(decode=False))[-1]["audio"]
-    return decode_audio(io.BytesIO(audio["bytes"]), "librispeech_asr_dummy")[None]
+    return read_audio(io.BytesIO(audio["bytes"]), "librispeech_asr_dummy")[None]
 
 
 @pytest.mark.parametrize(("clip", "num_quantizers"), PUBLISHED)

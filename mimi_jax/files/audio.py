@@ -1,24 +1,28 @@
-"""Audio files in and out, and clips into batches. NumPy only; a file is whole or it is refused.
+"""Read and write audio files, whole or in pieces. NumPy only.
 
-libsndfile plays what it finds of a file that was cut short, and only the first of several streams in
-one file. Neither may pass for a whole clip here, so both are looked for.
+A file is read completely or refused. libsndfile plays what is left of a file that was cut short, and only the
+first of several streams in one file. Neither may pass for a whole clip, so `AudioReader` checks for both.
 """
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 from numpy.typing import ArrayLike
 
+from mimi_jax.config import ceil_div
 from mimi_jax.files.atomic import atomic_path
+from mimi_jax.files.batches import as_channels
+from mimi_jax.files.truncation import MAX_TRAILING, is_cut_short
 
-# What a file name's suffix makes of audio: libsndfile's names of a format and a subtype.
+# The formats that can be written, by the suffix of the file: libsndfile's names of the format and the
+# subtype.
 FORMATS = {
     ".flac": ("FLAC", "PCM_16"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
@@ -26,14 +30,12 @@ FORMATS = {
     ".opus": ("OGG", "OPUS"),
     ".wav": ("WAV", "PCM_16"),
 }
-MIN_SAMPLING_RATE = 1000  # Hz; less is a broken header, and would resample to a gigantic clip
-BLOCK = 65_536  # samples a read or write; libsndfile crashes on minutes of Vorbis in one write
-SEEKABLE = ("AIFF", "FLAC", "RF64", "WAV", "WAVEX")  # formats in which every sample has its place
-ROUNDING = 0.1  # seconds that the end of a stretch may lie beyond the end of its file
-MAX_TRAILING = 4096  # bytes of tags that may follow the last audio of a file
-MAX_OGG_PAGE = 65_307  # bytes
-MAX_WAV_BYTES = 2**32 - 4096  # of samples; the header counts in 32 bits
-UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of samples of a FLAC file that was written to a pipe
+MIN_SAMPLING_RATE = 1000  # Hz; a lower rate means a broken header, and would resample to a gigantic clip
+CHUNK_SAMPLES = 65_536  # per read or write; libsndfile crashes when it writes minutes of Vorbis at once
+SEEKABLE = ("AIFF", "FLAC", "RF64", "WAV", "WAVEX")  # formats in which seeking is exact to the sample
+ROUNDING = 0.1  # seconds by which the end of a stretch may lie beyond the end of its file
+MAX_WAV_BYTES = 2**32 - 4096  # of samples; the header has 32 bits for the size of the file
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of samples for a FLAC file that was written to a pipe
 
 
 def load_audio(path: str | os.PathLike[str], sampling_rate: int = 24_000, channels: int = 1) -> np.ndarray:
@@ -41,55 +43,56 @@ def load_audio(path: str | os.PathLike[str], sampling_rate: int = 24_000, channe
 
     Args:
         path: the file.
-        sampling_rate: Hz; a file of another rate is resampled, to ceil(samples * ratio) samples.
-        channels: 1 for the mean of the file's channels, 2 for stereo (a mono file is doubled), or the
-            number that the file has.
+        sampling_rate: Hz. A file with another rate is resampled to ceil(samples * ratio) samples.
+        channels: 1 for the mean of the file's channels, 2 for stereo (a mono file is doubled), or the number
+            of channels that the file has.
 
     Returns:
-        float32 [channels, samples], at least one sample, all finite. Nothing is clipped: float files,
-        lossy ones and resampled audio may go beyond [-1, 1].
+        float32 [channels, samples], at least one sample, all finite. Nothing is clipped: a float file, a
+        lossy file or resampled audio may go beyond [-1, 1].
 
     Raises:
-        OSError: the file is missing (FileNotFoundError), a folder, or may not be read.
-        ValueError: the file is empty, not audio, damaged, cut short, without samples, or has samples
-            that are not finite, or channels that cannot be mixed. An MP3 file cut short is a shorter
-            MP3 file.
+        OSError: the file is missing (FileNotFoundError), is a folder, or cannot be read.
+        ValueError: the file is empty, is not audio, is damaged, was cut short, has no samples, has samples
+            that are not finite, or has channels that cannot be mixed. An MP3 file that was cut short cannot
+            be recognized: it is a shorter MP3 file.
     """
     with open(path, "rb") as file:
-        return decode_audio(file, os.fspath(path), sampling_rate, channels)
+        return read_audio(file, os.fspath(path), sampling_rate, channels)
 
 
-def decode_audio(file: BinaryIO, name: str, sampling_rate: int = 24_000, channels: int = 1) -> np.ndarray:
+def read_audio(file: BinaryIO, name: str, sampling_rate: int = 24_000, channels: int = 1) -> np.ndarray:
     """`load_audio` from an open binary file, or from bytes in an `io.BytesIO`.
 
     Args:
-        file: binary, seekable, at its start.
-        name: what error messages call it.
+        file: binary and seekable, at its start.
+        name: the name to use in error messages.
         sampling_rate, channels: as in `load_audio`.
     """
     return np.concatenate(list(AudioReader(file, name, sampling_rate, channels)), axis=1)
 
 
 class AudioReader:
-    """`decode_audio` in pieces, in memory that does not grow with the length of the file.
+    """`read_audio` in pieces, in memory that does not grow with the length of the file.
 
         with open(path, "rb") as file:
             for piece in AudioReader(file, path):  # float32 [channels, samples]
                 ...
 
-    The pieces are those of one array, whatever the file's rate: resampling goes on from one to the next.
-    Some damage shows only at the end: a file is whole once the loop is over without an error.
+    The pieces, joined, are exactly the array that `read_audio` returns, also when the file is resampled. Some
+    damage is found only at the end, so the file is known to be whole when the loop ends without an error.
 
     Args:
-        file, name, sampling_rate, channels: as in `decode_audio`.
-        start, end: seconds; only this stretch is read, and what lies behind it not looked at. None for the
+        file, name, sampling_rate, channels: as in `read_audio`.
+        start, end: seconds. Only this stretch is read, and damage after it is not looked for. None for the
             end of the file.
 
     Attributes:
-        num_samples: how many samples the file announces, after resampling; None where it does not.
+        num_samples: how many samples the file announces, after resampling; None if it does not.
 
     Raises:
-        ValueError: at once where the file's beginning tells, else during the loop.
+        ValueError: as in `load_audio`; at once if the beginning of the file shows the problem, otherwise
+            during the loop.
     """
 
     def __init__(
@@ -124,57 +127,59 @@ class AudioReader:
                 yield np.ascontiguousarray(piece.T)
 
     def _stretch(self, start: float, end: float | None) -> tuple[int, int | None]:
-        """The first sample at the file's own rate, and the one behind the last; None for all there are."""
+        """The first sample at the file's own rate, and the one after the last; None for the file's end."""
         if not start and end is None:
             return 0, None
-        frames = self._sound.frames
+        total = self._sound.frames  # libsndfile's word for samples per channel
         first, last = round(start * self._rate), None if end is None else round(end * self._rate)
-        if not 0 <= first < min(frames, frames if last is None else last):
+        if not 0 <= first < min(total, total if last is None else last):
             until = "its end" if end is None else f"{end:g} s"
             raise ValueError(
-                f"{self._name} has no audio from {start:g} s to {until}: it is {frames / self._rate:g} s long"
+                f"{self._name} has no audio from {start:g} s to {until}: it is {total / self._rate:g} s long"
             )
-        if last is not None and last > frames:
-            if last - frames > ROUNDING * self._rate:
-                raise ValueError(f"{self._name} is {frames / self._rate:g} s long, and ends before {end:g} s")
-            last = frames
+        if last is not None and last > total:
+            if last - total > ROUNDING * self._rate:
+                raise ValueError(
+                    f"{self._name} is {total / self._rate:g} s long, so it ends before {end:g} s"
+                )
+            last = total
         return first, last
 
     def _resampled_length(self, num_samples: int) -> int:
-        return -(-num_samples * self._sampling_rate // self._rate)
+        return ceil_div(num_samples * self._sampling_rate, self._rate)
 
     def _resampled(self) -> Iterator[np.ndarray]:
         """[samples, channels] pieces at the rate that was asked for."""
         stream = soxr.ResampleStream(self._rate, self._sampling_rate, self._channels, "float32", "VHQ")
-        taken = given = 0
+        num_read = num_given = 0
         for piece in self._mixed():
-            taken += len(piece)
+            num_read += len(piece)
             resampled = stream.resample_chunk(piece)
-            given += len(resampled)
+            num_given += len(resampled)
             if len(resampled):
                 yield resampled
-        # Alone, soxr may leave out the last sample, even when it is the only one; zeros bring it out.
+        # On its own, soxr may keep back the last sample, even if it is the only one. Zeros push it out.
         zeros = np.zeros((2 + self._rate // self._sampling_rate, self._channels), np.float32)
-        yield stream.resample_chunk(zeros, last=True)[: self._resampled_length(taken) - given]
+        yield stream.resample_chunk(zeros, last=True)[: self._resampled_length(num_read) - num_given]
 
     def _mixed(self) -> Iterator[np.ndarray]:
-        """[samples, channels] pieces at the file's own rate."""
+        """[samples, channels] pieces at the file's own rate, with the channels that were asked for."""
         num_samples = 0
-        for piece in self._decoded():
+        for piece in self._pieces():
             if not np.isfinite(piece).all():
                 raise ValueError(f"{self._name} has samples that are NaN or infinite")
             num_samples += len(piece)
-            yield _mix(piece, self._channels, self._name)
+            yield mix_channels(piece, self._channels, self._name)
         if num_samples == 0:
             raise ValueError(f"{self._name} has no samples")
 
-    def _decoded(self) -> Iterator[np.ndarray]:
-        """float32 [samples, any] pieces up to the announced length or, if that comes first, the end."""
+    def _pieces(self) -> Iterator[np.ndarray]:
+        """float32 [samples, any] pieces up to the announced length, or up to the end if that comes first."""
         announced = self._sound.frames
         left = (self._end or announced) - self._skip()
         while True:
             with self._reading():
-                piece = self._sound.read(min(BLOCK, left), dtype="float32", always_2d=True)
+                piece = self._sound.read(min(CHUNK_SAMPLES, left), dtype="float32", always_2d=True)
             if len(piece) == 0:
                 break
             left -= len(piece)
@@ -184,95 +189,56 @@ class AudioReader:
             self._check_end(is_short)
 
     def _skip(self) -> int:
-        """Go to the first sample. Only where every sample has its place in the file can it be looked up."""
+        """Go to the first sample of the stretch: by seeking where that is exact, otherwise by reading."""
         with self._reading():
             if self._start and self._sound.format in SEEKABLE:
                 self._sound.seek(self._start)
             else:
                 left = self._start
-                while left and (count := len(self._sound.read(min(BLOCK, left)))):
+                while left and (count := len(self._sound.read(min(CHUNK_SAMPLES, left)))):
                     left -= count
         return self._start
 
     def _check_end(self, is_short: bool) -> None:
-        """Refuse a file that ends before its header says, or goes on after that."""
-        sound, size, trailing = self._sound, self._size, self._size - self._file.tell()
-        # libFLAC reports an end inside a frame, but not one between two frames.
-        if (sound.format == "FLAC" and is_short) or _is_cut_short(self._file, size):
-            raise ValueError(f"{self._name} is cut short: it ends before its header says, at {size} bytes")
+        """Refuse a file that ends before the length in its header, or goes on after it."""
+        sound, trailing = self._sound, self._size - self._file.tell()
+        # libFLAC reports a file that ends inside a FLAC frame, but not one that ends between two of them.
+        if (sound.format == "FLAC" and is_short) or is_cut_short(self._file):
+            raise ValueError(
+                f"{self._name} is cut short: it ends at {self._size} bytes, before the end of its audio"
+            )
         if sound.format in ("FLAC", "MP3", "OGG") and trailing > MAX_TRAILING:
             raise ValueError(
-                f"{self._name} goes on for {trailing} bytes after the length that its header tells: several "
-                "streams in one file, or a wrong header; convert it to WAV or FLAC"
+                f"{self._name} goes on for {trailing} bytes after the end that its header states: there are"
+                " several streams in one file, or the header is wrong; convert it to WAV or FLAC"
             )
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """libsndfile's errors, in our words."""
+        """Turn libsndfile's errors into ours."""
         try:
             yield
         except soundfile.LibsndfileError as error:
             raise ValueError(
                 f"{self._name} is not a WAV, FLAC, OGG or MP3 file, or it is damaged or cut short"
             ) from error
-        except TypeError as error:  # soundfile's answer to a name that ends in .raw
-            raise ValueError(f"{self._name} is raw audio, which does not tell its format") from error
+        except TypeError as error:  # what soundfile raises for a name that ends in .raw
+            raise ValueError(f"{self._name} is raw audio, which does not state its format") from error
 
 
 class _ForwardReader(soundfile.SoundFile):
-    """A file read once, front to back.
+    """A file that is read once, from front to back.
 
-    soundfile seeks after every read, which fails in a FLAC file that was written to a pipe and so does
-    not know its length.
+    soundfile seeks after every read. That fails for a FLAC file that was written to a pipe, since its length
+    is unknown.
     """
 
     def seekable(self) -> bool:
         return False
 
 
-def _is_cut_short(file: BinaryIO, size: int) -> bool:
-    """Whether a file ends too early, in formats whose headers tell and libsndfile does not."""
-    file.seek(0)
-    match file.read(12)[:4]:
-        case b"RIFF" | b"RF64":
-            return _chunk_is_cut_short(file, size, "little")
-        case b"RIFX" | b"FORM":
-            return _chunk_is_cut_short(file, size, "big")
-        case b"OggS":
-            return _ogg_is_cut_short(file, size)
-    return False
-
-
-def _chunk_is_cut_short(file: BinaryIO, size: int, byteorder: Literal["little", "big"]) -> bool:
-    """Whether the audio chunk of a WAV, RF64 or AIFF file goes beyond the end of the file."""
-    rf64_length = None
-    while len(header := file.read(8)) == 8:
-        name, length = header[:4], int.from_bytes(header[4:], byteorder)
-        start = file.tell()
-        if name == b"ds64":  # sizes that 32 bits cannot hold
-            rf64_length = int.from_bytes(file.read(16)[8:], byteorder)
-        if name in (b"data", b"SSND"):
-            # A program that writes to a pipe cannot know the length; it leaves about 2 or 4 GiB.
-            if not rf64_length and min(abs(length - 2**31), abs(length - 2**32)) <= 8192:
-                return False
-            return start + (rf64_length or length) > size
-        file.seek(start + length + length % 2)
-    return False
-
-
-def _ogg_is_cut_short(file: BinaryIO, size: int) -> bool:
-    """Whether the last page of an Ogg file is incomplete, or not marked as the last."""
-    file.seek(max(0, size - MAX_OGG_PAGE - MAX_TRAILING))
-    tail = file.read()
-    page = tail[max(0, tail.rfind(b"OggS")) :]
-    if len(page) < 27:
-        return True
-    flags, num_segments = page[5], page[26]
-    return not flags & 4 or len(page) < 27 + num_segments + sum(page[27 : 27 + num_segments])
-
-
-def _mix(samples: np.ndarray, channels: int, name: str) -> np.ndarray:
-    """[samples, any] to [samples, channels]."""
+def mix_channels(samples: np.ndarray, channels: int, name: str) -> np.ndarray:
+    """Mix samples [samples, any] to [samples, channels], as `load_audio` describes."""
     found = samples.shape[1]
     if found == channels:
         return samples
@@ -284,7 +250,7 @@ def _mix(samples: np.ndarray, channels: int, name: str) -> np.ndarray:
 
 
 def save_audio(path: str | os.PathLike[str], audio: ArrayLike, sampling_rate: int = 24_000) -> None:
-    """Write audio to a file, whole or not at all; the suffix of the name says the format.
+    """Write audio to a file, whole or not at all. The suffix of the name chooses the format.
 
     WAV and FLAC hold 16-bit PCM: 16-bit audio that `load_audio` read comes back bit for bit.
 
@@ -294,13 +260,13 @@ def save_audio(path: str | os.PathLike[str], audio: ArrayLike, sampling_rate: in
         sampling_rate: Hz.
 
     Raises:
-        ValueError: an unknown suffix, a rate or channel count that the format cannot hold, or audio
-            that is empty, not float, or not finite.
+        ValueError: the suffix is unknown, the format does not support the rate or the number of channels, or
+            the audio is empty, not float, or not finite.
         OSError: the file cannot be written.
     """
-    channels = _as_channels(audio)
-    with audio_writer(path, sampling_rate, len(channels), channels.shape[1]) as write:
-        write(channels)
+    array = as_channels(audio)
+    with audio_writer(path, sampling_rate, len(array), array.shape[1]) as write:
+        write(array)
 
 
 @contextmanager
@@ -309,32 +275,35 @@ def audio_writer(
 ) -> Iterator[Callable[[ArrayLike], None]]:
     """`save_audio` in pieces: yields the function that writes the next float [channels, samples].
 
-    The file appears when the block ends, and not at all if it raises.
+    The file appears when the `with` block ends, and not at all if the block raises.
 
     Args:
         path, sampling_rate: as in `save_audio`.
-        num_samples: how many will be written, where that is known: too many are then refused at once.
+        channels: of the audio that will be written.
+        num_samples: how many samples will be written, if that is known. Too many are then refused at once.
     """
     path = Path(path)
-    form, subtype = _format_of(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"the name of an audio file must end in {', '.join(FORMATS)}, got {path}")
+    form, subtype = FORMATS[path.suffix.lower()]
     count = 0
 
     def check_size(num_samples: int) -> None:
         if form == "WAV" and num_samples * channels * 2 > MAX_WAV_BYTES:
             raise ValueError(
-                f"cannot write {path}: a WAV file holds 4 GiB, and this is more; name a .flac file"
+                f"cannot write {path}: a WAV file holds at most 4 GiB; write a .flac file instead"
             )
 
     def write(audio: ArrayLike) -> None:
         nonlocal count
-        audio = _as_channels(audio)
+        audio = as_channels(audio)
         count += audio.shape[1]
         check_size(count)
         if not np.isfinite(audio).all():
             raise ValueError(f"cannot write {path}: the audio has samples that are NaN or infinite")
         samples = to_int16(audio.T) if subtype == "PCM_16" else audio.T.clip(-1, 1)
-        for start in range(0, len(samples), BLOCK):
-            sound.write(samples[start : start + BLOCK])
+        for start in range(0, len(samples), CHUNK_SAMPLES):
+            sound.write(samples[start : start + CHUNK_SAMPLES])
 
     check_size(num_samples)
     with atomic_path(path) as temporary, _Target(temporary, "w") as target:
@@ -343,27 +312,21 @@ def audio_writer(
                 yield write
                 if count == 0:
                     raise ValueError(f"cannot write {path}: there is no audio to write")
-        except (soundfile.LibsndfileError, AssertionError) as error:  # the latter for a short write
+        except (soundfile.LibsndfileError, AssertionError) as error:  # AssertionError for a short write
             if target.error is not None:
                 raise target.error from None
             if not isinstance(error, soundfile.LibsndfileError):
                 raise
             raise ValueError(
-                f"cannot write {path}: {form} {subtype} does not take {channels} channels at "
+                f"cannot write {path}: {form} {subtype} does not support {channels} channels at "
                 f"{sampling_rate} Hz ({error.error_string})"
             ) from error
         if target.error is not None:
             raise target.error
 
 
-def _format_of(path: Path) -> tuple[str, str]:
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"the name of an audio file must end in {', '.join(FORMATS)}, got {path}")
-    return FORMATS[path.suffix.lower()]
-
-
 class _Target(io.FileIO):
-    """A file for libsndfile to write to, through which an exception cannot pass: the first is kept."""
+    """A file that libsndfile writes to. No exception can pass through libsndfile, so the first is kept."""
 
     error: OSError | None = None
 
@@ -378,68 +341,8 @@ class _Target(io.FileIO):
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
-    """16-bit PCM of finite samples, clipped to [-1, 1]; exact for what was read from 16-bit PCM.
+    """Finite samples as 16-bit PCM, clipped to [-1, 1]; exact for samples that came from 16-bit PCM.
 
-    libsndfile itself scales by 32767, but divides by 32768 when it reads.
+    libsndfile does not do this: it multiplies by 32767 when it writes, but divides by 32768 when it reads.
     """
     return np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16)
-
-
-def bucket_length(length: int, unit: int) -> int:
-    """The length to pad to, so that clips of all lengths share a few shapes, each of which compiles once.
-
-    There are four lengths to an octave, all whole units: padding is at most a quarter of a clip (or less
-    than a unit), and clips from 1 to 60 seconds have 24 shapes.
-
-    Args:
-        length: in samples, or whatever `unit` counts; at least 1.
-        unit: `config.frame_size` for audio, 1 for frames of codes.
-    """
-    units = -(-length // unit)
-    step = max(1 << ((units - 1).bit_length() - 3), 1) if units > 4 else 1
-    return -(-units // step) * step * unit
-
-
-def pad_batch(clips: Iterable[ArrayLike], frame_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Put clips of different lengths into one array, padded with zeros on the right.
-
-    Args:
-        clips: float [samples] or [channels, samples] each, all with the same number of channels.
-        frame_size: `config.frame_size` pads on to one of the few lengths of `bucket_length`, so that
-            batches of all lengths share a few compiled programs; None to the longest clip.
-
-    Returns:
-        audio, float32 [batch, channels, samples], and padding_mask, bool [batch, samples], True where
-        audio is real.
-
-    Raises:
-        ValueError: no clips, an empty clip, clips that are not float, or different channel counts.
-    """
-    rows = [_as_channels(clip) for clip in clips]
-    if not rows:
-        raise ValueError("a batch needs at least one clip, got none")
-    channels = {len(row) for row in rows}
-    if len(channels) > 1:
-        raise ValueError(
-            f"all clips of a batch must have the same number of channels, got {sorted(channels)}"
-        )
-    lengths = np.array([row.shape[1] for row in rows])
-    longest = int(lengths.max())
-    num_samples = longest if frame_size is None else bucket_length(longest, frame_size)
-    padding_mask = np.arange(num_samples) < lengths[:, None]
-    audio = np.zeros((len(rows), *channels, num_samples), np.float32)
-    for padded, row in zip(audio, rows, strict=True):
-        padded[:, : row.shape[1]] = row
-    return audio, padding_mask
-
-
-def _as_channels(audio: ArrayLike) -> np.ndarray:
-    """float [samples] or [channels, samples] to float32 [channels, samples]."""
-    array = np.asarray(audio)
-    # Integers would be taken for full scale; JAX's bfloat16 is of kind V.
-    if array.dtype.kind not in "fV" or array.ndim not in (1, 2) or array.size == 0:
-        raise ValueError(
-            "audio must be float [channels, samples] or [samples] in [-1, 1], with one sample or "
-            f"more, got {array.dtype} {list(array.shape)}"
-        )
-    return np.atleast_2d(array).astype(np.float32)

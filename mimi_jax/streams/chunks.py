@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from mimi_jax.files.audio import bucket_length, pad_batch
+from mimi_jax.files.batches import bucket_length, pad_batch
 from mimi_jax.files.codes import check_range
 from mimi_jax.model import Mimi, decode, decode_step, encode, encode_step
 from mimi_jax.streams.push import fresh_state
