@@ -40,7 +40,7 @@ import pyarrow.dataset
 from jax.sharding import NamedSharding, PartitionSpec
 
 import mimi_jax
-from mimi_jax.tokenization import CodeSource, read_manifest, tokenize
+from mimi_jax.tokenization import CodeSource, Settings, read_manifest, tokenize
 
 print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi"
@@ -80,10 +80,9 @@ print(f"{sum(1 for path in FOLDER.rglob('*') if path.is_file())} files")
 # short clips of about one length are coded together, and long ones as streams, on all devices.
 
 # %%
-summary = tokenize([FOLDER], work / "tokens", MODEL, num_quantizers=8, clips_per_shard=16)
-hours = summary.now.samples / summary.sampling_rate / 3600
-print(f"{summary.now.clips} clips and {summary.now.errors} errors, {60 * hours:.1f} min of audio")
-print(f"in {summary.seconds:.1f} s, {3600 * hours / summary.seconds:.0f} x realtime,")
+summary = tokenize([FOLDER], work / "tokens", MODEL, Settings(num_quantizers=8, clips_per_shard=16))
+print(f"{summary.now.clips} clips and {summary.now.errors} errors, {60 * summary.hours:.1f} min of audio")
+print(f"in {summary.seconds:.1f} s, {summary.realtime:.0f} x realtime,")
 print(f"with the compilation of {summary.compilations} programs, which a long run does only once")
 
 # %% [markdown]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     """A path to write to in place of `path`; what stands there becomes `path` when the block ends.
 
         with atomic_path("codes.bin") as temporary:
@@ -24,9 +24,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Args:
         path: where the file or folder is to stand. Its parent folder must exist. A file replaces a
             file, a folder a folder **with all that is in it**.
+        folder: where to write until then, on the same file system; None for the folder of `path`.
 
     Yields:
-        A free path next to `path`, with the same suffix.
+        A free path in that folder, with the same suffix.
 
     Raises:
         FileNotFoundError: the parent folder does not exist.
@@ -37,7 +38,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     target = Path(os.path.realpath(path))
     _check_place(path, target)
-    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
+    name = f".tmp-{secrets.token_hex(8)}{path.suffix}"
+    temporary = (target.parent if folder is None else Path(folder)) / name
     try:
         yield temporary
         if target.exists():

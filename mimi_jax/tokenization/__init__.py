@@ -1,15 +1,22 @@
-"""Tokenization at scale: shards of audio in, Parquet files of codes out, nothing lost and nothing twice.
+"""Tokenization of corpora: audio in, Parquet files of codes out.
 
-    inputs      what there is to do: folders, tar archives, Parquet files, manifests
-    workers     worker processes that read and resample
-    coding      many clips at once, in a handful of compiled programs
-    output      Parquet files, errors, the manifest; claims on shards
-    progress    a bar, or a line a minute
-    job         all of it: `tokenize`
-    on_ray      the same on a cluster
-    dataset     what was written: clip by clip, for Grain, as text
+Every clip is encoded exactly once, or listed as an error with the reason.
 
-`__init__.pyi` lists the public names. A name is imported when it is first used: the workers do without JAX.
+    settings    what decides the codes, and which clips share an output file
+    inputs      what there is to tokenize: folders, tar archives, Parquet files, manifests
+    workers     worker processes that read and resample audio
+    coding      encoding many clips at once, with a handful of compiled programs
+    output      the output folder: Parquet files, errors, the manifest, locks on shards
+    progress    a progress bar, or a line in the log every minute
+    tokenizer   a model with its workers, which encodes shards
+    processes   how several processes share the work
+    job         a whole job: `tokenize`
+    on_ray      the same on a Ray cluster: `tokenize_on_ray`
+    dataset     reading the codes, clip by clip or by number
+    text        codes as text
+
+`__init__.pyi` lists the public names. Each is imported when it is first used, so that the worker processes
+can do without JAX.
 """
 
 import lazy_loader

@@ -1,9 +1,10 @@
 from .dataset import CodeSource as CodeSource
-from .dataset import TokenizedClip as TokenizedClip
-from .dataset import from_unicode as from_unicode
 from .dataset import read_codes as read_codes
 from .dataset import read_manifest as read_manifest
-from .dataset import to_unicode as to_unicode
 from .job import Summary as Summary
 from .job import tokenize as tokenize
 from .on_ray import tokenize_on_ray as tokenize_on_ray
+from .output import TokenizedClip as TokenizedClip
+from .settings import Settings as Settings
+from .text import from_unicode as from_unicode
+from .text import to_unicode as to_unicode

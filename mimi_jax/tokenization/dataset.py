@@ -1,4 +1,4 @@
-"""Reading what was tokenized: clip after clip, at random for Grain, or as text for byte-pair encoding."""
+"""Reading tokenized clips: one after the other, or by number for Grain."""
 
 import collections
 import itertools
@@ -7,42 +7,48 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from mimi_jax.tokenization.output import TokenizedClip
 
-UNICODE_OFFSET = 0x4E00  # codec-bpe's, from the acoustic BPE of Shen et al. (arXiv 2310.14580)
-SURROGATES = range(0xD800, 0xE000)  # which are no characters
-CACHED_GROUPS = 16  # row groups that are kept decompressed
-
-
-class TokenizedClip(NamedTuple):
-    id: str
-    source: str
-    num_samples: int
-    codes: np.ndarray  # uint16 [num_quantizers, num_frames]
+CACHED_GROUPS = 16  # decompressed row groups that are kept in memory
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the codes in a folder are: `settings`, `config`, `totals`, `complete`.
+    """Read what is known of the codes in a folder.
+
+    Args:
+        folder: The output of `tokenize`.
+
+    Returns:
+        The fields of manifest.json, among them `settings`, `config` (of the model), `totals` and `complete`.
 
     Raises:
-        FileNotFoundError: the folder has no manifest.
+        FileNotFoundError: The folder has no manifest.
     """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no folder of `mimi-jax tokenize`: it has no manifest.json")
+        raise FileNotFoundError(
+            f"{folder} must be an output of `mimi-jax tokenize`, but has no manifest.json"
+        )
     return json.loads(path.read_text())
 
 
 def read_codes(
     folder: str | os.PathLike[str], process_index: int = 0, process_count: int = 1
 ) -> Iterator[TokenizedClip]:
-    """The clips of a folder, in the order of the input, in the memory of 64 clips.
+    """Read the clips of a folder in the order of the input, with no more than 64 clips in memory.
 
     Args:
-        folder: what `tokenize` wrote; shards that are not there yet are left out.
-        process_index, process_count: to read every `process_count`-th shard.
+        folder: The output of `tokenize`. Shards that are not finished yet are left out.
+        process_index, process_count: Read only every `process_count`-th shard, starting with number
+            `process_index`.
+
+    Yields:
+        One clip at a time.
+
+    Raises:
+        FileNotFoundError: The folder is not an output of `tokenize`.
     """
     import pyarrow.parquet as pq
 
@@ -53,11 +59,17 @@ def read_codes(
 
 
 class CodeSource:
-    """The clips of a folder by number: a data source for `grain.MapDataset.source`.
+    """The clips of a folder by number, as a data source for Grain.
 
         dataset = grain.MapDataset.source(CodeSource("tokens")).shuffle(seed=0).batch(16)
 
-    A clip costs the reading of its row group, 64 clips, unless that was just read.
+    To read one clip, its whole row group of 64 clips is read. The last few row groups are kept in memory.
+
+    Args:
+        folder: The output of `tokenize`. Shards that are not finished yet are left out.
+
+    Raises:
+        FileNotFoundError: The folder is not an output of `tokenize`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -65,7 +77,7 @@ class CodeSource:
 
         self._paths = _files(folder)
         counts: list[int] = []
-        self._groups: list[tuple[int, int]] = []  # a file, and a row group in it
+        self._groups: list[tuple[int, int]] = []  # number of a file, and of a row group in it
         for number, path in enumerate(self._paths):
             metadata = pq.read_metadata(path)
             for group in range(metadata.num_row_groups):
@@ -80,11 +92,11 @@ class CodeSource:
 
     def __getitem__(self, index: int) -> TokenizedClip:
         if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} clips, got index {index}")
+            raise IndexError(f"index must lie in [0, {len(self)}), the number of clips, got {index}")
         number = bisect_right(self._starts, index) - 1
         return self._read(number)[index - self._starts[number]]
 
-    def __repr__(self) -> str:  # by which Grain tells a source when it goes on from a checkpoint
+    def __repr__(self) -> str:  # Grain compares it when it resumes from a checkpoint
         return f"CodeSource({len(self._paths)} files, {len(self)} clips)"
 
     def _read(self, number: int) -> list[TokenizedClip]:
@@ -113,52 +125,3 @@ def _clips(table: Any) -> Iterator[TokenizedClip]:
     rows = zip(*columns, offsets[:-1], offsets[1:], strict=True)
     for name, source, num_samples, quantizers, first, last in rows:
         yield TokenizedClip(name, source, num_samples, flat[first:last].reshape(quantizers, -1))
-
-
-def to_unicode(codes: np.ndarray, codebook_size: int, unicode_offset: int = UNICODE_OFFSET) -> str:
-    """Codes as text, a character a code, frame after frame: what `codec-bpe` trains its tokenizers on.
-
-    Code c of codebook k is the character unicode_offset + k * codebook_size + c.
-
-    Args:
-        codes: integers [codebooks, frames] in [0, codebook_size).
-        codebook_size: codes of a codebook.
-        unicode_offset: the first character; 0xE000 where codes would reach into the surrogates.
-
-    Raises:
-        ValueError: codes of another shape or range, or characters that do not exist.
-    """
-    codes = np.asarray(codes)
-    if codes.ndim != 2 or codes.dtype.kind not in "iu":
-        raise ValueError(f"codes must be integers [codebooks, frames], got {codes.dtype} {list(codes.shape)}")
-    if codes.size and not (codes.min() >= 0 and codes.max() < codebook_size):
-        raise ValueError(f"codes must lie in [0, {codebook_size}), got {codes.min()} to {codes.max()}")
-    offsets = _offsets(len(codes), codebook_size, unicode_offset)
-    return (codes + offsets).T.astype("<u4").tobytes().decode("utf-32-le")
-
-
-def from_unicode(
-    text: str, num_codebooks: int, codebook_size: int, unicode_offset: int = UNICODE_OFFSET
-) -> np.ndarray:
-    """The codes, uint16 [codebooks, frames], that `to_unicode` made a text of.
-
-    Raises:
-        ValueError: the text is not whole frames of such codes.
-    """
-    numbers = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64)
-    if len(numbers) % num_codebooks:
-        raise ValueError(f"{len(numbers)} characters are no whole frames of {num_codebooks} codebooks")
-    codes = numbers.reshape(-1, num_codebooks).T - _offsets(num_codebooks, codebook_size, unicode_offset)
-    if codes.size and not (codes.min() >= 0 and codes.max() < codebook_size):
-        raise ValueError("the text has characters of other codebooks, or of another codebook_size or offset")
-    return codes.astype(np.uint16)
-
-
-def _offsets(num_codebooks: int, codebook_size: int, unicode_offset: int) -> np.ndarray:
-    last = unicode_offset + num_codebooks * codebook_size
-    if last > 0x110000 or (unicode_offset < SURROGATES.stop and last > SURROGATES.start):
-        raise ValueError(
-            f"characters from {unicode_offset:#x} to {last:#x} do not all exist; begin at"
-            " unicode_offset=0xE000, or keep fewer codebooks"
-        )
-    return unicode_offset + codebook_size * np.arange(num_codebooks)[:, None]

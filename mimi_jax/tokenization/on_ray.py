@@ -1,7 +1,7 @@
-"""Tokenization on a Ray cluster: the same core, a shard at a time in each of many actors.
+"""Tokenization on a Ray cluster: many actors, each of which does one shard at a time.
 
-Ray Data hands out the shards, keeps every actor busy with few shards ahead, starts actors anew when their
-machine is gone, and gives their shards to others. A shard that was written just before is not done again.
+Ray Data gives out the shards, a few ahead to each actor. If a machine is lost, it starts the actors again and
+gives their shards to others. A shard that was written just before its machine was lost is not done again.
 """
 
 import contextlib
@@ -14,15 +14,18 @@ from typing import Any
 
 from mimi_jax.model import Mimi
 from mimi_jax.tokenization.inputs import Shard
-from mimi_jax.tokenization.job import Summary, Tokenizer, plan
+from mimi_jax.tokenization.job import Summary, plan
 from mimi_jax.tokenization.output import Output, Totals
 from mimi_jax.tokenization.progress import Progress
+from mimi_jax.tokenization.settings import DEFAULTS, Settings
+from mimi_jax.tokenization.tokenizer import Tokenizer
 
 
 def tokenize_on_ray(
     sources: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     model: str | os.PathLike[str] = "mini",
+    settings: Settings = DEFAULTS,
     *,
     address: str | None = None,
     actors: int | None = None,
@@ -33,35 +36,39 @@ def tokenize_on_ray(
     workers: int | None = None,
     strict: bool = False,
     retry_errors: bool = False,
-    **settings: Any,
 ) -> Summary:
-    """`tokenize` on a Ray cluster, whose machines see inputs, model and output under the same paths.
+    """`tokenize` on a Ray cluster, whose machines must have inputs, model and output under the same paths.
 
     Args:
-        address: of the cluster, such as "auto" or "ray://head:10001"; None for one on this machine.
-        actors: how many models work at once; None for as many as the cluster has room for.
-        num_cpus, num_gpus, resources: what each of them takes, such as `resources={"TPU": 4}`.
-        workers: of each; None for one less than `num_cpus`.
-        sources, output, model, batch_size, strict, retry_errors, and the rest: as for `tokenize`.
+        sources, output, model, settings: As for `tokenize`.
+        address: Of the cluster, such as "auto" or "ray://head:10001". None starts a cluster on this machine.
+        actors: How many models work at once. None for as many as the cluster has room for.
+        num_cpus, num_gpus, resources: What each actor needs, such as `resources={"TPU": 4}`.
+        batch_size, strict, retry_errors: As for `tokenize`.
+        workers: Processes of each actor that read and resample audio. None for one less than `num_cpus`.
+
+    Returns:
+        What this run did, and how much of the job is done.
+
+    Raises:
+        FileNotFoundError: As for `tokenize`.
+        ValueError: As for `tokenize`; or there is no cluster at the address, or the cluster has failed.
     """
     import ray  # pyright: ignore[reportMissingImports]
 
     model = os.path.abspath(model) if os.path.exists(model) else model
-    shards, codec, folder = plan(sources, os.path.abspath(output), model, **settings)
-    if retry_errors:
-        folder.forget_errors(shard.index for shard in shards)
-    todo = [shard for shard in shards if not folder.is_done(shard.index)]
-    progress = Progress(sum(shard.num_bytes for shard in todo), codec.config.sampling_rate)
+    job = plan(sources, os.path.abspath(output), model, settings)
+    shards = job.missing(job.shards, retry_errors)
     now = Totals()
-    with contextlib.closing(progress), _cluster(address):
-        workers = workers or max(int(num_cpus) - 1, 1)
-        constructor = (os.fspath(model), str(folder.folder), folder.settings, batch_size, workers, strict)
-        rows = [{"shard": pickle.dumps(shard)} for shard in todo]
-        pool: dict[str, Any] = {"size": actors} if actors else {"min_size": 1, "max_size": max(len(todo), 1)}
+    with contextlib.closing(job.progress(shards)) as progress, _cluster(address):
+        workers = max(int(num_cpus) - 1, 1) if workers is None else workers
+        folder, recorded = str(job.output.folder), job.output.settings
+        rows = [{"shard": pickle.dumps(shard)} for shard in shards]
+        pool: dict[str, Any] = {"size": actors} if actors else {"min_size": 1, "max_size": max(len(rows), 1)}
         results = ray.data.from_items(rows, override_num_blocks=max(len(rows), 1)).map(
-            _Actor,  # pyright: ignore[reportArgumentType] - which is for functions
+            _Actor,  # pyright: ignore[reportArgumentType] - the type is that of functions
             compute=ray.data.ActorPoolStrategy(**pool),
-            fn_constructor_args=constructor,
+            fn_constructor_args=(os.fspath(model), folder, recorded, batch_size, workers, strict),
             num_cpus=num_cpus,
             num_gpus=num_gpus or None,
             resources=resources,
@@ -70,13 +77,12 @@ def tokenize_on_ray(
             totals = Totals(row["clips"], row["errors"], row["samples"], row["frames"])
             progress.shard(totals.clips, totals.errors, totals.samples, row["num_bytes"])
             now += totals
-    total, num_done = folder.finish()
-    return Summary(now, codec.config.sampling_rate, progress.seconds, None, total, num_done, len(shards))
+    return job.finish(now, progress, None)
 
 
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """A connection to Ray, which stays where there was one; its errors in our words."""
+    """Connect to Ray, keep a connection that exists already, and explain Ray's errors in one line."""
     import ray  # pyright: ignore[reportMissingImports]
     import ray.data  # pyright: ignore[reportMissingImports]
 
@@ -90,30 +96,30 @@ def _cluster(address: str | None) -> Iterator[None]:
         raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
     except (OSError, ValueError):
         raise
-    except Exception as error:  # Ray Data's own are of no common kind
+    except Exception as error:  # the errors of Ray Data have no common class
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"the cluster gave up: {cause}") from error
+        raise ValueError(f"the Ray cluster has failed: {cause}") from error
     finally:
         if not was_connected:
             ray.shutdown()
 
 
 class _Actor:
-    """A model on one machine of the cluster, for as many shards as it is given."""
+    """A model on one machine of the cluster, which does the shards it is given."""
 
     def __init__(
         self,
         model: str,
         output: str,
-        settings: dict[str, Any],
+        recorded: dict[str, Any],
         batch_size: int | None,
         workers: int | None,
         strict: bool,
     ):
         codec = Mimi.from_pretrained(model, decoder=False)
-        self._output = Output(Path(output), settings, codec.config.to_dict())
+        self._output = Output(Path(output), recorded, codec.config.to_dict())
         self._tokenizer = Tokenizer(codec, self._output, batch_size, workers, strict)
         self._rate = codec.config.sampling_rate
 

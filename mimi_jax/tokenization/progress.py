@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, a line a minute in a log."""
+"""The progress of a job: a bar on a terminal, or a line every minute in a log."""
 
 import sys
 import time
@@ -6,16 +6,16 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-LOG_SECONDS = 60.0
+LOG_SECONDS = 60.0  # between two lines
 
 
 class Progress:
-    """Counts what is done, and shows it.
+    """Counts what is done and shows it.
 
     Args:
-        num_bytes: of all inputs, by which the time left is estimated.
-        sampling_rate: Hz.
-        stream: where to; stderr by default.
+        num_bytes: Size of all inputs, from which the remaining time is estimated.
+        sampling_rate: Hz, of the samples that are counted.
+        stream: Where the progress is written. None for stderr.
     """
 
     def __init__(self, num_bytes: int, sampling_rate: int, stream: TextIO | None = None):
@@ -36,48 +36,47 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
-    @property
-    def realtime(self) -> float:
-        """Seconds of audio in a second."""
-        return self.samples / self._rate / max(self.seconds, 1e-9)
-
     def coded(self, num_samples: int) -> None:
+        """Count samples that were encoded."""
         self.samples += num_samples
         self._show()
 
     def clip(self, num_bytes: int) -> None:
+        """Count a clip that was encoded."""
         self.clips += 1
         self.read(num_bytes)
 
     def error(self, num_bytes: int) -> None:
+        """Count a clip that could not be encoded."""
         self.errors += 1
         self.read(num_bytes)
 
     def shard(self, clips: int, errors: int, samples: int, num_bytes: int) -> None:
-        """Count a shard that was done elsewhere."""
-        self.clips, self.errors, self.samples = (
-            self.clips + clips,
-            self.errors + errors,
-            self.samples + samples,
-        )
+        """Count a whole shard, which another process has done."""
+        self.clips += clips
+        self.errors += errors
+        self.samples += samples
         self.read(num_bytes)
 
     def read(self, num_bytes: int) -> None:
-        """Count bytes that are done with."""
+        """Count bytes of the inputs that are finished."""
         num_bytes = min(num_bytes, self._num_bytes - self._bytes)
         self._bytes += num_bytes
         self._bar.update(num_bytes)
         self._show()
 
     def close(self) -> None:
+        """Finish the bar."""
         self._bar.close()
 
     def __str__(self) -> str:
-        hours = self.samples / self._rate / 3600
-        return f"{hours:.2f} h, {self.realtime:.0f}x realtime, {self.clips:,} clips, {self.errors:,} errors"
+        audio_seconds = self.samples / self._rate
+        realtime = audio_seconds / max(self.seconds, 1e-9)
+        hours = audio_seconds / 3600
+        return f"{hours:.2f} h, {realtime:.0f}x realtime, {self.clips:,} clips, {self.errors:,} errors"
 
     def _show(self) -> None:
         if self._is_terminal:

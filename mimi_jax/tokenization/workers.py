@@ -1,8 +1,8 @@
-"""Files to samples, in worker processes, so that the device does not wait for either.
+"""Reading and resampling audio in worker processes, so that the device does not wait for either.
 
-Each worker keeps the files that it has open and answers one kind of question: what comes next of this one? A
-clip of less than half a minute is one answer, and hours are no more memory than that. Nothing here imports
-JAX, whose threads and memory the workers do without.
+Each worker keeps several files open and answers one kind of request: the next piece of one of them. A piece
+is about half a minute of audio, so a file of hours takes no more memory than a short one. Nothing here
+imports JAX, so that the workers do without its threads and memory.
 """
 
 import collections
@@ -23,39 +23,43 @@ import numpy as np
 from mimi_jax.files.audio import AudioReader
 from mimi_jax.tokenization.inputs import Item
 
-PIECE_SECONDS = 30  # of an answer
+PIECE_SECONDS = 30  # length of a piece
 SILENCE = 1e-4  # -80 dBFS; 16-bit audio has three steps below it
 
 
 class Target(NamedTuple):
-    """What every clip becomes, and what it may be."""
+    """The form that every clip is brought into, and the longest clip that is accepted."""
 
     sampling_rate: int  # Hz
     channels: int
-    max_seconds: float
+    max_seconds: float  # seconds of audio
 
 
 class Piece(NamedTuple):
+    """The next stretch of a clip."""
+
     audio: np.ndarray  # float32 [channels, samples]
     is_last: bool
 
 
-class Decoders:
-    """Worker processes that read, decode and resample.
+class Readers:
+    """Worker processes that read audio files, mix them to the target's channels and resample them.
 
-        with Decoders(Target(24_000, 1, 3600), num_workers=4) as decoders:
-            stream = decoders.open(item)
-            piece = stream.next()
+        with Readers(Target(24_000, 1, 3600), num_workers=4) as readers:
+            clip = readers.open(item)
+            piece = clip.next()
 
-    A worker that dies, as a C library may on a hostile file, is started anew. The file at which it was is
-    tried once more, since somebody else may have killed it; the others go on.
+    A worker that dies is started again, since a broken file may crash a C library. The file that it was
+    reading is tried once more, since something else may have killed the worker. The other files continue
+    where they were.
 
     Args:
-        target: the form of the audio.
-        num_workers: processes.
+        target: The form of the audio.
+        num_workers: Number of processes.
 
     Raises:
-        ChildProcessError: from a stream, where workers die as they start.
+        ValueError: `num_workers` is not positive.
+        ChildProcessError: From `ClipReader.next`, if the workers die while they start.
     """
 
     def __init__(self, target: Target, num_workers: int):
@@ -63,42 +67,53 @@ class Decoders:
             raise ValueError(f"workers must be positive, got {num_workers}")
         self._workers = [_Worker(target) for _ in range(num_workers)]
 
-    def __enter__(self) -> "Decoders":
+    def __enter__(self) -> "Readers":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers, even in the middle of a file."""
         for worker in self._workers:
             worker.stop()
 
-    def open(self, item: Item) -> "Stream":
-        """Begin to decode, on the worker that has the least to do."""
+    def open(self, item: Item) -> "ClipReader":
+        """Start to read a clip, on the worker with the fewest open files."""
         worker = min(self._workers, key=lambda worker: worker.num_open)
-        return Stream(worker, item)
+        return ClipReader(worker, item)
 
 
-class Stream:
-    """A clip that is being decoded, one piece ahead of who takes them."""
+class ClipReader:
+    """A clip that a worker is reading. The worker is always one piece ahead of `next`.
+
+    Args:
+        worker: The worker that reads it.
+        item: Where the clip is.
+    """
 
     _keys = itertools.count()
 
     def __init__(self, worker: "_Worker", item: Item):
         self.item, self.key = item, next(self._keys)
-        self.taken = 0  # pieces
-        self.crashes = 0  # of the worker, while it was at this clip
-        self.known_by = -1  # the life of the worker that has the file open
+        self.num_taken = 0  # pieces that `next` has returned
+        self.num_crashes = 0  # how often the worker died while it read this clip
+        self.known_by = -1  # the generation of the worker that has the file open
         self._worker = worker
         worker.num_open += 1
-        self._is_over = False
-        self._request = None if item.problem else worker.request(self)
+        self._is_closed = False
+        if not item.problem:
+            worker.request(self)
 
     def next(self) -> Piece:
-        """The next piece, once it is there.
+        """Wait for the next piece and return it.
 
         Raises:
-            ValueError: the clip cannot be used, with the reason.
+            ValueError: The clip cannot be used, with the reason.
+            ChildProcessError: The workers die while they start.
         """
         try:
-            if self._request is None:
+            if self.item.problem:
                 raise ValueError(self.item.problem)
             piece = self._worker.result(self)
         except ChildProcessError:
@@ -106,89 +121,92 @@ class Stream:
         except Exception as error:
             self.close()
             raise ValueError(_reason(error)) from error
-        self.taken += 1
+        self.num_taken += 1
         if piece.is_last:
             self.close()
         else:
-            self._request = self._worker.request(self)
+            self._worker.request(self)
         return piece
 
     def close(self) -> None:
-        if not self._is_over:
-            self._is_over = True
+        """Count the clip as finished, so that its worker gets the next one."""
+        if not self._is_closed:
+            self._is_closed = True
             self._worker.num_open -= 1
 
 
 class _Worker:
-    """One process, and the questions that it has not answered yet, oldest first."""
+    """One process, and the requests that it has not answered yet, oldest first."""
 
     def __init__(self, target: Target):
-        self._target, self.num_open, self._life = target, 0, -1
-        self._asked: dict[int, tuple[Stream, Future[Piece]]] = {}
+        self._target, self.num_open, self._generation = target, 0, -1
+        self._asked: dict[int, tuple[ClipReader, Future[Piece]]] = {}
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
         self._pool = ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(self._target,))
-        self._process = self._pool.submit(os.getpid)  # its number, and a sign that it lives
-        self._life += 1
+        self._process = self._pool.submit(os.getpid)  # its id, and a sign that it has started
+        self._generation += 1
 
     def stop(self) -> None:
-        """Whatever it is at: it may be stuck, and Python waits for it at its own end."""
+        """Kill the process: it may be stuck in a file, and Python would wait for it when it exits."""
         if self._process.done() and self._process.exception() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.result(), signal.SIGKILL)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def request(self, stream: Stream) -> int:
-        item = None if stream.known_by == self._life else stream.item
-        stream.known_by = self._life
+    def request(self, clip: ClipReader) -> None:
+        """Ask for the next piece of a clip."""
+        item = None if clip.known_by == self._generation else clip.item
+        clip.known_by = self._generation
         try:
-            future = self._pool.submit(_next_piece, stream.key, item, stream.taken)
-        except BrokenProcessPool as error:  # it died a moment ago
+            future = self._pool.submit(_next_piece, clip.key, item, clip.num_taken)
+        except BrokenProcessPool as error:  # the process died a moment ago
             future = Future()
             future.set_exception(error)
-        self._asked[stream.key] = (stream, future)
-        return stream.key
+        self._asked[clip.key] = (clip, future)
 
-    def result(self, stream: Stream) -> Piece:
+    def result(self, clip: ClipReader) -> Piece:
+        """Wait for the piece that was asked for."""
         try:
             while True:
                 try:
-                    return self._asked[stream.key][1].result()
+                    return self._asked[clip.key][1].result()
                 except BrokenProcessPool:
-                    self._revive()
+                    self._restart()
         finally:
-            del self._asked[stream.key]
+            del self._asked[clip.key]
 
-    def _revive(self) -> None:
-        """Start anew, and ask again for what was lost: first for that at which it died, the first in line."""
+    def _restart(self) -> None:
+        """Start a new process and repeat the lost requests, in their order.
+
+        The process died at the first of them, so that clip is blamed.
+        """
         wait(future for _, future in self._asked.values())
         if self._process.exception() is not None:
             raise ChildProcessError(
-                "the processes that decode audio die as they start. They import the script that started them:"
-                ' what it does must stand under if __name__ == "__main__":, and it must be a file'
+                "the processes that read audio die as they start; they import the script that started them,"
+                ' so it must be a file and do its work under if __name__ == "__main__":'
             )
         lost = [
-            stream
-            for stream, future in self._asked.values()
-            if isinstance(future.exception(), BrokenProcessPool)
+            clip for clip, future in self._asked.values() if isinstance(future.exception(), BrokenProcessPool)
         ]
         self.stop()
         self._start()
-        for number, stream in enumerate(lost):
-            del self._asked[stream.key]
-            stream.crashes += number == 0
-            if stream.crashes < 2:
-                self.request(stream)
+        for number, clip in enumerate(lost):
+            del self._asked[clip.key]
+            clip.num_crashes += number == 0
+            if clip.num_crashes < 2:
+                self.request(clip)
             else:
                 crashed: Future[Piece] = Future()
-                crashed.set_exception(ValueError("the decoder crashed on this file"))
-                self._asked[stream.key] = (stream, crashed)
+                crashed.set_exception(ValueError("the audio library crashed on this file"))
+                self._asked[clip.key] = (clip, crashed)
 
 
 def _reason(error: Exception) -> str:
-    """In one line."""
+    """An error in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
@@ -197,17 +215,18 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())
 
 
-# In the worker.
+# What follows runs in the worker process.
 
 _target: Target
-_open: dict[int, Iterator[Piece]] = {}
+_open: dict[int, Iterator[Piece]] = {}  # the clips that are being read, by their keys
 
 
 def _prepare(target: Target) -> None:
+    """Set up a new worker process."""
     global _target
     _target = target
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MP3 decoder comments on damaged files there
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MP3 library writes to stderr about damaged files
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -218,10 +237,17 @@ def _prepare(target: Target) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _next_piece(key: int, item: Item | None, taken: int) -> Piece:
+def _next_piece(key: int, item: Item | None, num_taken: int) -> Piece:
+    """Read the next piece of a clip.
+
+    Args:
+        key: Of the clip.
+        item: Where the clip is, if this process has not opened it yet; else None.
+        num_taken: Pieces to skip in a clip that is opened again.
+    """
     if item is not None:
         _open[key] = _pieces(item, _target)
-        collections.deque(itertools.islice(_open[key], taken), maxlen=0)
+        collections.deque(itertools.islice(_open[key], num_taken), maxlen=0)
     try:
         piece = next(_open[key])
     except BaseException:
@@ -233,32 +259,31 @@ def _next_piece(key: int, item: Item | None, taken: int) -> Piece:
 
 
 def _pieces(item: Item, target: Target) -> Iterator[Piece]:
-    """Decode a clip: at least one piece, each of PIECE_SECONDS but the last."""
+    """Read a clip: at least one piece, and all but the last at least PIECE_SECONDS long."""
     with _open_file(item) as file:
         reader = AudioReader(file, "the file", target.sampling_rate, target.channels, item.start, item.end)
-        limit, count, is_silent = target.max_seconds * target.sampling_rate, 0, True
-        size = PIECE_SECONDS * target.sampling_rate
         if reader.num_samples is not None:
-            _check_length(reader.num_samples, limit, target)
-        pending, length = [], 0
-        for block in reader:
-            count += block.shape[1]
-            _check_length(count, limit, target)
-            is_silent = is_silent and not (np.abs(block) > SILENCE).any()
-            if length >= size:
+            _check_length(reader.num_samples, target)
+        count, is_silent, pending, length = 0, True, [], 0
+        for audio in reader:
+            count += audio.shape[1]
+            _check_length(count, target)
+            is_silent = is_silent and not (np.abs(audio) > SILENCE).any()
+            if length >= PIECE_SECONDS * target.sampling_rate:
                 yield Piece(np.concatenate(pending, axis=1), is_last=False)
                 pending, length = [], 0
-            pending.append(block)
-            length += block.shape[1]
+            pending.append(audio)
+            length += audio.shape[1]
         if is_silent:
             raise ValueError("the clip is silent: no sample is above -80 dBFS")
         yield Piece(np.concatenate(pending, axis=1), is_last=True)
 
 
-def _check_length(num_samples: int, limit: float, target: Target) -> None:
-    if num_samples > limit:
+def _check_length(num_samples: int, target: Target) -> None:
+    if num_samples > target.max_seconds * target.sampling_rate:
         raise ValueError(
-            f"the clip is too long: more than {target.max_seconds:g} s, of which --max-seconds is the limit"
+            f"the clip is too long: it must not exceed max_seconds={target.max_seconds:g};"
+            " raise it (--max-seconds) or cut the clip"
         )
 
 
@@ -268,15 +293,15 @@ def _open_file(item: Item) -> BinaryIO:
     if item.offset == 0:
         return open(item.path, "rb")
     assert item.size is not None
-    return io.BufferedReader(_Part(item.path, item.offset, item.size))
+    return io.BufferedReader(_FileRange(item.path, item.offset, item.size))
 
 
-class _Part(io.RawIOBase):
-    """Some bytes of a file, as a file."""
+class _FileRange(io.RawIOBase):
+    """A range of bytes in a file, such as a member of an archive, as a file of its own."""
 
     def __init__(self, path: str, offset: int, size: int):
         self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
-        self._offset, self._size, self._place = offset, size, 0
+        self._offset, self._size, self._position = offset, size, 0
 
     def readable(self) -> bool:
         return True
@@ -285,15 +310,15 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        self._place = max(base + offset, 0)
-        return self._place
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
 
     def readinto(self, buffer) -> int:
-        view = memoryview(buffer).cast("B")[: max(self._size - self._place, 0)]
-        self._file.seek(self._offset + self._place)
+        view = memoryview(buffer).cast("B")[: max(self._size - self._position, 0)]
+        self._file.seek(self._offset + self._position)
         count = self._file.readinto(view)
-        self._place += count
+        self._position += count
         return count
 
     def close(self) -> None:

@@ -32,6 +32,17 @@ def test_nothing_stands_at_the_path_before_the_block_ends(tmp_path: Path):
     assert names(tmp_path) == ["speech.wav"]
 
 
+def test_the_temporary_file_may_be_in_another_folder(tmp_path: Path):
+    (tmp_path / "work").mkdir()
+    path = tmp_path / "a.txt"
+    with atomic_path(path, tmp_path / "work") as temporary:
+        assert temporary.parent == tmp_path / "work"
+        temporary.write_text("new")
+        assert names(tmp_path) == ["work"]
+    assert path.read_text() == "new"
+    assert names(tmp_path / "work") == []
+
+
 def test_a_file_replaces_a_file(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("old")

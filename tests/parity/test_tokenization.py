@@ -10,7 +10,7 @@ import pytest
 
 from mimi_jax import Mimi, cli
 from mimi_jax.files.audio import to_int16
-from mimi_jax.tokenization import Summary, read_codes, to_unicode, tokenize, tokenize_on_ray
+from mimi_jax.tokenization import Settings, Summary, read_codes, to_unicode, tokenize, tokenize_on_ray
 from tests.models import load_fixture
 from tests.tokenization.corpora import codes_alone, codes_by_id, noise_clip, write_folder
 
@@ -37,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokens(tiny: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "tokens"
-    tokenize([corpus], folder, tiny, clips_per_shard=30)
+    tokenize([corpus], folder, tiny, Settings(clips_per_shard=30))
     return folder
 
 
@@ -54,7 +54,11 @@ def test_a_cluster_that_loses_a_machine_codes_each_clip_once(
     out, summaries = tmp_path / "out", []
 
     def run() -> None:
-        options: dict[str, Any] = {"address": cluster.address, "actors": 2, "clips_per_shard": 2}
+        options: dict[str, Any] = {
+            "address": cluster.address,
+            "actors": 2,
+            "settings": Settings(clips_per_shard=2),
+        }
         options["resources"] = {"seat": 1}
         summaries.append(tokenize_on_ray([corpus], out, tiny, batch_size=2, workers=1, **options))
 

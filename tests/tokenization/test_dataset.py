@@ -1,12 +1,12 @@
-"""What was tokenized, read one by one, at random through Grain, and as text."""
+"""Tokenized clips are read one after the other, by number, and through Grain."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mimi_jax.tokenization import CodeSource, from_unicode, read_codes, read_manifest, to_unicode
-from mimi_jax.tokenization.output import Output, Row
+from mimi_jax.tokenization import CodeSource, read_codes, read_manifest
+from mimi_jax.tokenization.output import Output, TokenizedClip
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 clips in three shards, the second of which is empty; clip n holds the code n."""
     folder = tmp_path_factory.mktemp("made") / "tokens"
     output = Output(folder, {"num_shards": 3, "sampling_rate": 24_000}, {})
-    rows = [Row(f"{n}", "s", 1920, np.full((4, n % 3 + 1), n, np.uint16)) for n in range(300)]
+    rows = [TokenizedClip(f"{n}", "s", 1920, np.full((4, n % 3 + 1), n, np.uint16)) for n in range(300)]
     for shard, some in enumerate((rows[:130], [], rows[130:])):
         output.write(shard, some, [])
     return folder
@@ -39,7 +39,7 @@ def test_a_source_is_a_list(tokens: Path):
         assert source[int(n)].id == str(n)
     assert repr(source) == "CodeSource(3 files, 300 clips)"
     for index in (-1, 300):
-        with pytest.raises(IndexError, match="there are 300 clips"):
+        with pytest.raises(IndexError, match=r"index must lie in \[0, 300\)"):
             source[index]
 
 
@@ -55,32 +55,5 @@ def test_grain_shuffles_and_batches_a_source(tokens: Path):
 
 def test_another_folder_is_refused(tmp_path: Path):
     for read in (read_manifest, CodeSource, lambda folder: next(read_codes(folder))):
-        with pytest.raises(FileNotFoundError, match="no folder of `mimi-jax tokenize`"):
+        with pytest.raises(FileNotFoundError, match="must be an output of `mimi-jax tokenize`"):
             read(tmp_path)
-
-
-def test_text_has_a_character_a_code_frame_by_frame():
-    codes = np.array([[0, 1], [2, 3]], np.uint16)
-    text = to_unicode(codes, codebook_size=256)
-    assert [ord(character) - 0x4E00 for character in text] == [0, 256 + 2, 1, 256 + 3]
-    np.testing.assert_array_equal(from_unicode(text, 2, 256), codes)
-
-
-def test_any_codes_survive_as_text():
-    codes = np.random.default_rng(0).integers(0, 2048, (8, 100), np.uint16)
-    np.testing.assert_array_equal(from_unicode(to_unicode(codes, 2048), 8, 2048), codes)
-    large = np.random.default_rng(0).integers(0, 2048, (32, 100), np.uint16)
-    with pytest.raises(ValueError, match="begin at unicode_offset=0xE000"):
-        to_unicode(large, 2048)
-    np.testing.assert_array_equal(from_unicode(to_unicode(large, 2048, 0xE000), 32, 2048, 0xE000), large)
-
-
-def test_what_is_no_such_text_is_refused():
-    text = to_unicode(np.zeros((2, 3), np.uint16), 256)
-    for broken, error in ((text[1:], "no whole frames"), (text[1:] + text[0], "other codebooks")):
-        with pytest.raises(ValueError, match=error):
-            from_unicode(broken, 2, 256)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 256\), got 0 to 300"):
-        to_unicode(np.array([[0, 300]]), 256)
-    with pytest.raises(ValueError, match=r"must be integers \[codebooks, frames\]"):
-        to_unicode(np.zeros(3), 256)

@@ -18,7 +18,7 @@ from flax import nnx
 import mimi_jax
 from mimi_jax import Mimi, checkpoint, cli
 from mimi_jax.files.audio import AudioReader
-from mimi_jax.tokenization import read_manifest, tokenize
+from mimi_jax.tokenization import Settings, read_manifest, tokenize
 from tests.models import load_fixture
 from tests.tokenization.corpora import (
     RATE,
@@ -58,7 +58,7 @@ def check_folder(out: Path, data: Path, model: Mimi) -> None:
 
 def test_a_folder_becomes_shards(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", LENGTHS)
-    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, clips_per_shard=5)
+    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(clips_per_shard=5))
     assert (summary.num_done, summary.num_shards) == (3, 3)
     assert summary.now == summary.total
     assert summary.total.samples == sum(LENGTHS)
@@ -80,7 +80,7 @@ def test_archives_and_manifests_become_shards(tmp_path: Path, tiny: Path, model:
     (tmp_path / "m.jsonl").write_text('{"path": "long.wav", "start": 0.5, "end": 1.5}\n{"path": "4.wav"}\n')
     (tmp_path / "4.wav").write_bytes(files["4.wav"])
     for name in ("a.tar", "b.parquet", "m.jsonl"):
-        tokenize([tmp_path / name], tmp_path / name.split(".")[0], tiny, num_quantizers=3)
+        tokenize([tmp_path / name], tmp_path / name.split(".")[0], tiny, Settings(num_quantizers=3))
     for name in "ab":
         found = codes_by_id(tmp_path / name)
         assert found.keys() == clips.keys()
@@ -94,16 +94,16 @@ def test_archives_and_manifests_become_shards(tmp_path: Path, tiny: Path, model:
 
 def test_a_rerun_does_only_what_is_missing(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", LENGTHS)
-    tokenize([tmp_path / "data"], tmp_path / "out", tiny, clips_per_shard=4)
+    tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(clips_per_shard=4))
     shards = sorted((tmp_path / "out" / "codes").iterdir())
     times = [path.stat().st_mtime_ns for path in shards]
     shards[1].unlink()
-    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, clips_per_shard=4)
+    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(clips_per_shard=4))
     assert (summary.now.clips, summary.total.clips) == (4, len(LENGTHS))
     again = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "codes").iterdir())]
     assert [new == old for new, old in zip(again, times, strict=True)] == [True, False, True]
     check_folder(tmp_path / "out", tmp_path / "data", model)
-    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, clips_per_shard=4)
+    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(clips_per_shard=4))
     assert (summary.now.clips, summary.compilations, summary.total.clips) == (0, 0, len(LENGTHS))
 
 
@@ -111,9 +111,9 @@ def test_other_settings_and_other_inputs_are_refused(tmp_path: Path, tiny: Path)
     write_folder(tmp_path / "data", [100, 200])
     tokenize([tmp_path / "data"], tmp_path / "out", tiny)
     with pytest.raises(ValueError, match="num_quantizers was 4 and is 2"):
-        tokenize([tmp_path / "data"], tmp_path / "out", tiny, num_quantizers=2)
+        tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(num_quantizers=2))
     with pytest.raises(ValueError, match="model_id was"):
-        tokenize([tmp_path / "data"], tmp_path / "out", "mini", num_quantizers=4)
+        tokenize([tmp_path / "data"], tmp_path / "out", "mini", Settings(num_quantizers=4))
     write_folder(tmp_path / "data", [100, 200, 300])
     with pytest.raises(ValueError, match="inputs was"):
         tokenize([tmp_path / "data"], tmp_path / "out", tiny)
@@ -121,7 +121,7 @@ def test_other_settings_and_other_inputs_are_refused(tmp_path: Path, tiny: Path)
 
 def test_a_job_goes_on_with_the_first_codebooks_alone(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", [100, 200])
-    tokenize([tmp_path / "data"], tmp_path / "out", tiny, num_quantizers=2)
+    tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(num_quantizers=2))
     settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
     assert settings["model_id"] == checkpoint.model_id(model, 2) != checkpoint.model_id(model)
     checkpoint.keep_codebooks(model, 2).save_pretrained(tmp_path / "few")
@@ -136,7 +136,7 @@ def test_processes_split_the_shards(tmp_path: Path, tiny: Path, model: Mimi):
             [tmp_path / "data"],
             tmp_path / "out",
             tiny,
-            clips_per_shard=3,
+            Settings(clips_per_shard=3),
             process_index=index,
             process_count=3,
         )
@@ -151,10 +151,8 @@ def test_processes_split_the_shards(tmp_path: Path, tiny: Path, model: Mimi):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
-        ({"max_seconds": 0}, "max_seconds must be positive, got 0"),
-        ({"clips_per_shard": 0}, "clips_per_shard must be positive, got 0"),
-        ({"num_quantizers": 99}, "num_quantizers"),
+        ({"settings": Settings(num_quantizers=99)}, "num_quantizers must be an integer from 1 to 4"),
+        ({"process_index": 0}, "process_index and process_count must be given together"),
         ({"workers": 0}, "workers must be positive, got 0"),
         ({"batch_size": 3}, "batch_size must be a multiple of the 8 devices, got 3"),
     ],
@@ -178,7 +176,7 @@ def test_errors_are_retried_when_asked(tmp_path: Path, tiny: Path, model: Mimi):
     bad = tmp_path / "data" / "speaker 1" / "clip_001.wav"
     data = bad.read_bytes()
     bad.write_bytes(b"")
-    options: dict[str, Any] = {"clips_per_shard": 2}
+    options: dict[str, Any] = {"settings": Settings(clips_per_shard=2)}
     assert tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options).total.errors == 1
     bad.write_bytes(data)
     assert tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options).total.errors == 1
@@ -192,7 +190,7 @@ def test_errors_are_retried_when_asked(tmp_path: Path, tiny: Path, model: Mimi):
 
 def test_bfloat16_codes_are_those_of_the_model_in_bfloat16(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", [1600] * 8)
-    tokenize([tmp_path / "data"], tmp_path / "out", tiny, dtype="bfloat16")
+    tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(dtype="bfloat16"))
     found, half = codes_by_id(tmp_path / "out"), model.astype("bfloat16")
     alone = [codes_alone(half, mimi_jax.load_audio(tmp_path / "data" / name)) for name in found]
     assert np.mean(np.stack(list(found.values())) == np.stack(alone)) > 0.95  # the sums are in another order
@@ -278,7 +276,7 @@ def test_500_hostile_inputs_are_each_coded_or_listed(tmp_path: Path, tiny: Path,
     (tmp_path / "data" / "zeros.tar").write_bytes(b"")
     entries = [None, *({"bytes": data, "path": "same name"} for _, data in rows)]
     write_parquet(tmp_path / "data" / "b.parquet", entries)
-    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, clips_per_shard=100)
+    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(clips_per_shard=100))
     assert summary.num_done == summary.num_shards
     found, errors = codes_by_id_and_source(tmp_path / "out"), errors_of(tmp_path / "out")
     assert all(reason and "\n" not in reason for reason in errors.values())
@@ -356,7 +354,7 @@ def test_a_long_clip_is_coded_as_a_stream(tmp_path: Path):
     clips = {"long.wav": noise_clip(65 * RATE), "short.wav": noise_clip(3 * RATE, seed=1)}
     for name, clip in clips.items():
         (tmp_path / name).write_bytes(audio_bytes(clip, subtype="FLOAT"))
-    summary = tokenize([tmp_path / "*.wav"], tmp_path / "out", num_quantizers=8)
+    summary = tokenize([tmp_path / "*.wav"], tmp_path / "out", settings=Settings(num_quantizers=8))
     assert summary.total.samples == 68 * RATE
     mini, found = Mimi.from_pretrained("mini", decoder=False), codes_by_id(tmp_path / "out")
     for name, clip in clips.items():
@@ -414,7 +412,8 @@ def test_the_command_prints_a_table_and_its_status_tells_of_errors(
         captured.err.strip()
         .splitlines()[-1]
         .startswith(
-            f"mimi-jax tokenize: error: 1 clips could not be coded; {tmp_path / 'other' / 'errors'} says why"
+            "mimi-jax tokenize: error: 1 clips could not be encoded; the reasons are in"
+            f" {tmp_path / 'other' / 'errors'}"
         )
     )
 
@@ -422,8 +421,8 @@ def test_the_command_prints_a_table_and_its_status_tells_of_errors(
 @pytest.mark.parametrize(
     ("words", "variables", "error"),
     [
-        (["--process-index", "1"], {}, "--process-index and --process-count go together"),
-        (["--ray-actors", "2"], {}, "are of --engine ray"),
+        (["--process-index", "1"], {}, "--process-index and --process-count must be given together"),
+        (["--ray-actors", "2"], {}, "need --engine ray"),
         (["--batch-size", "0"], {}, "argument --batch-size: must be positive, got 0"),
         (["--process-index", "2", "--process-count", "2"], {}, "must lie in [0, 2), got 2"),
         ([], {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4"}, "must lie in [0, 4), got 4"),

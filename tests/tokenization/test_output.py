@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from mimi_jax.tokenization.dataset import read_codes, read_manifest
-from mimi_jax.tokenization.output import ROW_GROUP, Failure, Output, Row, Totals
+from mimi_jax.tokenization.output import ROW_GROUP, Failure, Output, TokenizedClip, Totals
 
 SETTINGS = {"num_shards": 3, "sampling_rate": 24_000, "num_quantizers": 2, "dtype": "float32"}
 
 
-def row(number: int, frames: int = 3) -> Row:
+def row(number: int, frames: int = 3) -> TokenizedClip:
     codes = np.arange(2 * frames, dtype=np.uint16).reshape(2, frames) + number
-    return Row(f"clip {number}", "source", 1920 * frames - 5, codes)
+    return TokenizedClip(f"clip {number}", "source", 1920 * frames - 5, codes)
 
 
 def open_output(folder: Path, **changes: Any) -> Output:
@@ -86,7 +86,7 @@ def test_other_settings_are_refused_with_both_values(tmp_path: Path):
 def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path):
     for text in ('{"name": "my app"}', "no JSON", "[]"):
         (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(ValueError, match="holds files, but not those of a tokenization"):
+        with pytest.raises(ValueError, match="holds files that `mimi-jax tokenize` did not write"):
             open_output(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
@@ -100,7 +100,7 @@ def test_names_of_many_shards_sort_as_numbers_do(tmp_path: Path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="holds files, but not those of a tokenization"):
+    with pytest.raises(ValueError, match="holds files that `mimi-jax tokenize` did not write"):
         open_output(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -16,22 +16,22 @@ import pytest
 import mimi_jax
 from mimi_jax.files.audio import AudioReader
 from mimi_jax.tokenization.inputs import Item
-from mimi_jax.tokenization.workers import PIECE_SECONDS, Decoders, Stream, Target
+from mimi_jax.tokenization.workers import PIECE_SECONDS, ClipReader, Readers, Target
 from tests.tokenization.corpora import RATE, audio_bytes, noise_clip, write_tar
 
 MAX_SECONDS = 200
 
 
 @pytest.fixture(scope="module")
-def decoders() -> Iterator[Decoders]:
-    with Decoders(Target(RATE, 1, MAX_SECONDS), num_workers=2) as decoders:
-        yield decoders
+def readers() -> Iterator[Readers]:
+    with Readers(Target(RATE, 1, MAX_SECONDS), num_workers=2) as readers:
+        yield readers
 
 
-def whole(stream: Stream) -> np.ndarray:
+def whole(clip: ClipReader) -> np.ndarray:
     pieces = []
     while True:
-        piece = stream.next()
+        piece = clip.next()
         pieces.append(piece.audio)
         if piece.is_last:
             return np.concatenate(pieces, axis=1)
@@ -39,21 +39,21 @@ def whole(stream: Stream) -> np.ndarray:
 
 @pytest.mark.parametrize("seconds", [0.001, 1.0, PIECE_SECONDS, PIECE_SECONDS * 2.5])
 @pytest.mark.parametrize("rate", [RATE, 16_000])
-def test_pieces_are_those_of_the_file(tmp_path: Path, decoders: Decoders, seconds: float, rate: int):
+def test_pieces_are_those_of_the_file(tmp_path: Path, readers: Readers, seconds: float, rate: int):
     path = tmp_path / "a.flac"
     path.write_bytes(audio_bytes(noise_clip(round(seconds * rate), channels=2), rate, "FLAC"))
-    stream = decoders.open(Item("a", str(path), size=path.stat().st_size))
+    stream = readers.open(Item("a", str(path), size=path.stat().st_size))
     np.testing.assert_array_equal(whole(stream), mimi_jax.load_audio(path))
 
 
-def test_files_inside_archives_and_in_memory(tmp_path: Path, decoders: Decoders):
+def test_files_inside_archives_and_in_memory(tmp_path: Path, readers: Readers):
     clips = {f"{n}.wav": audio_bytes(noise_clip(1000 * n, seed=n)) for n in (1, 2)}
     write_tar(tmp_path / "a.tar", clips)
     data = (tmp_path / "a.tar").read_bytes()
     for name, clip in clips.items():
         offset = data.index(clip)
-        expected = whole(decoders.open(Item(name, data=clip)))
-        found = whole(decoders.open(Item(name, str(tmp_path / "a.tar"), offset, len(clip))))
+        expected = whole(readers.open(Item(name, data=clip)))
+        found = whole(readers.open(Item(name, str(tmp_path / "a.tar"), offset, len(clip))))
         np.testing.assert_array_equal(found, expected)
         assert found.shape[1] == 1000 * int(name[0])
 
@@ -98,31 +98,31 @@ def test_a_stretch_may_end_a_rounding_behind_the_file():
         (audio_bytes(noise_clip(8000 * 201), 8000), "the clip is too long"),
     ],
 )
-def test_what_cannot_be_used_is_said(decoders: Decoders, data: bytes, error: str):
+def test_what_cannot_be_used_is_said(readers: Readers, data: bytes, error: str):
     with pytest.raises(ValueError, match=error):
-        whole(decoders.open(Item("it", data=data)))
+        whole(readers.open(Item("it", data=data)))
 
 
-def test_a_problem_that_is_known_is_passed_on(decoders: Decoders):
+def test_a_problem_that_is_known_is_passed_on(readers: Readers):
     with pytest.raises(ValueError, match="the row has no audio"):
-        decoders.open(Item("it", problem="the row has no audio")).next()
-    missing = decoders.open(Item("it", "/nowhere/x.wav", size=3))
+        readers.open(Item("it", problem="the row has no audio")).next()
+    missing = readers.open(Item("it", "/nowhere/x.wav", size=3))
     with pytest.raises(ValueError, match="No such file"):
         missing.next()
 
 
-def kill_worker(decoders: Decoders) -> None:
-    os.kill(decoders._workers[0]._process.result(), signal.SIGKILL)
+def kill_worker(readers: Readers) -> None:
+    os.kill(readers._workers[0]._process.result(), signal.SIGKILL)
     time.sleep(0.3)
 
 
 @pytest.fixture
-def one() -> Iterator[Decoders]:
-    with Decoders(Target(RATE, 1, MAX_SECONDS), num_workers=1) as decoders:
-        yield decoders
+def one() -> Iterator[Readers]:
+    with Readers(Target(RATE, 1, MAX_SECONDS), num_workers=1) as readers:
+        yield readers
 
 
-def test_what_a_dead_worker_had_open_goes_on(one: Decoders):
+def test_what_a_dead_worker_had_open_goes_on(one: Readers):
     item = Item("good", data=audio_bytes(noise_clip((PIECE_SECONDS * 2 + 1) * RATE)))
     begun = one.open(item)
     first = begun.next().audio  # and the next piece is asked for
@@ -134,7 +134,7 @@ def test_what_a_dead_worker_had_open_goes_on(one: Decoders):
     np.testing.assert_array_equal(np.concatenate([first, whole(begun)], axis=1), expected)
 
 
-def test_a_file_that_kills_its_worker_twice_is_blamed_alone(one: Decoders, tmp_path: Path):
+def test_a_file_that_kills_its_worker_twice_is_blamed_alone(one: Readers, tmp_path: Path):
     os.mkfifo(tmp_path / "stuck.wav")  # whoever opens it waits, until it is killed
     stuck = Item("stuck", str(tmp_path / "stuck.wav"))
     good = Item("good", data=audio_bytes(noise_clip(1000)))
@@ -151,7 +151,7 @@ def test_a_file_that_kills_its_worker_twice_is_blamed_alone(one: Decoders, tmp_p
         if stream.item is good:
             assert whole(stream).shape == (1, 1000)
         else:
-            with pytest.raises(ValueError, match="the decoder crashed on this file"):
+            with pytest.raises(ValueError, match="the audio library crashed on this file"):
                 stream.next()
     killer.join()
 
@@ -166,7 +166,7 @@ tokenize([{str(tmp_path / "x.wav")!r}], {str(tmp_path / "out")!r})
     (tmp_path / "script.py").write_text(script)
     result = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True)
     assert result.returncode == 1
-    assert 'must stand under if __name__ == "__main__":' in result.stderr
+    assert 'do its work under if __name__ == "__main__":' in result.stderr
     assert list((tmp_path / "out" / "codes").iterdir()) == []
 
 
@@ -174,11 +174,11 @@ def test_a_stuck_worker_does_not_keep_the_process(tmp_path: Path):
     os.mkfifo(tmp_path / "stuck.wav")
     script = f"""
 import time
-from mimi_jax.tokenization.workers import Decoders, Target
+from mimi_jax.tokenization.workers import Readers, Target
 from mimi_jax.tokenization.inputs import Item
 if __name__ == "__main__":
-    with Decoders(Target(24_000, 1, 100), 1) as decoders:
-        decoders.open(Item("stuck", {str(tmp_path / "stuck.wav")!r}))
+    with Readers(Target(24_000, 1, 100), 1) as readers:
+        readers.open(Item("stuck", {str(tmp_path / "stuck.wav")!r}))
         time.sleep(2)
     print("ends")
 """

@@ -1,0 +1,43 @@
+"""What decides the codes of a corpus, and which clips share an output file."""
+
+import dataclasses
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the codes of a corpus, and which clips share an output file.
+
+    They are recorded in the output's manifest. A job can be resumed only with the settings it began with.
+
+    Attributes:
+        num_quantizers: How many codebooks to keep, counted from the first. None keeps all of the model's.
+        dtype: Of weights and activations. "float32" gives exactly the codes of `encode`; "bfloat16" is faster
+            and changes some of them.
+        clips_per_shard: Clips in one output file. An archive (.tar or .parquet) always becomes one file.
+        max_seconds: The longest clip that is encoded, in seconds. A longer one is listed as an error.
+
+    Raises:
+        ValueError: A value is not allowed.
+    """
+
+    num_quantizers: int | None = None
+    dtype: str = "float32"
+    clips_per_shard: int = 1000
+    max_seconds: float = 24 * 3600.0
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("num_quantizers", self.num_quantizers),
+            ("clips_per_shard", self.clips_per_shard),
+        ):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
+
+
+DEFAULTS = Settings()

@@ -1,0 +1,174 @@
+"""A model with its worker processes, which encodes shards on the devices of this process."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from mimi_jax.model import Mimi
+from mimi_jax.tokenization.coding import Coder, Result
+from mimi_jax.tokenization.inputs import Shard
+from mimi_jax.tokenization.output import Failure, Output, TokenizedClip, Totals
+from mimi_jax.tokenization.progress import Progress
+from mimi_jax.tokenization.workers import ClipReader, Readers, Target
+
+# Rows of a batch on each device, by platform.
+BATCH_SIZE = {"cpu": 8}
+OTHER_BATCH_SIZE = 64
+# Frames in a chunk of a long clip, by platform. Each step has a fixed cost for the past of its rows, and on
+# average half of a clip's last chunk is padding. On a CPU the fixed cost is small, so a chunk is only 1.28 s.
+CHUNK_FRAMES = {"cpu": 16}
+OTHER_CHUNK_FRAMES = 50
+MAX_WORKERS = 16  # by default; one core reads thousands of seconds of audio per second
+
+
+@contextlib.contextmanager
+def explained_memory_errors() -> Iterator[None]:
+    """Turn XLA's error about memory into one line that says what to do.
+
+    Raises:
+        ValueError: The device has too little memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError("the device has too little memory; lower batch_size (--batch-size)") from error
+
+
+class Tokenizer:
+    """A model and its workers.
+
+    Args:
+        model: Its encoder, in float32.
+        output: Where the codes go. Its settings give the dtype, the number of codebooks and the longest clip.
+        batch_size, workers, strict: As for `tokenize`.
+    """
+
+    @explained_memory_errors()
+    def __init__(
+        self, model: Mimi, output: Output, batch_size: int | None, workers: int | None, strict: bool
+    ):
+        settings, devices = output.settings, jax.local_devices()
+        platform = devices[0].platform
+        if batch_size is None:
+            batch_size = BATCH_SIZE.get(platform, OTHER_BATCH_SIZE) * len(devices)
+        if workers is None:
+            workers = min(max(_num_cpus() - 1, 1), MAX_WORKERS)
+        if settings["dtype"] != "float32":
+            model = model.astype(settings["dtype"])
+        chunk_frames = CHUNK_FRAMES.get(platform, OTHER_CHUNK_FRAMES)
+        self._coder = Coder(model, batch_size, chunk_frames, settings["num_quantizers"], devices)
+        target = Target(settings["sampling_rate"], model.config.audio_channels, settings["max_seconds"])
+        self._readers = Readers(target, workers)
+        self._output, self._strict = output, strict
+
+    def __enter__(self) -> "Tokenizer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._readers.close()
+
+    @explained_memory_errors()
+    def run(self, shards: Sequence[Shard], progress: Progress, wait: bool = False) -> Totals:
+        """Encode shards, except those that are done or reserved by another process.
+
+        Args:
+            shards: The shards, in the order in which they are read.
+            progress: Is told of everything that is done.
+            wait: If another process has reserved a shard, wait for it, and do the shard if that one died.
+
+        Returns:
+            The totals of the shards that were written.
+
+        Raises:
+            ValueError: A clip cannot be encoded and `strict` was set, or the device has too little memory.
+        """
+        with contextlib.ExitStack() as claims:
+            open_shards = _OpenShards(self._output, self._readers, progress, claims)
+            for result in self._coder.run(open_shards.read(shards, wait), progress.coded):
+                if self._strict and result.codes is None:
+                    raise ValueError(f"{open_shards.place(result.reader)}: {result.problem}")
+                open_shards.add(result)
+        return open_shards.totals
+
+
+class _OpenShard:
+    """A shard whose clips are being encoded."""
+
+    def __init__(self, shard: Shard, release: Callable[[], object]):
+        self.shard, self.release = shard, release
+        self.results: dict[int, TokenizedClip | Failure] = {}  # by the position in the shard
+        self.num_items = self.num_bytes = 0
+        self.is_read = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_read and len(self.results) == self.num_items
+
+
+class _OpenShards:
+    """All shards whose clips are being encoded, and to which of them each clip belongs.
+
+    Shards are read one after the other. The next one is begun before all clips of the last are encoded.
+    """
+
+    def __init__(self, output: Output, readers: Readers, progress: Progress, claims: contextlib.ExitStack):
+        self._output, self._readers, self._progress, self._claims = output, readers, progress, claims
+        self._places: dict[int, tuple[_OpenShard, int]] = {}  # shard and position of each clip, by its key
+        self.totals = Totals()
+
+    def read(self, shards: Sequence[Shard], wait: bool) -> Iterator[ClipReader]:
+        """Reserve shards and open their clips, one at a time."""
+        for shard in shards:
+            claim = contextlib.ExitStack()
+            self._claims.push(claim)
+            if not claim.enter_context(self._output.claim(shard.index, wait)):
+                claim.close()
+                continue
+            opened = _OpenShard(shard, claim.close)
+            for item in shard.read():
+                reader = self._readers.open(item)
+                self._places[reader.key] = (opened, opened.num_items)
+                opened.num_items += 1
+                yield reader
+            opened.is_read = True
+            self._write_if_done(opened)
+
+    def place(self, reader: ClipReader) -> str:
+        """The source and the id of a clip, for an error."""
+        source, name = self._places[reader.key][0].shard.source, reader.item.id
+        return f"{source}: {name}" if name and name != source else source
+
+    def add(self, result: Result) -> None:
+        """Keep a result, and write its shard if it was the last one."""
+        item = result.reader.item
+        opened, position = self._places.pop(result.reader.key)
+        source = opened.shard.source
+        if result.codes is None:
+            opened.results[position] = Failure(item.id, source, result.problem)
+            self._progress.error(item.num_bytes)
+        else:
+            opened.results[position] = TokenizedClip(item.id, source, result.num_samples, result.codes)
+            self._progress.clip(item.num_bytes)
+        opened.num_bytes += item.num_bytes
+        self._write_if_done(opened)
+
+    def _write_if_done(self, opened: _OpenShard) -> None:
+        if not opened.is_done:
+            return
+        results = [opened.results[position] for position in range(opened.num_items)]
+        clips = [result for result in results if isinstance(result, TokenizedClip)]
+        failures = [result for result in results if isinstance(result, Failure)]
+        self.totals += self._output.write(opened.shard.index, clips, failures)
+        self._progress.read(max(opened.shard.num_bytes - opened.num_bytes, 0))
+        opened.release()
+
+
+def _num_cpus() -> int:
+    """How many CPUs this process may use, or how many there are if the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
