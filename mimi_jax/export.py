@@ -31,8 +31,9 @@ from jax import export as jax_export
 from jax.typing import ArrayLike
 
 from mimi_jax.arguments import check_audio, check_mask, check_rows
-from mimi_jax.checkpoint.store import model_id
+from mimi_jax.checkpoint import model_id
 from mimi_jax.config import MimiConfig, ceil_div
+from mimi_jax.files.arrays import named_leaves
 from mimi_jax.files.atomic import atomic_path
 from mimi_jax.model import (
     DecoderOutput,
@@ -330,11 +331,12 @@ def _split(model: Mimi) -> tuple[Weights, Callable[[Weights], Mimi]]:
     What only training reads, as large as all codebooks, is left out.
     """
     graph, statistics, parameters = nnx.split(model, CodebookStatistic, ...)
-    leaves, structure = jax.tree.flatten_with_path(parameters)
-    names = [jax.tree_util.keystr(place, simple=True, separator=".") for place, _ in leaves]
-    # Each ends in "value", of the variable; in an int8 one, values and scales come after that.
-    names = [name.removesuffix(".value") for name in names]
-    weights = {name: np.ascontiguousarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    structure = jax.tree.structure(parameters)
+    # A name ends in "value", the field of the variable; in an int8 variable, values and scales come after it.
+    weights = {
+        name.removesuffix(".value"): np.ascontiguousarray(leaf)
+        for name, leaf in named_leaves(parameters, ".").items()
+    }
 
     def rebuild(given: Weights) -> Mimi:
         unused = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)

@@ -126,7 +126,7 @@ class Mimi(nnx.Module):
         encoder: bool = True,
         decoder: bool = True,
         num_quantizers: int | None = None,
-        quantization: str | None = None,
+        weights: str | None = None,
         sharding: jax.sharding.Sharding | None = None,
     ) -> "Mimi":
         """Load a model.
@@ -138,13 +138,13 @@ class Mimi(nnx.Module):
             precision, compute: as for `Mimi`.
             encoder, decoder: False leaves out that half.
             num_quantizers: keeps the first codebooks alone, such as the 8 of Moshi; None keeps all.
-            quantization: "int8" makes the kernels of both halves int8, as `mimi_jax.checkpoint.int8` does,
-                "int8-encoder" and "int8-decoder" of one; None keeps what is stored.
+            weights: "int8" makes the kernels of both halves int8, as `mimi_jax.checkpoint.int8` does;
+                "int8-encoder" and "int8-decoder" those of one half. None keeps what is stored.
             sharding: where to put every parameter; None for the default device.
 
         Raises:
             FileNotFoundError: no such model, or the Hub cannot be reached.
-            ImportError: to quantize takes `pip install 'mimi_jax[int8]'`.
+            ImportError: int8 weights are to be made, and `qwix` is not installed.
             ValueError: naming every tensor that is missing, unexpected or of another shape, and every unknown
                 or unsupported field of the configuration; for `num_quantizers` that the model has not.
         """
@@ -158,13 +158,13 @@ class Mimi(nnx.Module):
             encoder=encoder,
             decoder=decoder,
             num_quantizers=num_quantizers,
-            quantization=quantization,
+            weights=weights,
             sharding=sharding,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, which `transformers` loads too, unless it is int8."""
-        from mimi_jax.checkpoint import store as checkpoint
+        from mimi_jax import checkpoint  # which builds on this module
 
         checkpoint.save(self, folder)
 

@@ -14,7 +14,7 @@ import safetensors
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from mimi_jax.checkpoint import store as checkpoint
+from mimi_jax import checkpoint
 from mimi_jax.config import MimiConfig
 from mimi_jax.model import Mimi
 
@@ -47,9 +47,9 @@ def load_fixture(name: str) -> Fixture:
         config = MimiConfig.from_dict(json.loads(file.metadata()["config"]))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     prefix = "weights/"
-    readers = {k.removeprefix(prefix): lambda k=k: tensors[k] for k in tensors if k.startswith(prefix)}
+    weights = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
     model = checkpoint.abstract_model(config)
-    model = checkpoint.fill(model, checkpoint.read_tensors(readers, model, name), None)
+    model = checkpoint.fill(model, checkpoint.read_tensors(weights, model, name), None)
     indices = sorted(key.split("/")[1] for key in tensors if key.startswith("audio/"))
     return Fixture(model, [Clip(*(tensors[f"{field}/{i}"] for field in Clip._fields)) for i in indices])
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mimi_jax.checkpoint.int8 import dequantize
+from mimi_jax.checkpoint.int8 import to_float
+from mimi_jax.files.arrays import named_variables, with_values
 from mimi_jax.model import Mimi
 from mimi_jax.train import codebooks as vq
 from mimi_jax.train import losses
@@ -54,20 +55,14 @@ class TrainState(NamedTuple):
 
 
 def weights_of(module: nnx.Module) -> dict[str, jax.Array]:
-    """The parameters of a module by their dotted places."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, place)): variable[...] for place, variable in flat}
+    """The parameters of a module by name."""
+    return {name: variable[...] for name, variable in named_variables(module, nnx.Param).items()}
 
 
 def with_weights(module: Any, weights: Mapping[str, jax.Array | NormalizedKernel]) -> Any:
     """A copy of a module with other parameters; those it is not given stay as they are."""
-    graph, state = nnx.split(module)
-    flat = dict(nnx.to_flat_state(state))
-    for place, variable in flat.items():
-        name = ".".join(map(str, place))
-        if name in weights:
-            flat[place] = variable.replace(fold(weights[name]))
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    own = named_variables(module, nnx.Param)
+    return with_values(module, {name: fold(weights[name]) for name in own if name in weights})
 
 
 class Trainer:
@@ -152,13 +147,11 @@ class Trainer:
         """The model of a state, with plain kernels: the running mean of its weights, or the newest."""
         source = state.average if average else state
         model = with_weights(self.model, {**source.weights, **state.frozen})
-        graph, rest = nnx.split(model)
-        flat = dict(nnx.to_flat_state(rest))
+        statistics = {}
         for part, (usage, sums) in source.codebooks.items():
-            for name, value in (("cluster_usage", usage), ("embedding_sum", sums)):
-                place = ("quantizer", part, name)
-                flat[place] = flat[place].replace(value)
-        model = nnx.merge(graph, nnx.from_flat_state(flat))
+            statistics[f"quantizer.{part}.cluster_usage"] = usage
+            statistics[f"quantizer.{part}.embedding_sum"] = sums
+        model = with_values(model, statistics)
         model.quantizer.derive()
         return model
 
@@ -343,7 +336,7 @@ def start_model(recipe: Recipe) -> Mimi:
     of He's, which `transformers` and `Mimi` draw, grow with depth until a run begins by shrinking them.
     """
     if recipe.init:
-        model = dequantize(Mimi.from_pretrained(recipe.init, precision=recipe.precision))
+        model = to_float(Mimi.from_pretrained(recipe.init, precision=recipe.precision))
         if recipe.model not in (Recipe().model, model.config):
             raise ValueError(f"the recipe's model is not that of init={recipe.init!r}; leave out [model]")
         return model

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimi_jax.checkpoint.names import CONV, conv_transpose, fold_weight_norm
+from mimi_jax.checkpoint.layouts.names import CONV, conv_transpose, fold_weight_norm
 from mimi_jax.train.weight_norm import NormalizedKernel, fold, normalize
 
 SHAPES = {"conv": (3, 4, 6), "conv2d": (3, 9, 2, 5), "conv_transpose": (2, 1, 6, 4, 3)}

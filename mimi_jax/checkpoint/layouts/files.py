@@ -1,0 +1,71 @@
+"""The files of a stored model, and what every layout does with them."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.typing import DTypeLike
+
+from mimi_jax.files.arrays import SafetensorsFile
+from mimi_jax.model import Mimi
+
+WEIGHTS_FILE = "model.safetensors"
+ORBAX_FOLDER = "params"
+
+
+class ModelFiles:
+    """The files of one model, read when they are asked for.
+
+    Args:
+        path: what `find` returned: a folder, or a .safetensors file, which may have a config.json beside it.
+    """
+
+    def __init__(self, path: Path):
+        folder = path if path.is_dir() else path.parent
+        self.path, self.config_path = path, folder / "config.json"
+        self.weights_path = path / WEIGHTS_FILE if path.is_dir() else path
+        self.orbax_folder = path / ORBAX_FOLDER
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """What config.json says; empty where a lone file has none.
+
+        Raises:
+            ValueError: config.json is not JSON.
+        """
+        return json.loads(self.config_path.read_text()) if self.config_path.is_file() else {}
+
+    @functools.cached_property
+    def tensors(self) -> SafetensorsFile:
+        """The tensors of the safetensors file.
+
+        Raises:
+            ValueError: there is no such file, or it is damaged.
+        """
+        return SafetensorsFile(self.weights_path)
+
+
+class Layout(NamedTuple):
+    """One way to store a model.
+
+    Args:
+        recognizes: whether a model's files are in this layout.
+        read: gives an abstract model its values. It takes the files, the model, the dtype (None keeps what
+            is stored) and the sharding (None for the default device). It raises a `ValueError` that names
+            every array that is missing, unexpected, or of another shape or dtype.
+        write: writes the weights of a model to a folder, which it makes. It raises a `ValueError` where the
+            layout cannot hold the model, and makes no folder then. `save` adds the config.json.
+    """
+
+    recognizes: Callable[[ModelFiles], bool]
+    read: Callable[[ModelFiles, Mimi, DTypeLike | None, jax.sharding.Sharding | None], Mimi]
+    write: Callable[[Mimi, Path], None]
+
+
+def check_fits(problems: list[str], source: str | Path) -> None:
+    """Raise what `differences` found between a checkpoint and the model of its configuration."""
+    if problems:
+        raise ValueError(f"{source}: the tensors do not fit the configuration: {'; '.join(problems)}")
