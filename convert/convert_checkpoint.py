@@ -11,9 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mimi_jax.cli import main as cli
-
-PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+from mimi_jax import cli
+from mimi_jax.cli.models import PYTORCH_SUFFIXES
 
 
 def unpickle(source: Path, folder: Path) -> None:

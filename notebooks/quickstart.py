@@ -32,7 +32,6 @@ import numpy as np
 from IPython.display import HTML, Audio, Image, display
 
 import mimi_jax
-from mimi_jax.files.codes import CodeSpec
 from mimi_jax.quality.picture import draw, log_mel
 
 jax.devices()
@@ -141,9 +140,16 @@ player(decoded)
 # and colours say no more than which codes are equal.
 
 # %%
-spec = CodeSpec("here", config.sampling_rate, config.frame_size, config.codebook_size, codebooks)
-code_file = mimi_jax.CodeFile(spec, np.asarray(codes[0]), clip.shape[1])
-Image(draw(clip, np.asarray(decoded), code_file, f"{MODEL}, {codebooks} codebooks"), width=900)
+picture = draw(
+    clip,
+    np.asarray(decoded),
+    np.asarray(codes[0]),
+    sampling_rate=config.sampling_rate,
+    frame_size=config.frame_size,
+    codebook_size=config.codebook_size,
+    title=f"{MODEL}, {codebooks} codebooks",
+)
+Image(picture, width=900)
 
 # %% [markdown]
 # ## How many codebooks?

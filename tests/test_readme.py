@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mimi_jax.cli import main as cli
+from mimi_jax import cli
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

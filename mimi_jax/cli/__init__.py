@@ -1,5 +1,19 @@
-"""The command line, `mimi-jax`."""
+"""The command line, `mimi-jax`.
 
-from mimi_jax.cli.main import main
+run        `main`: runs one command and returns its exit status
+parser     the arguments of all commands
+coding     encode, decode
+roundtrip  roundtrip
+models     info, convert
+corpora    tokenize, train, evaluate
+checks     what is refused before the slow work starts
+pipes      standard input and output as pipes of audio or codes
+signals    Ctrl-C and the other signals that ask a command to stop
+terminal   what the commands print, and how libraries are kept quiet
+
+Modules that are slow to import are imported by the command that needs them.
+"""
+
+from mimi_jax.cli.run import main
 
 __all__ = ["main"]

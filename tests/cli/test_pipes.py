@@ -31,7 +31,7 @@ NUM_FRAMES, NUM_LAST = 11, 5
 NUM_SAMPLES = NUM_FRAMES * FRAME + NUM_LAST
 PACKET = 3  # bytes of a frame: a letter, and four codes of four bits
 DTYPES = {"s16le": "<i2", "f32le": "<f4"}
-INTERRUPTED = "error: interrupted; what had come in by then is whole\n"
+INTERRUPTED = "error: interrupted; all input before the signal was processed\n"
 
 
 class Run(NamedTuple):
@@ -453,7 +453,7 @@ def test_a_checkpoint_is_not_overwritten_by_default(run, models: Path, tmp_path:
     (tmp_path / "model.safetensors").write_bytes(weights)
     status, _, stderr = run("encode", "model.wav")
     assert status == 2
-    assert "model.safetensors exists and is no code file; name the output with -o" in stderr
+    assert "model.safetensors exists and is not a code file; name the output with -o" in stderr
     assert (tmp_path / "model.safetensors").read_bytes() == weights
 
 
@@ -478,11 +478,11 @@ def test_a_model_that_looks_ahead_takes_no_pipe(run, command: str):
     [
         (
             ["encode", "in.wav", "--format", "s16le"],
-            "--format is of raw audio on a pipe; in.wav tells its own",
+            "--format describes raw audio on a pipe, but in.wav is a file; leave it out",
         ),
-        (["encode", "in.wav", "-o", "-", "--format", "s16le"], "--format is of raw audio on a pipe; in.wav"),
-        (["decode", "in.wav", "--format", "s16le"], "--format is of raw audio on a pipe; in.decoded.wav"),
-        (["decode", "-", "-o", "out.wav", "--format", "f32le"], "raw audio on a pipe; out.wav tells its own"),
+        (["encode", "in.wav", "-o", "-", "--format", "s16le"], "on a pipe, but in.wav is a file"),
+        (["decode", "in.wav", "--format", "s16le"], "on a pipe, but in.decoded.wav is a file"),
+        (["decode", "-", "-o", "out.wav", "--format", "f32le"], "on a pipe, but out.wav is a file"),
         (["encode", "-", "--format", "wav"], "argument --format: invalid choice: 'wav'"),
         (["decode", "-", "--format", "s16be"], "argument --format: invalid choice: 's16be'"),
         (["encode", "-", "--num-quantizers", "5"], "num_quantizers must be an integer from 1 to 4"),
@@ -500,7 +500,7 @@ def test_bad_usage(run, tmp_path: Path, words: list[str], error: str):
 @pytest.mark.parametrize("words", [["encode", "-"], ["decode", "-", "-o", "out.wav"]])
 def test_a_terminal_gives_no_audio(run, monkeypatch: pytest.MonkeyPatch, words: list[str]):
     monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 0)
-    error = "- stands for a pipe, and nothing is piped in; name a file"
+    error = "- reads from a pipe, but standard input is a terminal; name a file"
     assert run(*words) == (2, b"", f"mimi-jax {words[0]}: error: {error}\n")
 
 
@@ -508,5 +508,5 @@ def test_a_terminal_gives_no_audio(run, monkeypatch: pytest.MonkeyPatch, words: 
 def test_a_terminal_takes_no_audio(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]):
     (tmp_path / "in.wav").touch()
     monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 1)
-    error = "the output is binary and would garble the terminal; name a file with -o"
+    error = "the output is binary, but standard output is a terminal; name a file with -o"
     assert run(*words) == (2, b"", f"mimi-jax {words[0]}: error: {error}\n")

@@ -10,7 +10,7 @@ from mimi_jax import Mimi, cli, save_audio
 from mimi_jax.quality import evaluation, picture
 from mimi_jax.quality.evaluation import Evaluation, Quality
 from mimi_jax.quality.metrics import si_sdr
-from mimi_jax.train.data import find_clips
+from mimi_jax.files.corpus import find_clips
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "mimi_jax" / "samples" / "speech.flac"
@@ -105,7 +105,7 @@ def test_the_command(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     ]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert "| codebooks | kbit/s |" in printed and "1 clips, 2 s; perplexity of the codebooks" in printed
+    assert "| codebooks | kbit/s |" in printed and "1 clips, 2 s; perplexity of the codebooks: " in printed
     fields = json.loads(output.read_text())
     assert [row["num_quantizers"] for row in fields["qualities"]] == [1, 2]
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

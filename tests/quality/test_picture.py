@@ -5,8 +5,9 @@ import struct
 import numpy as np
 import pytest
 
-from mimi_jax.files.codes import CodeFile, CodeSpec
-from mimi_jax.quality.picture import MAX_COLUMNS, NUM_BANDS, draw, log_mel, mel_filters
+from mimi_jax.config import ceil_div
+from mimi_jax.quality.picture import MAX_COLUMNS, draw, log_mel
+from mimi_jax.quality.spectrum import NUM_BANDS, mel_filters
 
 RATE = 24_000
 
@@ -16,10 +17,12 @@ def tone(hertz: float, num_samples: int, rate: int = RATE) -> np.ndarray:
     return np.sin(2 * np.pi * hertz * np.arange(num_samples) / rate).astype(np.float32)
 
 
-def code_file(num_samples: int, num_codebooks: int = 8) -> CodeFile:
-    num_frames = -(-num_samples // 1920)
-    codes = np.random.default_rng(0).integers(0, 2048, (num_codebooks, num_frames))
-    return CodeFile(CodeSpec("0123", RATE, 1920, 2048, num_codebooks), codes, num_samples)
+def picture(audio: np.ndarray, num_codebooks: int = 8) -> bytes:
+    """Draw audio [channels, samples], a decoded copy of half the amplitude, and random codes."""
+    shape = (num_codebooks, ceil_div(audio.shape[1], 1920))
+    codes = np.random.default_rng(0).integers(0, 2048, shape)
+    rates = {"sampling_rate": RATE, "frame_size": 1920, "codebook_size": 2048}
+    return draw(audio, audio / 2, codes, **rates, title="a clip")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +30,7 @@ def code_file(num_samples: int, num_codebooks: int = 8) -> CodeFile:
 )
 def test_picture_is_a_png(num_samples: int, channels: int, num_codebooks: int):
     audio = np.stack([tone(440, num_samples)] * channels)
-    png = draw(audio, audio / 2, code_file(num_samples, num_codebooks), "a tone")
+    png = picture(audio, num_codebooks)
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", png[16:24])
     assert 1000 <= width <= 2000
@@ -36,8 +39,7 @@ def test_picture_is_a_png(num_samples: int, channels: int, num_codebooks: int):
 
 
 def test_silence_can_be_drawn():
-    silence = np.zeros((1, RATE), np.float32)
-    assert draw(silence, silence, code_file(RATE), "silence")
+    assert picture(np.zeros((1, RATE), np.float32)).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("rate", [16_000, 24_000, 48_000])

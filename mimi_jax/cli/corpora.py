@@ -1,0 +1,152 @@
+"""`mimi-jax tokenize`, `mimi-jax train` and `mimi-jax evaluate`."""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+from mimi_jax.cli.checks import (
+    UsageError,
+    check_input,
+    check_installed,
+    check_num_quantizers,
+    check_output,
+)
+from mimi_jax.cli.terminal import print_table
+
+
+def run_tokenize(arguments: argparse.Namespace) -> None:
+    check_installed("tokenize", "pyarrow")
+    tokenize, own = _ray_engine(arguments) if arguments.engine == "ray" else _local_engine(arguments)
+    from mimi_jax.tokenization import Settings
+
+    settings = Settings(
+        num_quantizers=arguments.num_quantizers,
+        dtype=arguments.dtype,
+        clips_per_shard=arguments.clips_per_shard,
+        max_seconds=arguments.max_seconds,
+    )
+    summary = tokenize(
+        arguments.sources,
+        arguments.output,
+        arguments.model,
+        settings,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        strict=arguments.strict,
+        retry_errors=arguments.retry_errors,
+        **own,
+    )
+    now, total = summary.now, summary.total
+    programs = "by the actors" if summary.compilations is None else str(summary.compilations)
+    print_table(
+        {
+            "this run": f"{now.clips:,} clips, {summary.hours:.2f} h, {now.errors:,} errors",
+            "speed": f"{summary.realtime:.0f}x realtime, {summary.seconds:.1f} s",
+            "programs compiled": programs,
+            "all runs": f"{total.clips:,} clips, {total.errors:,} errors, {total.frames:,} frames",
+            "shards": f"{summary.num_done:,} of {summary.num_shards:,} are done",
+        }
+    )
+    print(f"wrote {arguments.output}")
+    if total.errors:
+        errors = arguments.output / "errors"
+        raise ValueError(f"{total.errors} clips could not be encoded; the reasons are in {errors}")
+
+
+def _local_engine(arguments: argparse.Namespace) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the function that tokenizes in this process, and the options that it alone takes."""
+    if arguments.ray_address or arguments.ray_actors or arguments.ray_resources:
+        raise UsageError("--ray-address, --ray-actors and --ray-resources need --engine ray")
+    from mimi_jax.tokenization import tokenize
+    from mimi_jax.tokenization.processes import process_from_environment
+
+    index, count = arguments.process_index, arguments.process_count
+    if (index is None) != (count is None):
+        raise UsageError("--process-index and --process-count must be given together")
+    if index is None or count is None:
+        index, count = process_from_environment(os.environ)
+    if not 0 <= index < count:
+        raise UsageError(f"the process index must lie in [0, {count}), got {index}")
+    return tokenize, {"process_index": index, "process_count": count}
+
+
+def _ray_engine(arguments: argparse.Namespace) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the function that tokenizes on a Ray cluster, and the options that it alone takes."""
+    check_installed("ray", "ray")
+    if arguments.process_index is not None or arguments.process_count is not None:
+        raise UsageError("--process-index and --process-count need --engine local; Ray shares out the work")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # in this process; it leaves the accelerators to the actors
+    from mimi_jax.tokenization import tokenize_on_ray
+
+    options = {"address": arguments.ray_address, "actors": arguments.ray_actors}
+    return tokenize_on_ray, options | _ray_resources(arguments.ray_resources)
+
+
+def _ray_resources(words: list[str]) -> dict[str, Any]:
+    """Parse num_cpus=8 TPU=4 into {"num_cpus": 8.0, "resources": {"TPU": 4.0}}."""
+    amounts: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            amounts[name] = float(number)
+        except ValueError:
+            raise UsageError(f"--ray-resources takes NAME=NUMBER, got {word}") from None
+    own = {name: amounts.pop(name) for name in ("num_cpus", "num_gpus") if name in amounts}
+    return {**own, "resources": amounts or None}
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    check_installed("train", "grain", "optax")
+    check_input(arguments.config)
+    from mimi_jax.train.recipe import Recipe
+    from mimi_jax.train.run import train
+
+    recipe = Recipe.from_toml(arguments.config)
+    folder = train(recipe, arguments.data, arguments.out, resume=arguments.resume)
+    print(f"wrote {folder}: the running mean of the weights after {recipe.steps} steps")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    check_installed("evaluate", "matplotlib", "pystoi", "visqol")
+    from tqdm import tqdm
+
+    from mimi_jax.files.corpus import find_clips
+    from mimi_jax.model import Mimi
+    from mimi_jax.quality import evaluation
+
+    output = arguments.output
+    if output is not None:
+        check_output(output, arguments.data)
+    clips = find_clips(arguments.data, arguments.include)
+    model = Mimi.from_pretrained(arguments.model)
+    config = model.config
+    counts = arguments.num_quantizers
+    counts = counts or evaluation.default_counts(config.num_quantizers, config.num_semantic_quantizers)
+    for count in counts:
+        check_num_quantizers(model, count)
+    bar = tqdm(clips, desc="evaluating", unit="clip", disable=None)
+    result = evaluation.evaluate(model, bar, counts)
+    print(evaluation.table(result))
+    shares = [perplexity / result.codebook_size for perplexity in result.perplexities]
+    print(
+        f"\n{result.num_clips} clips, {result.seconds:.0f} s; perplexity of the codebooks:"
+        f" {min(shares):.0%} to {max(shares):.0%} of their {result.codebook_size} codes"
+    )
+    if output is not None:
+        _write_evaluation(output, result, arguments.model)
+
+
+def _write_evaluation(output, result, title: str) -> None:
+    """Write the numbers as JSON, and a picture of them beside it."""
+    from mimi_jax.files.atomic import atomic_path
+    from mimi_jax.quality import evaluation
+    from mimi_jax.quality.picture import draw_evaluation
+
+    picture = output.with_suffix(".png")
+    with atomic_path(picture) as temporary, atomic_path(output) as file:
+        temporary.write_bytes(draw_evaluation(result, title))
+        file.write_text(evaluation.to_json(result))
+    print(f"wrote {output} and {picture}")

@@ -1,0 +1,180 @@
+"""The arguments of all commands."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from mimi_jax.cli.coding import run_decode, run_encode
+from mimi_jax.cli.corpora import run_evaluate, run_tokenize, run_train
+from mimi_jax.cli.models import run_convert, run_info
+from mimi_jax.cli.pipes import PCM_FORMATS
+from mimi_jax.cli.roundtrip import run_roundtrip
+
+MODEL_HELP = "a bundled model (mini), a folder, a .safetensors file or a Hugging Face repository"
+AUDIO_HELP = "WAV, FLAC, OGG or MP3 file, of any sampling rate"
+DATA_HELP = "a folder of audio, or a JSONL manifest"
+LAYOUTS = ("flax", "transformers", "kyutai")
+
+# Adds a command: takes its name, the function that runs it, and its help.
+AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print the error in one line; argparse itself prints the usage too."""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="mimi-jax", description="Mimi, a neural codec of speech: audio to codes and back.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(run=run)
+        return added
+
+    _add_encode(command)
+    _add_decode(command)
+    _add_roundtrip(command)
+    _add_info(command)
+    _add_convert(command)
+    _add_tokenize(command)
+    _add_train(command)
+    _add_evaluate(command)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="mini", help=f"{MODEL_HELP} (default: %(default)s)")
+
+
+def _add_num_quantizers(parser: argparse.ArgumentParser) -> None:
+    text = "use the first N codebooks (default: all)"
+    parser.add_argument("--num-quantizers", type=int, metavar="N", help=text)
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    text = "format of raw audio on a pipe, which has no header and the model's sampling rate (default: s16le)"
+    parser.add_argument("--format", choices=PCM_FORMATS, help=text)
+
+
+def _add_encode(command: AddCommand) -> None:
+    parser = command("encode", run_encode, "encode audio into a code file")
+    parser.add_argument("input", metavar="IN", type=Path, help=f"{AUDIO_HELP}; - for raw audio from a pipe")
+    text = (
+        "code file, or - for a code stream to a pipe (default: beside IN, with the suffix .safetensors;"
+        " - if IN is -)"
+    )
+    parser.add_argument("-o", "--output", metavar="OUT.safetensors", type=Path, help=text)
+    _add_model(parser)
+    _add_num_quantizers(parser)
+    _add_format(parser)
+
+
+def _add_decode(command: AddCommand) -> None:
+    parser = command("decode", run_decode, "decode a code file into audio")
+    text = "code file that encode wrote; - for a code stream from a pipe"
+    parser.add_argument("input", metavar="IN.safetensors", type=Path, help=text)
+    text = (
+        "WAV, FLAC, OGG, Opus or MP3 file, or - for raw audio to a pipe (default: beside IN, with the suffix"
+        " .decoded.wav; - if IN is -)"
+    )
+    parser.add_argument("-o", "--output", metavar="OUT.wav", type=Path, help=text)
+    _add_model(parser)
+    _add_format(parser)
+
+
+def _add_roundtrip(command: AddCommand) -> None:
+    text = "encode and decode a clip, print its quality and the speed, and draw a picture (needs matplotlib)"
+    parser = command("roundtrip", run_roundtrip, text)
+    parser.add_argument("input", metavar="IN", type=Path, help=AUDIO_HELP)
+    text = "decoded audio; the picture is written beside it, with the suffix .png"
+    parser.add_argument("-o", "--output", metavar="OUT.wav", type=Path, required=True, help=text)
+    _add_model(parser)
+    _add_num_quantizers(parser)
+
+
+def _add_info(command: AddCommand) -> None:
+    parser = command("info", run_info, "describe a model or a code file")
+    parser.add_argument("name", metavar="MODEL_OR_CODES", help=f"a code file, or {MODEL_HELP}")
+
+
+def _add_convert(command: AddCommand) -> None:
+    text = "write a model in another layout, bit for bit (int8 weights become floats)"
+    parser = command("convert", run_convert, text)
+    parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
+    parser.add_argument("output", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("--to", choices=LAYOUTS, required=True, help="layout; flax is an Orbax folder")
+
+
+def _add_tokenize(command: AddCommand) -> None:
+    text = "encode a corpus into Parquet files of codes; run again to continue (needs mimi_jax[tokenize])"
+    parser = command("tokenize", run_tokenize, text)
+    add = parser.add_argument
+    text = "folders, patterns, audio files, .tar shards, .parquet files with a column audio, .jsonl manifests"
+    add("sources", metavar="SRC", nargs="+", help=text)
+    text = "folder to make, or to continue in"
+    add("-o", "--output", metavar="DIR", type=Path, required=True, help=text)
+    _add_model(parser)
+    text = "keep the first N codebooks (default: all)"
+    add("--num-quantizers", type=_positive, metavar="N", help=text)
+    text = "default: %(default)s, which is exact"
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=text)
+    text = "how many audio files make one shard (default: %(default)s)"
+    add("--clips-per-shard", type=_positive, metavar="N", default=1000, help=text)
+    text = "a longer clip counts as an error (default: a day)"
+    add("--max-seconds", type=float, metavar="S", default=86_400.0, help=text)
+    text = "clips at once, fewer if they are long (default: 8 on a CPU, else 64 per device)"
+    add("--batch-size", type=_positive, metavar="N", help=text)
+    text = "processes that read audio (default: one less than the number of CPUs, at most 16)"
+    add("--workers", type=int, metavar="N", help=text)
+    add("--strict", action="store_true", help="stop at the first clip that cannot be encoded")
+    text = "encode the shards that have errors again, for example after a failure of a disk or a network"
+    add("--retry-errors", action="store_true", help=text)
+    text = "index of this process, from 0, where several share the work (default: as SLURM, MPI or GKE say)"
+    add("--process-index", type=int, metavar="I", help=text)
+    text = "number of processes that share the work (default: as SLURM, MPI or GKE say, else 1)"
+    add("--process-count", type=_positive, metavar="N", help=text)
+    text = "local: all devices of this process; ray: a Ray cluster (needs mimi_jax[ray])"
+    add("--engine", choices=("local", "ray"), default="local", help=text)
+    text = "address of a Ray cluster, such as auto (default: start one on this machine)"
+    add("--ray-address", metavar="ADDRESS", help=text)
+    text = "number of Ray actors, each with its own model (default: as many as the cluster has room for)"
+    add("--ray-actors", type=_positive, metavar="N", help=text)
+    text = "what each actor takes, such as num_cpus=8 num_gpus=1 or TPU=4 (default: num_cpus=1)"
+    add("--ray-resources", metavar="NAME=N", nargs="+", default=[], help=text)
+
+
+def _add_train(command: AddCommand) -> None:
+    parser = command("train", run_train, "train or fine-tune a model (needs mimi_jax[train])")
+    text = "recipe in a TOML file, such as those in configs/"
+    parser.add_argument("config", metavar="CONFIG", type=Path, help=text)
+    parser.add_argument("--data", metavar="DATA", type=Path, required=True, help=DATA_HELP)
+    text = "folder for the checkpoints, the log and the model"
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=text)
+    text = "continue from the newest checkpoint in DIR, with the same numbers as without the interruption"
+    parser.add_argument("--resume", action="store_true", help=text)
+
+
+def _add_evaluate(command: AddCommand) -> None:
+    text = "measure the quality of a model on your own audio (needs mimi_jax[evaluate])"
+    parser = command("evaluate", run_evaluate, text)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("data", metavar="DATA", type=Path, help=DATA_HELP)
+    text = (
+        "numbers of codebooks to compare (default: the smallest number, powers of two, half of all, and all)"
+    )
+    parser.add_argument("--num-quantizers", type=int, nargs="+", metavar="N", help=text)
+    text = "use only paths that match, such as 'valid/*'"
+    parser.add_argument("--include", metavar="PATTERN", default="*", help=text)
+    text = "file for all numbers; a picture of them is written beside it, with the suffix .png"
+    parser.add_argument("-o", "--output", metavar="OUT.json", type=Path, help=text)
