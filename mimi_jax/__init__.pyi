@@ -15,6 +15,8 @@ from .model import Mimi as Mimi
 from .model import decode as decode
 
 # Streams
+from .model import DecoderState as DecoderState
+from .model import EncoderState as EncoderState
 from .model import decode_step as decode_step
 from .model import encode as encode
 from .model import encode_step as encode_step

@@ -1,4 +1,11 @@
-"""The architecture of a Mimi codec, in the field names of `transformers.MimiConfig` (5.23)."""
+"""The architecture of a Mimi codec, in the field names of `transformers.MimiConfig` (5.23).
+
+A codec has three clocks, and this package calls each by one word:
+
+    samples   24,000 a second   audio
+    steps         25 a second   what the SEANet networks and the Transformers exchange
+    frames      12.5 a second   latents and codes
+"""
 
 import dataclasses
 import json
@@ -8,15 +15,10 @@ from pathlib import Path
 from typing import Any
 
 
-def ceil_div(numerator, denominator: int):
-    """Integer division rounded up, exact for Python integers of any size and for integer arrays."""
-    return -(-numerator // denominator)
-
-
 PAD_MODES = ("constant", "replicate")  # the others would look ahead
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 
-# Bookkeeping that every `transformers` configuration may carry, and no Mimi computation reads.
+# Any `transformers` configuration may hold these. No computation of Mimi reads them.
 # fmt: off
 _IGNORED_FIELDS = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype",
@@ -25,8 +27,13 @@ _IGNORED_FIELDS = {
 }
 # fmt: on
 
-# Left over from EnCodec in some published files; Mimi has neither, so only "off" is accepted.
+# Some published files still hold these fields of EnCodec. Mimi has neither, so each must be off.
 _LEFTOVER_FIELDS = {"normalize": False, "chunk_length_s": None, "chunk_in_sec": None}
+
+
+def ceil_div(numerator, denominator: int):
+    """Integer division rounded up, exact for Python integers of any size and for integer arrays."""
+    return -(-numerator // denominator)
 
 
 def _is_count(value: Any) -> bool:
@@ -37,7 +44,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-# What a field of each type must be, since JSON may hold anything: in words, and as a check.
+# JSON may hold anything. What a field of each type must be, in words and as a check.
 _TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     int: ("a positive integer", _is_count),
     int | None: ("a positive integer", lambda value: value is None or _is_count(value)),
@@ -51,14 +58,17 @@ _TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MimiConfig:
-    """Everything that decides the shapes and the arithmetic of a Mimi codec.
+    """What decides the shapes and the arithmetic of a Mimi codec.
 
-    Names, meanings and defaults are those of `transformers.MimiConfig`, with two additions for its
-    older releases: `rope_theta` (now inside `rope_parameters`) and `frame_rate` (now derived; give it
-    only for a codec whose latents are resampled by another factor than 2).
+    Names, meanings and defaults are those of `transformers.MimiConfig`. Two fields come from its older
+    releases: `rope_theta`, which is now inside `rope_parameters`, and `frame_rate`, which is now derived.
+    Give `frame_rate` only if the codec does not halve the rate of the steps.
 
-    The fields in the last group change no number here. They are kept so that a configuration
-    survives the way through this package.
+    The fields of the last group change no number here. They are kept so that a configuration can be read
+    and written again without loss.
+
+    Raises:
+        ValueError: naming every field with a value that is not supported.
     """
 
     sampling_rate: int = 24_000  # Hz
@@ -72,7 +82,7 @@ class MimiConfig:
     last_kernel_size: int = 3
     residual_kernel_size: int = 3
     dilation_growth_rate: int = 2
-    use_causal_conv: bool = True  # False: looks ahead, so it works on whole clips only
+    use_causal_conv: bool = True  # False: convolutions look ahead, so that only whole clips can be coded
     pad_mode: str = "constant"  # or "replicate"
     compress: int = 2  # residual blocks are `compress` times narrower inside
     trim_right_ratio: float = 1.0
@@ -120,7 +130,7 @@ class MimiConfig:
             raise ValueError(f"unsupported Mimi configuration: {'; '.join(broken)}")
 
     def _rules(self) -> list[tuple[str, bool, str]]:
-        """What must hold: the field, whether it does, and the rule in words."""
+        """Each field that has a rule, whether the rule holds, and the rule in words."""
         heads, size, vq_size = self.num_attention_heads, self.hidden_size, self.codebook_size
         vq_dim = self.vector_quantization_hidden_dimension
         trims_right = self.trim_right_ratio == 1 or self.use_causal_conv
@@ -150,17 +160,17 @@ class MimiConfig:
                 self.latent_stride >= 2,
                 f"must be at most half of the {self.encodec_frame_rate} steps a second",
             ),
-            ("attention_dropout", self.attention_dropout == 0, "must be 0, since none is implemented"),
+            ("attention_dropout", self.attention_dropout == 0, "must be 0, since dropout is not implemented"),
         ]
 
     @property
     def encodec_frame_rate(self) -> int:
-        """Steps per second, rounded up: what the SEANet encoder emits and the Transformers see."""
+        """Steps per second, rounded up: the rate of the Transformers' inputs."""
         return math.ceil(self.sampling_rate / math.prod(self.upsampling_ratios))
 
     @property
     def latent_stride(self) -> int:
-        """Steps per frame: how much the latents are downsampled before quantization."""
+        """Steps per frame: the stride of the downsampling before the quantizer."""
         return int(self.encodec_frame_rate / (self.frame_rate or math.inf))
 
     @property
@@ -170,19 +180,19 @@ class MimiConfig:
 
     @property
     def is_streamable(self) -> bool:
-        """Whether no layer looks ahead, so that a stream can be coded frame by frame."""
+        """Whether a stream can be coded frame by frame. It can if no layer looks ahead."""
         return self.use_causal_conv and self.trim_right_ratio == 1.0
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "MimiConfig":
-        """Read the fields of a `transformers` Mimi configuration, of any release.
+        """Read the fields of a `transformers` Mimi configuration of any release.
 
         Raises:
-            ValueError: naming every unknown field, and every field whose value is not supported.
+            ValueError: naming every unknown field and every field with a value that is not supported.
         """
         values = {k: v for k, v in fields.items() if k not in _IGNORED_FIELDS}
         problems = []
-        for half in ("encoder_config", "decoder_config"):  # null marks a half that was not saved
+        for half in ("encoder_config", "decoder_config"):  # null stands for a half that was not saved
             if values.pop(half, None) is not None:
                 problems.append(f"{half} must be null or absent")
         for name, off in _LEFTOVER_FIELDS.items():
@@ -213,7 +223,11 @@ class MimiConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MimiConfig":
-        """Read a `config.json`, of the oldest and of the newest `transformers` release."""
+        """Read the `config.json` of any `transformers` release.
+
+        Raises:
+            ValueError: the file is not JSON, or for the reasons of `from_dict`.
+        """
         try:
             fields = json.loads(Path(path).read_text())
             if not isinstance(fields, dict):
@@ -223,7 +237,7 @@ class MimiConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as `transformers` reads them, in its newest and its older releases."""
+        """The fields as old and new releases of `transformers` read them."""
         fields = dataclasses.asdict(self)
         fields["upsampling_ratios"] = list(self.upsampling_ratios)
         fields["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default"}

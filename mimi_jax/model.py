@@ -10,7 +10,7 @@ Inside, arrays are channels last. Here, at the boundary, they are as everywhere 
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mimi_jax.arguments import check_audio, check_codes, check_mask, check_state, lengths_of_active
 from mimi_jax.config import MimiConfig, ceil_div
-from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
-from mimi_jax.nn.quantizer import SplitResidualQuantizer
+from mimi_jax.nn.attention import AttentionState
+from mimi_jax.nn.conv import Conv1d, ConvState, ConvTranspose1d, ConvTransposeState
+from mimi_jax.nn.quantizer import Codebook, SplitResidualQuantizer
 from mimi_jax.nn.seanet import Decoder, Encoder
 from mimi_jax.nn.streaming import StreamingLayer, is_real, step_all
 from mimi_jax.nn.transformer import Transformer
@@ -32,6 +33,11 @@ HALVES = {
     "encoder": ("encoder", "encoder_transformer", "downsample"),
     "decoder": ("upsample", "decoder_transformer", "decoder"),
 }
+
+
+# What a stream remembers: the states of the parts of its half. Every array has the batch on axis 0.
+EncoderState: TypeAlias = tuple[tuple, tuple[AttentionState, ...], ConvState]
+DecoderState: TypeAlias = tuple[ConvTransposeState, tuple[AttentionState, ...], tuple]
 
 
 class EncoderOutput(NamedTuple):
@@ -168,6 +174,20 @@ class Mimi(nnx.Module):
 
         checkpoint.save(self, folder)
 
+    def __repr__(self) -> str:
+        """The parts and their sizes. `nnx.tabulate(model, audio)` shows the layers in them."""
+        config = self.config
+        rate = f"{config.sampling_rate / config.frame_size:g} frames a second"
+        codes = f"{config.num_quantizers} codebooks of {config.codebook_size} codes"
+        lines = [f"Mimi: {config.sampling_rate} Hz, {rate}, {codes}, {self.dtype}"]
+        for name in (*HALVES["encoder"], "quantizer", *HALVES["decoder"]):
+            if (part := getattr(self, name)) is not None:
+                leaves = jax.tree.leaves(nnx.state(part, nnx.Not(nnx.OfType(Codebook))))
+                lines.append(f"  {name:<20}{sum(leaf.size for leaf in leaves):>12,} parameters")
+        return "\n".join(lines)
+
+    __str__ = __repr__
+
     @property
     def dtype(self) -> jnp.dtype:
         """What activations are computed in; the quantizer always uses float32."""
@@ -179,7 +199,7 @@ class Mimi(nnx.Module):
         """The same model in another dtype, such as bfloat16; the quantizer stays float32."""
 
         def cast(x: jax.Array) -> jax.Array:
-            return x if x.dtype == jnp.int8 else x.astype(dtype)
+            return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
         graph, quantizer, rest = nnx.split(self, nnx.PathContains("quantizer"), ...)
         return nnx.merge(graph, quantizer, jax.tree.map(cast, rest))
@@ -219,7 +239,7 @@ class Mimi(nnx.Module):
             check_state(state, jax.eval_shape(lambda: self.init_encoder_state(len(audio))))
         x = jnp.swapaxes(audio, 1, 2).astype(self.dtype)
         state, latents = step_all(self._encoder_layers(), state, x, lengths)
-        return state, latents, None if lengths is None else self.encoded_length(lengths)
+        return state, latents, None if lengths is None else ceil_div(lengths, self.config.frame_size)
 
     @jax.jit
     def encode_latents(self, audio: ArrayLike, padding_mask: ArrayLike | None = None) -> jax.Array:
@@ -271,15 +291,15 @@ class Mimi(nnx.Module):
         """Latents [batch, frames, hidden_size] -> audio [batch, channels, samples]; differentiable."""
         return self._decode_latents(latents)[1]
 
-    def init_encoder_state(self, batch_size: int) -> Any:
+    def init_encoder_state(self, batch_size: int) -> EncoderState:
         """The state of `batch_size` fresh streams, for `encode_step`."""
         return self._init_state(self._encoder_layers(), batch_size)
 
-    def init_decoder_state(self, batch_size: int) -> Any:
+    def init_decoder_state(self, batch_size: int) -> DecoderState:
         """The state of `batch_size` fresh streams, for `decode_step`."""
         return self._init_state(self._decoder_layers(), batch_size)
 
-    def _init_state(self, layers: list[StreamingLayer], batch_size: int) -> tuple:
+    def _init_state(self, layers: list[StreamingLayer], batch_size: int) -> Any:
         if not self.config.is_streamable:
             raise ValueError(
                 "a model with use_causal_conv=False or trim_right_ratio other than 1 looks ahead and cannot"
@@ -365,7 +385,7 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
     if padding_mask is None:
         return DecoderOutput(model.decode_latents(model.dequantize(audio_codes)))
     mask, lengths = check_mask(padding_mask, jnp.shape(audio_codes)[0])
-    frames = model.encoded_length(lengths)
+    frames = ceil_div(lengths, model.config.frame_size)
     codes = jnp.where(is_real(frames, jnp.shape(audio_codes)[2])[:, None, :], audio_codes, 0)
     _, audio = model._decode_latents(model.dequantize(codes), frames)
     audio = audio[:, :, : mask.shape[1]]
@@ -375,12 +395,12 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
 @functools.partial(jax.jit, static_argnames="num_quantizers")
 def encode_step(
     model: Mimi,
-    state: Any,
+    state: EncoderState,
     audio: ArrayLike,
     padding_mask: ArrayLike | None = None,
     num_quantizers: int | None = None,
     active: ArrayLike | None = None,
-) -> tuple[Any, jax.Array]:
+) -> tuple[EncoderState, jax.Array]:
     """Encode the next whole frames of a batch of streams.
 
     Whatever the sizes of the steps, the codes are those of `encode` on the whole clip.
@@ -409,8 +429,8 @@ def encode_step(
 
 @jax.jit
 def decode_step(
-    model: Mimi, state: Any, audio_codes: ArrayLike, active: ArrayLike | None = None
-) -> tuple[Any, jax.Array]:
+    model: Mimi, state: DecoderState, audio_codes: ArrayLike, active: ArrayLike | None = None
+) -> tuple[DecoderState, jax.Array]:
     """Decode the next frames of a batch of streams.
 
     Whatever the sizes of the steps, the audio is that of `decode` on the whole clip.

@@ -193,7 +193,7 @@ BAD_VALUES = [
     ("upsample_groups", 100, "must divide hidden_size=512"),
     ("trim_right_ratio", 1.5, "must lie in [0, 1]"),
     ("frame_rate", 25.0, "must be at most half of the 25 steps a second"),
-    ("attention_dropout", 0.1, "must be 0, since none is implemented"),
+    ("attention_dropout", 0.1, "must be 0, since dropout is not implemented"),
     ("hidden_size", 0, "must be a positive integer"),
     ("num_filters", 2.5, "must be a positive integer"),
     ("kernel_size", "7", "must be a positive integer"),

@@ -13,6 +13,7 @@ from mimi_jax.config import MimiConfig
 from mimi_jax.files.arrays import named_variables, with_values
 from mimi_jax.model import Mimi
 from mimi_jax.nn.quantizer import Codebook
+from mimi_jax.ops.policy import resolve
 
 
 class _OneKey:
@@ -24,6 +25,7 @@ class _OneKey:
 
 def abstract_model(config: MimiConfig, **options: Any) -> Mimi:
     """A model whose parameters have shapes but no values yet; the options are those of `Mimi`."""
+    options["compute"] = resolve(options.get("compute", "auto"))  # not while `Mimi` is traced
     return nnx.eval_shape(lambda: Mimi(config, rngs=cast(nnx.Rngs, _OneKey()), **options))
 
 

@@ -1,29 +1,38 @@
 """Streaming convolutions, channels last (reference: `MimiConv1d`, `MimiConvTranspose1d`).
 
-With `causal=False` they look ahead: then only the call on a whole clip means anything, and `Mimi`
-refuses to stream.
+With `causal=False` they look ahead. Then only the call on a whole clip is meaningful, and `Mimi` refuses to
+stream.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from mimi_jax.config import ceil_div
-from mimi_jax.nn.streaming import StreamingLayer, fill_beyond, keep_idle_rows
+from mimi_jax.nn.streaming import Lengths, StreamingLayer, fill_beyond, keep_idle_rows
 from mimi_jax.ops import policy
 
 Activation = Callable[[jax.Array], jax.Array]
 
 
-def _follow(past: jax.Array | None, x: jax.Array, activation: Activation | None) -> tuple[jax.Array, Any]:
-    """The activated inputs of a step, past ones first, and the past of the next step.
+def _follow(
+    past: Float[Array, "batch past in"] | None,
+    x: Float[Array, "batch time in"],
+    activation: Activation | None,
+) -> tuple[Float[Array, "batch past_and_time in"], Float[Array, "batch past in"] | None]:
+    """Put the past before the inputs of a step.
 
-    A past is kept unactivated: taken from what is activated, it would make the activation a pass of its own.
+    The past is stored before its activation. If it were cut out of the activated inputs, XLA would compute
+    the activation in a pass of its own.
+
+    Returns:
+        The activated inputs, the past first, and the past of the next step.
     """
     activate = activation or (lambda x: x)
     if past is None:
@@ -33,16 +42,17 @@ def _follow(past: jax.Array | None, x: jax.Array, activation: Activation | None)
 
 
 class ConvState(NamedTuple):
-    past: jax.Array | None  # [batch, context, in_channels], the inputs that the next step still needs
-    started: jax.Array | None  # int32 [batch], 1 once `past` is real, else 0; None where it starts as zeros
+    past: Float[Array, "batch context in"] | None  # the inputs that the next step still needs
+    # 1 once `past` holds real inputs, else 0. None if a fresh past stands for zeros.
+    started: Int[Array, "batch"] | None
 
 
 class Conv1d(StreamingLayer):
     """Strided, dilated 1-D convolution: [batch, time, in] -> [batch, time / stride, out].
 
-    Each output sees the inputs up to the end of its own stride. What lies before the clip is zero, or
-    with `pad_mode="replicate"` its first value; the missing end of the last stride likewise.
-    `activation`, if any, is applied to the inputs first.
+    Each output sees the inputs up to the end of its own stride. Before the clip, inputs are zero, or its
+    first value with `pad_mode="replicate"`. If the clip ends inside a stride, the rest is filled likewise.
+    An `activation` is applied to the inputs first.
     """
 
     def __init__(
@@ -61,7 +71,9 @@ class Conv1d(StreamingLayer):
     ):
         padding = (kernel_size - 1) * dilation + 1 - stride
         if padding < 0:
-            raise ValueError(f"kernel_size={kernel_size} must cover stride={stride}, or inputs are lost")
+            raise ValueError(
+                f"kernel_size={kernel_size} must be at least stride={stride}, or the convolution skips inputs"
+            )
         self.in_channels, self.stride, self.dilation = in_channels, stride, dilation
         self.activation, self.pad_mode = activation, pad_mode
         self.lookahead = 0 if causal else padding // 2
@@ -79,18 +91,18 @@ class Conv1d(StreamingLayer):
         return ConvState(past, jnp.zeros(batch_size, jnp.int32) if self.pad_mode == "replicate" else None)
 
     def step(
-        self, state: ConvState | None, x: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[ConvState, jax.Array]:
+        self, state: ConvState | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> tuple[ConvState, Float[Array, "batch strides out"]]:
         if x.shape[1] % self.stride:
             raise ValueError(f"time must be a multiple of stride={self.stride}, got {x.shape[1]}; pad it")
         state = state or self.init_state(x.shape[0], x.dtype)
         past, started = state
-        # Without stride or lookahead no real output sees anything beyond the end: save the pass.
+        # Without stride or lookahead no real output sees anything beyond the end. Filling costs a pass.
         if self.stride > 1 or self.lookahead:
             x = fill_beyond(x, lengths, self.pad_mode)
         if past is not None and started is not None:
             past = jnp.where(started[:, None, None] > 0, past, x[:, :1])
-            started = jnp.maximum(started, 1)  # not ones: a constant would lose the state's sharding
+            started = jnp.maximum(started, 1)  # not ones: a constant would lose the sharding of the state
         x, past = _follow(past, x, self.activation)
         if self.lookahead:
             mode = "edge" if self.pad_mode == "replicate" else "constant"
@@ -99,21 +111,21 @@ class Conv1d(StreamingLayer):
         state = keep_idle_rows(lengths, ConvState(past, started), state)
         return state, y if self.bias is None else y + self.bias[...]
 
-    def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
+    def output_lengths(self, lengths: Lengths) -> Lengths:
         return None if lengths is None else ceil_div(lengths, self.stride)
 
 
 class ConvTransposeState(NamedTuple):
-    past: jax.Array  # [batch, 1, in_channels], the last input, which the next block still hears
+    past: Float[Array, "batch 1 in"]  # the last input, which still reaches the next outputs
 
 
 class ConvTranspose1d(StreamingLayer):
     """Transposed convolution with a kernel of two strides: [batch, time, in] -> [batch, time * stride, out].
 
-    An input reaches its own `stride` outputs and the next `stride`. Seen from the outputs, each block of
-    `stride` is a product of two inputs, its own and the one before: a plain convolution with two taps. The
-    reference drops the block after the last input; in a stream it comes with the next.
-    `activation`, if any, is applied to the inputs first.
+    An input reaches its own `stride` outputs and the next `stride` outputs. So each `stride` outputs are a
+    product of two inputs: their own one and the one before it. That is a plain convolution with two taps.
+    The reference drops the outputs after those of the last input. In a stream they come with the next input.
+    An `activation` is applied to the inputs first.
     """
 
     def __init__(
@@ -144,31 +156,31 @@ class ConvTranspose1d(StreamingLayer):
         return ConvTransposeState(jnp.zeros((batch_size, 1, self.in_channels), dtype))
 
     def step(
-        self, state: ConvTransposeState | None, x: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[ConvTransposeState, jax.Array]:
+        self, state: ConvTransposeState | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> tuple[ConvTransposeState, Float[Array, "batch time_out out"]]:
         state = state or self.init_state(x.shape[0], x.dtype)
-        if self.lookahead:  # otherwise no real output hears anything beyond the end
+        if self.lookahead:  # otherwise no real output sees anything beyond the end
             x = fill_beyond(x, lengths, "constant")
         batch, time, _ = x.shape
         x, past = _follow(state.past, x, self.activation)
         state = keep_idle_rows(lengths, ConvTransposeState(past), state)
         if self.lookahead:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
-        # The bias first: once blocks are time, XLA:GPU would write it out as large as y, to add it.
+        # The bias is added before strides become time: after that XLA:GPU would write it out as large as y.
         bias = 0 if self.bias is None else jnp.tile(self.bias[...], self.stride)
-        y = self._blocks(x).reshape(batch, -1, self.stride * self.out_channels) + bias
+        y = self._strides(x).reshape(batch, -1, self.stride * self.out_channels) + bias
         y = y.reshape(batch, -1, self.out_channels)
         return state, y[:, self.lookahead : self.lookahead + time * self.stride]
 
-    def _blocks(self, x: jax.Array) -> jax.Array:
-        """What each two neighbouring inputs give: [batch, 1 + time, in] -> [batch, time, stride, out]."""
+    def _strides(self, x: jax.Array) -> jax.Array:
+        """The outputs of each two neighbouring inputs: [batch, 1 + time, in] -> [batch, time, ...]."""
         kernel, groups = self.kernel[...], self.groups
         if groups == 1:
             return policy.convolution(x, kernel.reshape(2, self.in_channels, self.stride * self.out_channels))
-        # A depthwise kernel is a few multiply-adds, for which XLA's grouped convolutions are slow.
+        # A depthwise kernel is a few multiply-adds. XLA's grouped convolutions are slow at them.
         x = x.reshape(*x.shape[:2], groups, self.in_channels // groups)
         before = jnp.einsum("btgi,giso->btsgo", x[:, :-1], kernel[0])
         return before + jnp.einsum("btgi,giso->btsgo", x[:, 1:], kernel[1])
 
-    def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
+    def output_lengths(self, lengths: Lengths) -> Lengths:
         return None if lengths is None else lengths * self.stride

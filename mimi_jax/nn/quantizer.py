@@ -13,6 +13,7 @@ from flax import nnx
 from jax import lax
 
 from mimi_jax.config import MimiConfig
+from mimi_jax.nn.module import Module
 from mimi_jax.ops import policy
 
 EPSILON = 1e-5  # the smallest cluster usage that an embedding is divided by, as in the references
@@ -26,7 +27,7 @@ class Codebook(nnx.Variable):
     """What is derived from the statistics, once, and read by every call."""
 
 
-class ResidualQuantizer(nnx.Module):
+class ResidualQuantizer(Module):
     """Codebooks applied one after the other, each to what the ones before it left.
 
     Checkpoints hold `embedding_sum` and `cluster_usage`; their ratio is the embedding, and `derive` brings
@@ -83,7 +84,7 @@ class ResidualQuantizer(nnx.Module):
         return total if self.output_proj is None else self.output_proj(total)
 
 
-class SplitResidualQuantizer(nnx.Module):
+class SplitResidualQuantizer(Module):
     """The semantic and the acoustic quantizer side by side; semantic codes come first."""
 
     def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):

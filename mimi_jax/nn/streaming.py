@@ -1,24 +1,24 @@
-"""The contract of a streaming layer, and what all layers share.
+"""What a streaming layer is, and what all of them share.
 
-A layer maps [batch, time, channels] to [batch, time', channels'], of a whole clip or piece by piece:
+A layer maps [batch, time, channels] to [batch, time', channels'], a whole clip at once or piece by piece:
+
+    y = layer(x, lengths)
 
     state = layer.init_state(batch_size, dtype)
     state, y = layer.step(state, x, lengths)
 
-    y = layer(x, lengths)
+Both give the same numbers. However `x` is cut into pieces, if each is a multiple of the layer's stride,
 
-and for every way of cutting `x` into pieces that are whole multiples of the layer's stride
+    layer(concat(pieces)) == concat(the y of each step)
 
-    layer(concat(pieces)) == concat(each step's y).
+A state is a value: a pytree of arrays. All of them are zero when the stream is fresh, and have the batch on
+axis 0. Their structure, shapes and dtypes never change. So to pause, reset or move one row of a batch is one
+`jax.tree.map` over the state of the whole model, and no layer need know of it.
 
-A state is a value: a pytree of arrays that are all zero when fresh, carry the batch on their first axis,
-and keep structure, shapes and dtypes from step to step. So pausing, resetting or moving one row of a
-batch is one `jax.tree.map` over the state of the whole model, and no layer knows about it.
-
-`lengths`, int [batch] or None for "all of it", says how much of each row of `x` is real. A row whose
-real part ends inside a step ends its stream there, with exactly the output it would have alone; a row of
-which nothing is real keeps its state. Ragged batches, clips that are no whole number of frames, streams
-that pause and streams that end are one mechanism.
+`lengths`, int [batch], says how much of each row of `x` is real; None stands for all of it. If the real part
+of a row ends inside a step, its stream ends there, with exactly the output that the row would have alone. If
+nothing of a row is real, it keeps its state. This one mechanism serves ragged batches, clips of any length,
+streams that pause and streams that end.
 """
 
 from collections.abc import Sequence
@@ -26,49 +26,65 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
+from mimi_jax.nn.module import Module
 from mimi_jax.ops import policy
 
 State = TypeVar("State")
+Lengths = Int[Array, "batch"] | None
 
 
-class StreamingLayer(nnx.Module):
-    """Base of all layers. A subclass writes `step`, and the other two where it needs them."""
+class StreamingLayer(Module):
+    """The base of all layers. A subclass defines `step`, and the others where it needs them."""
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> Any:
         """The state of `batch_size` fresh streams."""
         raise NotImplementedError
 
-    def step(self, state: Any, x: jax.Array, lengths: jax.Array | None = None) -> tuple[Any, jax.Array]:
-        """Go on from `state` by the time of `x`; None stands for fresh, and `x` for a whole clip."""
+    def step(
+        self, state: Any, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> tuple[Any, Float[Array, "batch time_out out"]]:
+        """Continue streams by the time of `x`. A state of None means that `x` is a whole clip."""
         raise NotImplementedError
 
-    def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
+    def output_lengths(self, lengths: Lengths) -> Lengths:
         """How much of each row of the output is real."""
         return lengths
 
-    def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> Float[Array, "batch time_out out"]:
         return self.step(None, x, lengths)[1]
 
 
 def step_all(
-    layers: Sequence[StreamingLayer], states: tuple | None, x: jax.Array, lengths: jax.Array | None
-) -> tuple[tuple, jax.Array]:
-    """Step layers one after the other; `states` is the tuple of theirs, or None for a whole clip."""
+    layers: Sequence[StreamingLayer],
+    states: tuple | None,
+    x: Float[Array, "batch time in"],
+    lengths: Lengths,
+) -> tuple[tuple, Float[Array, "batch time_out out"]]:
+    """Step layers one after the other.
+
+    Args:
+        states: the tuple of their states. None for whole clips, after which no state is left.
+    """
     new_states = []
     for layer, state in zip(layers, states or [None] * len(layers), strict=True):
-        state, x = layer.step(state, x, lengths)
+        if state is None:
+            x = layer(x, lengths)
+        else:
+            state, x = layer.step(state, x, lengths)
         lengths = layer.output_lengths(lengths)
         new_states.append(state)
     return tuple(new_states), x
 
 
 class Chain(StreamingLayer):
-    """Layers one after the other; its state is the tuple of theirs.
+    """Layers one after the other. Its state is the tuple of their states.
 
-    `mimi_jax.ops.policy` computes the chain layer by layer, or as one where it has a way to do that.
+    `mimi_jax.ops.policy` computes a chain layer by layer, or as one if `PARTS` has a way for its `operation`.
     """
 
     operation = ""
@@ -80,34 +96,34 @@ class Chain(StreamingLayer):
         return tuple(layer.init_state(batch_size, dtype) for layer in self.layers())
 
     def step(
-        self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[tuple, jax.Array]:
+        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> tuple[tuple, Float[Array, "batch time_out out"]]:
         return policy.step(self, state, x, lengths)
 
     def step_layers(
-        self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[tuple, jax.Array]:
-        """Step one layer after the other."""
+        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> tuple[tuple, Float[Array, "batch time_out out"]]:
+        """`step`, computed layer by layer."""
         return step_all(self.layers(), state, x, lengths)
 
-    def output_lengths(self, lengths: jax.Array | None) -> jax.Array | None:
+    def output_lengths(self, lengths: Lengths) -> Lengths:
         for layer in self.layers():
             lengths = layer.output_lengths(lengths)
         return lengths
 
 
-def is_real(lengths: jax.Array, size: int) -> jax.Array:
-    """bool [batch, size]: which of the first `size` positions of each row lie before its end."""
+def is_real(lengths: Int[Array, "batch"], size: int) -> Bool[Array, "batch {size}"]:
+    """Which of the first `size` positions of each row come before its end."""
     return jnp.arange(size) < lengths[:, None]
 
 
-def fill_beyond(x: jax.Array, lengths: jax.Array | None, pad_mode: str) -> jax.Array:
-    """Overwrite what lies beyond each row's end, so that it cannot matter what stood there.
+def fill_beyond(
+    x: Float[Array, "batch time channels"], lengths: Lengths, pad_mode: str
+) -> Float[Array, "batch time channels"]:
+    """Overwrite what comes after the end of each row, so that its values cannot matter.
 
     Args:
-        x: [batch, time, channels].
-        lengths: int [batch], the real positions of each row; None for all.
-        pad_mode: "constant" writes zeros, "replicate" each row's last real value.
+        pad_mode: "constant" writes zeros, "replicate" writes the last real value of each row.
     """
     if lengths is None:
         return x
@@ -119,12 +135,12 @@ def fill_beyond(x: jax.Array, lengths: jax.Array | None, pad_mode: str) -> jax.A
 
 
 def batch_size(state: Any) -> int:
-    """How many streams a state is of."""
+    """How many streams a state belongs to."""
     return jax.tree.leaves(state)[0].shape[0]
 
 
-def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
-    """For each row of a batch, the state `if_true` or `if_false`; `rows` is bool [batch]."""
+def select_rows(rows: Bool[Array, "batch"], if_true: State, if_false: State) -> State:
+    """Take each row of a state from `if_true` or from `if_false`."""
 
     def select(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(jnp.expand_dims(rows, range(1, a.ndim)), a, b)
@@ -132,6 +148,6 @@ def select_rows(rows: jax.Array, if_true: State, if_false: State) -> State:
     return jax.tree.map(select, if_true, if_false)
 
 
-def keep_idle_rows(lengths: jax.Array | None, new_state: State, state: State) -> State:
-    """The new state, but the old one of the rows of which nothing was real in this step."""
+def keep_idle_rows(lengths: Lengths, new_state: State, state: State) -> State:
+    """The new state, but the old state of each row without a real position in this step."""
     return new_state if lengths is None else select_rows(lengths > 0, new_state, state)

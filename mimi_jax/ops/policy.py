@@ -226,7 +226,8 @@ def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> Ste
         return part.step_layers(state, x, lengths)
     table, choice = PARTS[part.operation], PART_CHOICES[part.operation]
     implementations = _implementations(part.operation, table, choice)
-    context = _Context(_compute.get(), jax.config.jax_default_matmul_precision)
+    precision: str | None = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    context = _Context(_compute.get(), precision)
     return _step(implementations, context, part, state, x, lengths)
 
 

@@ -95,7 +95,8 @@ def test_what_does_not_exist_is_refused(compute: str | dict[str, str], error: st
 
 
 def test_no_device_is_looked_at_while_tracing(monkeypatch: pytest.MonkeyPatch):
-    model = checkpoint.abstract_model(MimiConfig()).astype(jnp.bfloat16)
+    model = checkpoint.abstract_model(MimiConfig())
+    model = jax.eval_shape(lambda model: model.astype(jnp.bfloat16), model)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("devices were looked at")
