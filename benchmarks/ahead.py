@@ -33,8 +33,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 import mimi_jax
-from benchmarks.compare import count_flops
-from benchmarks.hlo import Kernel, kernels
+from benchmarks.flops import count_flops
+from benchmarks.hlo import DeviceKernel, device_kernels
 from mimi_jax.checkpoint import abstract_model
 
 FUNCTIONS = ("encode", "decode", "encode_step")
@@ -105,7 +105,7 @@ class Report(NamedTuple):
     bytes_accessed: float
     collectives: list[str]  # the names of those the program has
     text: str
-    kernels: list[Kernel]  # for GPUs
+    kernels: list[DeviceKernel]  # for GPUs
 
 
 def make_mesh(name: str) -> Mesh:
@@ -181,7 +181,7 @@ def compile_for(
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     taken = sizes - memory.alias_size_in_bytes
-    counted = kernels(text) if platform == "cuda" else []
+    counted = device_kernels(text) if platform == "cuda" else []
     if platform == "cuda":
         flops = (
             batch

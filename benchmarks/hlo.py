@@ -33,7 +33,7 @@ class Operation(NamedTuple):
         return re.findall(rf" {role}=%([^\s,]+)", self.text)[0]
 
 
-class Kernel(NamedTuple):
+class DeviceKernel(NamedTuple):
     source: str  # its last operation, as it was called in JAX
     bytes: int  # read and written, in all its runs
 
@@ -60,7 +60,7 @@ class Computation(NamedTuple):
         return operands[UPDATES[result.kind]].size if result.kind in UPDATES else result.size
 
 
-def kernels(text: str) -> list[Kernel]:
+def device_kernels(text: str) -> list[DeviceKernel]:
     """All that moves bytes between kernels and memory.
 
     Args:
@@ -97,7 +97,7 @@ def _size(result: str) -> int:
     return total
 
 
-def _kernels(computations: dict[str, Computation], name: str, times: int) -> Iterator[Kernel]:
+def _kernels(computations: dict[str, Computation], name: str, times: int) -> Iterator[DeviceKernel]:
     for operation in computations[name].operations.values():
         if operation.kind == "while":
             trips = re.findall(r'"known_trip_count":\{"n":"(\d+)"', operation.text)
@@ -108,7 +108,7 @@ def _kernels(computations: dict[str, Computation], name: str, times: int) -> Ite
             raise ValueError(f"cannot count an operation of the kind {operation.kind}: {operation.name}")
         elif operation.kind not in FREE:
             [source, *_] = [*re.findall(r'op_name="([^"]*)"', operation.text), operation.kind]
-            yield Kernel(source.rpartition("/")[2], times * _moved(computations, name, operation))
+            yield DeviceKernel(source.rpartition("/")[2], times * _moved(computations, name, operation))
 
 
 def _moved(computations: dict[str, Computation], name: str, operation: Operation) -> int:

@@ -1,55 +1,49 @@
-"""How long `mimi-jax encode` takes from the shell: with an empty compilation cache, then with a warm one.
+"""How long `mimi-jax encode` takes from the shell, with an empty compilation cache and with a warm one.
 
-    python -m benchmarks.startup [MODEL] [CLIP]
+    python -m benchmarks.startup [MODEL] [CLIP] [--markdown FILE]
 
-Whole processes, by the clock; medians of 3 cold and 5 warm runs.
+Whole processes, from start to end.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-import mimi_jax
+from benchmarks.inputs import SAMPLE
+from benchmarks.processes import Usage, run_python
+from benchmarks.report import Report, add_markdown_option, device_of_new_processes
 
-SAMPLE = Path(mimi_jax.__file__).parent / "samples" / "speech.flac"
+RUNS = {"cold": 3, "warm": 5}
 
 
-def run(model: str, clip: Path, cache: str) -> float:
-    """Seconds that one command takes."""
+def run(model: str, clip: Path, cache: str) -> Usage:
+    """What one command takes."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            "-m",
-            "mimi_jax.cli",
-            "encode",
-            str(clip),
-            "-o",
-            f"{folder}/codes.safetensors",
-            "--model",
-            model,
-        ]
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *command], env=environment, check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
+        words = ["encode", str(clip), "-o", f"{folder}/codes.safetensors", "--model", model]
+        return run_python(["-m", "mimi_jax.cli", *words], cache)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="mini")
     parser.add_argument("clip", nargs="?", type=Path, default=SAMPLE)
-    model, clip = vars(parser.parse_args()).values()
-    cold = []
-    for _ in range(3):
+    add_markdown_option(parser)
+    options = parser.parse_args()
+    times: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(RUNS["cold"]):
         with tempfile.TemporaryDirectory() as cache:
-            cold.append(run(model, clip, cache))
+            times["cold"].append(run(options.model, options.clip, cache).seconds)
     with tempfile.TemporaryDirectory() as cache:
-        warm = [run(model, clip, cache) for _ in range(6)][1:]
-    print(f"cold {statistics.median(cold):.1f} s, warm {statistics.median(warm):.1f} s")
+        run(options.model, options.clip, cache)
+        times["warm"] = [run(options.model, options.clip, cache).seconds for _ in range(RUNS["warm"])]
+    report = Report(device_of_new_processes(), [f"{options.model}, {options.clip.name}"])
+    report.table(["cache", "median", "runs"])
+    for cache, seconds in times.items():
+        report.row([cache, f"{statistics.median(seconds):.1f} s", str(len(seconds))])
+    report.save(options.markdown)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How many seconds of audio a second of training takes in.
+"""How many seconds of audio one second of training takes in.
 
-    python -m benchmarks.training [configs/mini.toml] [--steps 20]
+    python -m benchmarks.training [configs/mini.toml] [--steps 20] [--markdown FILE]
 
-Steps alone, of batches of noise that are in memory already, the first two not counted. On a CPU with Linux,
-try `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`.
+Measures steps alone, on batches of noise that are already in memory; the first two are not counted. On Linux
+CPUs, try it with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`.
 """
 
 import argparse
@@ -15,16 +15,20 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.report import Report, add_markdown_option
 from mimi_jax.train import Recipe, Trainer
 from mimi_jax.train.step import start_model
 
-WARMUP = 2  # steps: the first compiles
+WARMUP = 2  # steps; the first one compiles
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", nargs="?", type=Path, default=Path("configs/mini.toml"))
     parser.add_argument("--steps", type=int, default=20)
+    add_markdown_option(parser)
     options = parser.parse_args()
     recipe = Recipe.from_toml(options.recipe)
     trainer = Trainer(recipe, start_model(recipe))
@@ -39,10 +43,11 @@ def main() -> None:
         times.append(time.perf_counter() - start)
     median = statistics.median(times[WARMUP:])
     audio = recipe.data.batch_size * recipe.data.seconds
-    print(
-        f"{jax.devices()[0].device_kind}: {1000 * median:.0f} ms a step of {recipe.data.batch_size} x"
-        f" {recipe.data.seconds:g} s, {audio / median:.1f} s of audio a second, compiled in {times[0]:.0f} s"
-    )
+    size = f"{recipe.data.batch_size} x {recipe.data.seconds:g} s"
+    report = Report(jax.devices()[0].device_kind, [f"{options.recipe.name}, {options.steps} steps"])
+    report.table(["batch", "ms a step", "seconds of audio a second", "seconds to compile"])
+    report.row([size, f"{1000 * median:.0f}", f"{audio / median:.1f}", f"{times[0]:.0f}"])
+    report.save(options.markdown)
 
 
 if __name__ == "__main__":

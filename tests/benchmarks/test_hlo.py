@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.hlo import Kernel, kernels
+from benchmarks.hlo import DeviceKernel, device_kernels
 
 ADD = """
 ENTRY %main (a: f32[10], b: bf16[10]) -> f32[10] {
@@ -118,12 +118,12 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
     ids=["operands", "rows", "all", "in place", "several in place", "alone", "loop", "library"],
 )
 def test_counts_what_is_read_and_written(text: str, expected: int):
-    assert sum(kernel.bytes for kernel in kernels(text)) == expected
+    assert sum(kernel.bytes for kernel in device_kernels(text)) == expected
 
 
 def test_names_kernels_by_their_sources():
-    assert kernels(ADD) == [Kernel("add(f32[99])", 100)]
-    assert kernels(CALL) == [Kernel("custom-call", 64)]
+    assert device_kernels(ADD) == [DeviceKernel("add(f32[99])", 100)]
+    assert device_kernels(CALL) == [DeviceKernel("custom-call", 64)]
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_names_kernels_by_their_sources():
 )
 def test_refuses_what_it_cannot_count(old: str, new: str, error: str):
     with pytest.raises(ValueError, match=error):
-        kernels(LOOP.replace(old, new))
+        device_kernels(LOOP.replace(old, new))

@@ -1,0 +1,99 @@
+"""What the benchmarks measure with: models of full size, speech, and random codes."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import mimi_jax
+from mimi_jax.config import MimiConfig, ceil_div
+
+if TYPE_CHECKING:  # it loads JAX, and some benchmarks choose JAX's device after they import this module
+    from mimi_jax import Mimi
+
+SAMPLE = Path(mimi_jax.__file__).parent / "samples" / "speech.flac"
+CODEBOOKS = 8  # that every implementation uses where speed is measured
+CLIP_SECONDS = 10  # of audio in one clip, for codes and audio that are compared
+
+
+def random_model() -> "Mimi":
+    """The published architecture with random weights. Enough for speed; for codes see `load_model`."""
+    from flax import nnx
+
+    return mimi_jax.Mimi(MimiConfig(), rngs=nnx.Rngs(0))
+
+
+def save_random_model(folder: str | Path) -> None:
+    random_model().save_pretrained(folder)
+
+
+def load_model(name: str | None) -> "Mimi":
+    """The model of that name; None for the random weights of the parity tests, whose codes are well spread.
+
+    Those weights need torch and transformers, which `make parity` installs.
+    """
+    if name is not None:
+        return mimi_jax.Mimi.from_pretrained(name)
+    from tests.parity.references import random_transformers_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        random_transformers_model({}, seed=0).save_pretrained(folder)
+        return mimi_jax.Mimi.from_pretrained(folder)
+
+
+def write_speech(path: Path, minutes: float, rate: int) -> None:
+    """Write a WAV file of `rate` Hz that repeats the bundled clip."""
+    from mimi_jax.files.audio import audio_writer
+
+    clip, left = mimi_jax.load_audio(SAMPLE, rate), round(60 * minutes * rate)
+    with audio_writer(path, rate, channels=1, num_samples=left) as write:
+        while left > 0:
+            write(clip[:, :left])
+            left -= clip.shape[1]
+
+
+def load_speech(folder: Path | None, seconds: int, sampling_rate: int) -> np.ndarray:
+    """Clips of `CLIP_SECONDS`, float32 [clips, 1, samples].
+
+    Args:
+        folder: its FLAC and WAV files are joined, in order; None repeats the bundled clip.
+        seconds: in all clips together.
+        sampling_rate: Hz.
+    """
+    paths = [SAMPLE]
+    if folder is not None:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".wav"))
+    if not paths:
+        raise SystemExit(f"there are no .flac or .wav files in {folder}; name another folder")
+    needed, parts = seconds * sampling_rate, []
+    for path in paths:
+        parts.append(mimi_jax.load_audio(path, sampling_rate)[0])
+        if sum(map(len, parts)) >= needed:
+            break
+    return np.resize(np.concatenate(parts), (seconds // CLIP_SECONDS, 1, CLIP_SECONDS * sampling_rate))
+
+
+def make_clips(config: MimiConfig, direction: str, batch: int, seconds: int) -> np.ndarray:
+    """Speech for "encode", float32 [batch, 1, samples], or random codes for "decode",
+    int64 [batch, codebooks, frames]."""
+    samples = seconds * config.sampling_rate
+    if direction == "encode":
+        return np.resize(mimi_jax.load_audio(SAMPLE), (batch, 1, samples))
+    shape = (batch, CODEBOOKS, ceil_div(samples, config.frame_size))
+    return np.random.default_rng(0).integers(config.codebook_size, size=shape)
+
+
+def make_frames(config: MimiConfig, direction: str, batch: int) -> np.ndarray:
+    """Inputs of streaming steps of one frame each. Each row is one frame ahead of the row before it.
+
+    Returns:
+        Speech for "encode", float32 [frames, batch, 1, samples], or random codes for "decode",
+        int64 [frames, batch, codebooks, 1].
+    """
+    audio = mimi_jax.load_audio(SAMPLE)[0]
+    frames = audio[: audio.size // config.frame_size * config.frame_size].reshape(-1, 1, config.frame_size)
+    if direction == "decode":
+        codes = np.random.default_rng(0).integers(config.codebook_size, size=(len(frames), CODEBOOKS))
+        frames = codes[:, :, None]
+    return np.stack([np.roll(frames, -row, axis=0) for row in range(batch)], axis=1)
