@@ -18,7 +18,8 @@ from flax import nnx
 import mimi_jax
 from mimi_jax import Mimi, checkpoint, cli
 from mimi_jax.files.audio import AudioReader
-from mimi_jax.tokenization import Settings, read_manifest, tokenize
+from mimi_jax.tokenization import Settings, Summary, read_manifest, tokenize
+from mimi_jax.tokenization.output import Totals
 from tests.models import load_fixture
 from tests.tokenization.corpora import (
     RATE,
@@ -69,6 +70,12 @@ def test_a_folder_becomes_shards(tmp_path: Path, tiny: Path, model: Mimi):
     assert manifest["totals"]["clips"] == len(LENGTHS)
     assert manifest["settings"]["num_quantizers"] == model.config.num_quantizers
     assert manifest["config"] == model.config.to_dict()
+
+
+def test_a_summary_computes_hours_and_speed():
+    now, total = Totals(samples=2 * 3600 * RATE), Totals(samples=5 * 3600 * RATE)
+    summary = Summary(now, RATE, seconds=100.0, compilations=3, total=total, num_done=1, num_shards=2)
+    assert (summary.hours, summary.realtime) == (2.0, 72.0)
 
 
 def test_archives_and_manifests_become_shards(tmp_path: Path, tiny: Path, model: Mimi):
@@ -286,7 +293,7 @@ def test_500_hostile_inputs_are_each_coded_or_listed(tmp_path: Path, tiny: Path,
     assert (
         sum(source == "b.parquet" for source, _ in found) + sum("same name" in name for name in errors) == 100
     )
-    assert "neither bytes nor a path" in errors["0"]
+    assert "neither bytes nor the path" in errors["0"]
     assert "cut short" in " ".join(errors.values())
     names = [name for source, name in found if source == "data"]
     clips = {name: mimi_jax.load_audio(tmp_path / "data" / name) for name in names}

@@ -1,6 +1,5 @@
 """Worker processes give what `load_audio` gives, whatever becomes of some of them."""
 
-import io
 import os
 import signal
 import subprocess
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 
 import mimi_jax
-from mimi_jax.files.audio import AudioReader
-from mimi_jax.tokenization.inputs import Item
+from mimi_jax.tokenization.sources import Item
 from mimi_jax.tokenization.workers import PIECE_SECONDS, ClipReader, Readers, Target
 from tests.tokenization.corpora import RATE, audio_bytes, noise_clip, write_tar
 
@@ -56,34 +54,6 @@ def test_files_inside_archives_and_in_memory(tmp_path: Path, readers: Readers):
         found = whole(readers.open(Item(name, str(tmp_path / "a.tar"), offset, len(clip))))
         np.testing.assert_array_equal(found, expected)
         assert found.shape[1] == 1000 * int(name[0])
-
-
-@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG"])
-def test_a_stretch_is_the_same_samples(form: str):
-    audio = audio_bytes(noise_clip(50_000), form=form)
-    samples = np.concatenate(list(AudioReader(io.BytesIO(audio), "it")), axis=1)
-    reader = AudioReader(io.BytesIO(audio), "it", start=0.5, end=1.25)
-    assert reader.num_samples == 18_000
-    np.testing.assert_array_equal(np.concatenate(list(reader), axis=1), samples[:, 12_000:30_000])
-    to_end = np.concatenate(list(AudioReader(io.BytesIO(audio), "it", start=0.5)), axis=1)
-    np.testing.assert_array_equal(to_end, samples[:, 12_000:])
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "error"),
-    [
-        (3.0, None, "no audio from 3 s to its end: it is 2 s long"),
-        (1.0, 2.5, "is 2 s long, and ends before 2.5 s"),
-    ],
-)
-def test_a_stretch_outside_the_file_is_refused(start: float, end: float | None, error: str):
-    with pytest.raises(ValueError, match=error):
-        AudioReader(io.BytesIO(audio_bytes(noise_clip(2 * RATE))), "it", start=start, end=end)
-
-
-def test_a_stretch_may_end_a_rounding_behind_the_file():
-    reader = AudioReader(io.BytesIO(audio_bytes(noise_clip(2 * RATE))), "it", start=1.0, end=2.05)
-    assert np.concatenate(list(reader), axis=1).shape[1] == RATE
 
 
 @pytest.mark.parametrize(
@@ -175,7 +145,7 @@ def test_a_stuck_worker_does_not_keep_the_process(tmp_path: Path):
     script = f"""
 import time
 from mimi_jax.tokenization.workers import Readers, Target
-from mimi_jax.tokenization.inputs import Item
+from mimi_jax.tokenization.sources import Item
 if __name__ == "__main__":
     with Readers(Target(24_000, 1, 100), 1) as readers:
         readers.open(Item("stuck", {str(tmp_path / "stuck.wav")!r}))

@@ -1,0 +1,44 @@
+"""A stretch of a file, from one time to another, as manifests ask for it."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from mimi_jax.files.audio import AudioReader
+from tests.files.clips import RATE, noise
+
+
+def audio_bytes(num_samples: int, form: str = "WAV") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, noise(num_samples).T, RATE, format=form)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG"])
+def test_a_stretch_has_the_samples_of_the_whole_file(form: str):
+    audio = audio_bytes(50_000, form)
+    samples = np.concatenate(list(AudioReader(io.BytesIO(audio), "it")), axis=1)
+    reader = AudioReader(io.BytesIO(audio), "it", start=0.5, end=1.25)
+    assert reader.num_samples == 18_000
+    np.testing.assert_array_equal(np.concatenate(list(reader), axis=1), samples[:, 12_000:30_000])
+    to_end = np.concatenate(list(AudioReader(io.BytesIO(audio), "it", start=0.5)), axis=1)
+    np.testing.assert_array_equal(to_end, samples[:, 12_000:])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "error"),
+    [
+        (3.0, None, "no audio from 3 s to its end: it is 2 s long"),
+        (1.0, 2.5, "is 2 s long, so it ends before 2.5 s"),
+    ],
+)
+def test_a_stretch_outside_the_file_is_refused(start: float, end: float | None, error: str):
+    with pytest.raises(ValueError, match=error):
+        AudioReader(io.BytesIO(audio_bytes(2 * RATE)), "it", start=start, end=end)
+
+
+def test_a_stretch_may_end_slightly_after_the_file():
+    reader = AudioReader(io.BytesIO(audio_bytes(2 * RATE)), "it", start=1.0, end=2.05)
+    assert np.concatenate(list(reader), axis=1).shape[1] == RATE
