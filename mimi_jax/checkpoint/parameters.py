@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ from mimi_jax.nn.quantizer import Codebook
 from mimi_jax.ops.policy import resolve
 
 
-class _OneKey:
-    """Takes the place of `nnx.Rngs` in a model without values. To trace the real one takes seconds."""
+class _OneKey(nnx.Rngs):
+    """Random numbers for a model without values: always the same. To trace real ones takes seconds."""
+
+    def __init__(self):
+        pass
 
     def params(self) -> jax.Array:
         return jax.random.key(0)
@@ -26,7 +29,7 @@ class _OneKey:
 def abstract_model(config: MimiConfig, **options: Any) -> Mimi:
     """A model whose parameters have shapes but no values yet; the options are those of `Mimi`."""
     options["compute"] = resolve(options.get("compute", "auto"))  # not while `Mimi` is traced
-    return nnx.eval_shape(lambda: Mimi(config, rngs=cast(nnx.Rngs, _OneKey()), **options))
+    return nnx.eval_shape(lambda: Mimi(config, rngs=_OneKey(), **options))
 
 
 def parameters(model: Mimi) -> dict[str, nnx.Variable]:

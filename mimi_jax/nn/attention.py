@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int
 
-from mimi_jax.nn.streaming import StreamingLayer
+from mimi_jax.nn.streaming import Lengths, StreamingLayer
 from mimi_jax.ops import policy
 from mimi_jax.ops.attention import visible
 from mimi_jax.ops.pieces import step_in_pieces
@@ -18,9 +19,9 @@ from mimi_jax.ops.pieces import step_in_pieces
 
 @functools.lru_cache(maxsize=32)
 def turns(size: int, head_dim: int, theta: float) -> np.ndarray:
-    """Cosines, then sines, that positions below `size` are rotated by: float32 [size, 1, head_dim].
+    """The rotations of positions below `size`, cosines and then sines: float32 [size, 1, head_dim].
 
-    Constants, which XLA:CPU would compute anew for every head. The longest wave is about 2 pi theta long.
+    They are constants of the program, since XLA:CPU would compute them again for every head.
     """
     half = head_dim // 2
     frequencies = 1 / np.float32(theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
@@ -28,34 +29,35 @@ def turns(size: int, head_dim: int, theta: float) -> np.ndarray:
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
 
-def rotate(x: jax.Array, turns: ArrayLike) -> jax.Array:
+def rotate(x: Float[Array, "batch time heads head_dim"], turns: ArrayLike) -> jax.Array:
     """Rotary position embedding, in float32 (RoFormer, arXiv 2104.09864; the half-split pairs of Llama).
 
     Args:
         x: [batch, time, heads, head_dim].
-        turns: [time, 1, head_dim] or [batch, time, 1, head_dim], of x's positions, of which only the
-            differences matter to attention.
+        turns: [time, 1, head_dim] or [batch, time, 1, head_dim], those of the positions of x. Only the
+            differences of positions matter to attention.
     """
     cos, sin = jnp.split(jnp.asarray(turns), 2, axis=-1)
     first, second = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-# How many new steps the ring takes in before the oldest one that any of them still sees is overwritten; more
-# are attended to beside it. With Mimi's window of 250 the ring has 256 slots.
+# The ring has room for this many new steps before the oldest step that they see is overwritten. If more come
+# at once, queries attend to them beside the ring. With Mimi's window of 250 the ring has 256 slots.
 SPARE = 7
 
 
 class AttentionState(NamedTuple):
-    """A ring of slots: the key of step t stands in slot t % slots, rotated to the position of its slot.
+    """A ring of slots. The key of step t is in slot t % slots, rotated to the position of that slot.
 
-    So a key is written once and never moved or rotated again, and no position grows: a stream loses no
-    precision, however long it lasts.
+    So a key is written once, and never moved or rotated again. Positions do not grow, so that a stream keeps
+    its precision however long it lasts.
     """
 
-    key: jax.Array  # [batch, key_value_heads, slots, head_dim]
-    value: jax.Array  # [batch, key_value_heads, slots, head_dim]
-    position: jax.Array  # int32 [batch], of the next step, less whole rounds; from `slots` on, all are full
+    key: Float[Array, "batch key_value_heads slots head_dim"]
+    value: Float[Array, "batch key_value_heads slots head_dim"]
+    # The position of the next step, minus whole rounds of the ring. From `slots` on, all slots are full.
+    position: Int[Array, " batch"]
 
 
 class Attention(StreamingLayer):
@@ -92,8 +94,8 @@ class Attention(StreamingLayer):
         )
 
     def step(
-        self, state: AttentionState | None, x: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[AttentionState | None, jax.Array]:
+        self, state: AttentionState | None, x: Float[Array, "batch time features"], lengths: Lengths = None
+    ) -> tuple[AttentionState | None, Float[Array, "batch time features"]]:
         if state is not None and x.shape[1] > self.slots:
             return step_in_pieces(self.step, state, x, lengths, self.slots)
         batch, time, _ = x.shape
@@ -112,20 +114,20 @@ class Attention(StreamingLayer):
         return state, self.output_proj(out.reshape(batch, time, self.num_heads * self.head_dim))
 
     def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        # A query may stand beyond the ring, and then see the round before. One that stands before it sees
-        # nothing else, so it does not matter what its negative position is taken for.
+        # A query may stand beyond the ring and see the round before. A query before the ring sees nothing
+        # that is in it, so its negative position may count as any other.
         return rotate(x, jnp.asarray(turns(3 * self.slots, self.head_dim, self.rope_theta))[positions])
 
     def _write(
         self, state: AttentionState, key: jax.Array, value: jax.Array, lengths: jax.Array | None
     ) -> AttentionState:
-        """Put new steps, of which there are no more than slots, into theirs."""
+        """Write new steps into their slots. There are at most as many steps as slots."""
         time, slots = key.shape[1], self.slots
         positions = (state.position[:, None] + jnp.arange(time)) % slots
         key = self._rotate(key, positions)
         end = state.position + time
         end = jnp.where(end < 2 * slots, end, slots + end % slots)
-        if lengths is not None:  # a row that stands still writes nowhere
+        if lengths is not None:  # an idle row writes nothing
             positions = jnp.where(lengths[:, None] > 0, positions, slots)
             end = jnp.where(lengths > 0, end, state.position)
         rows = jnp.arange(len(key))[:, None]
@@ -143,24 +145,24 @@ class Attention(StreamingLayer):
         key: jax.Array | None = None,
         value: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention to what is in the ring, and to keys and values that are not in it yet.
+        """Attend to what is in the ring, and to keys and values that are not in it yet.
 
         Args:
-            ahead: int [time], of the queries, counted from the newest step in the ring.
-            key, value: of the queries' own steps; None where the ring holds them.
+            ahead: int [time], the positions of the queries, counted from the newest step in the ring.
+            key, value: those of the queries' own steps; None if the ring holds them.
         """
         batch, time, heads, head_dim = query.shape
         slots, key_value_heads = self.slots, self.num_key_value_heads
         groups = heads // key_value_heads
         newest = (ring.position[:, None] - 1) % slots
         positions = newest + ahead
-        # A slot after the newest one holds a step of the round before, from which a query is one further.
+        # A slot after the newest one holds a step of the round before. A query is one round further from it.
         before = jnp.arange(slots) > newest
         queries = jnp.stack([self._rotate(query, positions), self._rotate(query, positions + slots)], axis=1)
         queries = queries.reshape(batch, 2, time, key_value_heads, groups, head_dim)
         queries = jnp.transpose(queries, (0, 3, 4, 1, 2, 5))
         products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        # The ring comes first, or XLA:CPU rearranges it for the product.
+        # The ring is the first operand, or XLA:CPU would rearrange it for the product.
         scores = jnp.moveaxis(products("bhsd,bhgrtd->bhsgrt", ring.key, queries), 2, -1)
         scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
         key_positions = jnp.arange(slots) - jnp.where(before, slots, 0)
@@ -170,11 +172,11 @@ class Attention(StreamingLayer):
             key_positions = jnp.concatenate([key_positions, positions], axis=-1)
         first = newest + 1 - jnp.minimum(ring.position, slots)[:, None]
         mask = visible(positions[:, :, None], key_positions[:, None], first[:, :, None], self.window)
-        # Not -inf: a row that has not begun and stands still sees nothing at all.
+        # Not -inf: an idle row whose stream has not begun sees nothing at all.
         lowest = jnp.finfo(scores.dtype).min
         scores = jnp.where(mask[:, None, None], scores / math.sqrt(head_dim), lowest)
         weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-        # Heads before time here too, or XLA:CPU copies the whole ring to another layout.
+        # Heads come before time here too, or XLA:CPU would copy the whole ring to another layout.
         out = products("bhgts,bhsd->bhgtd", weights[..., :slots], ring.value)
         if value is not None:
             out += products("bhgts,bshd->bhgtd", weights[..., slots:], value)

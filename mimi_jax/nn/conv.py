@@ -6,7 +6,7 @@ stream.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def _follow(
     past: Float[Array, "batch past in"] | None,
     x: Float[Array, "batch time in"],
     activation: Activation | None,
-) -> tuple[Float[Array, "batch past_and_time in"], Float[Array, "batch past in"] | None]:
+) -> tuple[Float[Array, "batch past_and_time in"], Any]:
     """Put the past before the inputs of a step.
 
     The past is stored before its activation. If it were cut out of the activated inputs, XLA would compute
@@ -44,7 +44,7 @@ def _follow(
 class ConvState(NamedTuple):
     past: Float[Array, "batch context in"] | None  # the inputs that the next step still needs
     # 1 once `past` holds real inputs, else 0. None if a fresh past stands for zeros.
-    started: Int[Array, "batch"] | None
+    started: Int[Array, " batch"] | None
 
 
 class Conv1d(StreamingLayer):

@@ -1,37 +1,39 @@
 """Split residual vector quantization (reference: `MimiSplitResidualVectorQuantizer`).
 
-Two quantizers see the same latents: the semantic one, whose first codebook was trained to follow a
-speech model (Moshi, arXiv 2410.00037, section 3.3.2), and the acoustic one. Their outputs are added.
+Two quantizers see the same latents. The first codebook of the semantic one was trained to follow a speech
+model (Moshi, arXiv 2410.00037, section 3.3.2). The other quantizer is the acoustic one. Their outputs are
+added.
 
-Everything here is float32, in exact products, whatever the rest computes in and at whatever precision: in
-bfloat16 codes would change with the batch shape alone.
+Everything here is float32 with exact products, whatever the dtype and the precision of the model. In
+bfloat16, codes would change with the shape of the batch alone.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.module import Module
 from mimi_jax.ops import policy
 
-EPSILON = 1e-5  # the smallest cluster usage that an embedding is divided by, as in the references
+EPSILON = 1e-5  # an embedding is divided by no smaller cluster usage, as in the references
 
 
 class CodebookStatistic(nnx.Variable):
-    """What the training of a codebook accumulates; no gradient reaches it."""
+    """What the training of a codebook adds up. No gradient reaches it."""
 
 
 class Codebook(nnx.Variable):
-    """What is derived from the statistics, once, and read by every call."""
+    """What is computed from the statistics once, and read by every call."""
 
 
 class ResidualQuantizer(Module):
-    """Codebooks applied one after the other, each to what the ones before it left.
+    """Codebooks one after the other. Each quantizes the difference that the ones before it left.
 
-    Checkpoints hold `embedding_sum` and `cluster_usage`; their ratio is the embedding, and `derive` brings
-    it up to date after they change.
+    Checkpoints hold `embedding_sum` and `cluster_usage`. The embedding is their ratio; call `derive` to
+    compute it again after they change.
     """
 
     def __init__(self, config: MimiConfig, num_levels: int, *, rngs: nnx.Rngs):
@@ -53,12 +55,14 @@ class ResidualQuantizer(Module):
         self.embedding.set_value(embedding)
         self.half_square.set_value(jnp.sum(embedding**2, axis=-1) / 2)
 
-    def encode(self, latents: jax.Array, num_levels: int) -> jax.Array:
-        """The codes of the first levels: [batch, frames, hidden_size] -> int32 [batch, levels, frames]."""
+    def encode(
+        self, latents: Float[Array, "batch frames hidden"], num_levels: int
+    ) -> Int[Array, "batch levels frames"]:
+        """Find the codes of the first levels."""
         x = latents.astype(jnp.float32)
         residual = x if self.input_proj is None else self.input_proj(x)
 
-        # By number, and by whole codebooks: a slice of the first ones would be copied in every call.
+        # Codebooks are looked up by number. A slice of the first ones would be copied in every call.
         def step(residual: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
             embedding = self.embedding[level]
             codes = policy.search(residual, embedding, self.half_square[level])
@@ -66,26 +70,26 @@ class ResidualQuantizer(Module):
 
         return jnp.moveaxis(lax.scan(step, residual, jnp.arange(num_levels))[1], 0, 1)
 
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """The sum of the codes' embeddings: int [batch, levels, frames] -> [batch, frames, hidden_size]."""
+    def decode(self, codes: Int[Array, "batch levels frames"]) -> Float[Array, "batch frames hidden"]:
+        """Add up the embeddings of the codes."""
         batch, num_levels, frames = codes.shape
         _, size, dim = self.embedding.shape
 
         def step(total: jax.Array, level: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             number, codes = level
-            # No exception can leave a compiled function, so a code that is none becomes NaN, never a sound.
+            # A compiled function cannot raise, so an invalid code gives NaN rather than a wrong sound.
             codes = jnp.where(codes < 0, size, codes)
             return total + self.embedding[...].at[number, codes].get(mode="fill", fill_value=jnp.nan), None
 
         levels = jnp.arange(num_levels), jnp.moveaxis(codes, 1, 0).astype(jnp.int32)
-        # Made from the codes, so that inside `shard_map` it differs between the devices as they do.
+        # It is made of the codes, so that inside `shard_map` it differs between the devices as they do.
         zero = jnp.zeros_like(codes[:, 0, :, None], jnp.float32)
         total, _ = lax.scan(step, jnp.broadcast_to(zero, (batch, frames, dim)), levels)
         return total if self.output_proj is None else self.output_proj(total)
 
 
 class SplitResidualQuantizer(Module):
-    """The semantic and the acoustic quantizer side by side; semantic codes come first."""
+    """The semantic and the acoustic quantizer side by side. Semantic codes come first."""
 
     def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
         self.num_quantizers, self.num_semantic = config.num_quantizers, config.num_semantic_quantizers
@@ -97,10 +101,10 @@ class SplitResidualQuantizer(Module):
         self.acoustic.derive()
 
     def resolve_count(self, num_quantizers: int | None) -> int:
-        """A number of codebooks that this quantizer can use; None means all of them.
+        """The number of codebooks to use, the first ones; None means all of them.
 
         Raises:
-            ValueError: fewer than the semantic ones, or more than there are.
+            ValueError: these are fewer than the semantic codebooks, or more than there are.
         """
         if num_quantizers is None:
             return self.num_quantizers
@@ -113,8 +117,10 @@ class SplitResidualQuantizer(Module):
             )
         return num_quantizers
 
-    def encode(self, latents: jax.Array, num_quantizers: int | None = None) -> jax.Array:
-        """[batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames]; None for all codebooks."""
+    def encode(
+        self, latents: Float[Array, "batch frames hidden"], num_quantizers: int | None = None
+    ) -> Int[Array, "batch codebooks frames"]:
+        """Quantize latents. `num_quantizers` is as for `resolve_count`."""
         num_acoustic = self.resolve_count(num_quantizers) - self.num_semantic
         with jax.default_matmul_precision("highest"):
             codes = self.semantic.encode(latents, self.num_semantic)
@@ -122,8 +128,8 @@ class SplitResidualQuantizer(Module):
                 return codes
             return jnp.concatenate([codes, self.acoustic.encode(latents, num_acoustic)], axis=1)
 
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """int codes [batch, codebooks, frames], of some or all codebooks -> [batch, frames, hidden_size]."""
+    def decode(self, codes: Int[Array, "batch codebooks frames"]) -> Float[Array, "batch frames hidden"]:
+        """The latents of codes of all codebooks, or of the first ones."""
         self.resolve_count(codes.shape[1])
         with jax.default_matmul_precision("highest"):
             latents = self.semantic.decode(codes[:, : self.num_semantic])

@@ -3,20 +3,22 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
-from mimi_jax.nn.streaming import Chain, StreamingLayer, step_all
+from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer, step_all
 from mimi_jax.ops.pieces import step_in_pieces
 from mimi_jax.ops.policy import PieceBytes, elu
 
+StepResult: TypeAlias = tuple[tuple, Float[Array, "batch time_out out"]]
+
 
 def _conv(config: MimiConfig, *sizes: int, rngs: nnx.Rngs, **kwargs) -> Conv1d:
-    """A convolution as this configuration pads all of them."""
+    """A convolution with the padding of this configuration."""
     return Conv1d(*sizes, pad_mode=config.pad_mode, causal=config.use_causal_conv, rngs=rngs, **kwargs)
 
 
@@ -36,10 +38,10 @@ class ResidualBlock(Chain):
         return self.conv1, self.conv2
 
     def step_layers(
-        self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[tuple, jax.Array]:
+        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> StepResult:
         state, y = super().step_layers(state, x, lengths)
-        # A 1x1 convolution has no past, so the shortcut needs no state.
+        # The shortcut needs no state, since a 1x1 convolution has no past.
         return state, y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -76,7 +78,7 @@ class Network(Chain):
 
     def __init__(self, config: MimiConfig):
         self.config, self.samples_per_step = config, math.prod(config.upsampling_ratios)
-        # A network that looks ahead has no state, and so no pieces.
+        # A network that looks ahead has no state, so it cannot go over pieces.
         self.operation = "network" if config.is_streamable else ""
 
     def groups(self) -> Sequence[Group]:
@@ -86,22 +88,22 @@ class Network(Chain):
         return [layer for group in self.groups() for layer in group.layers]
 
     def step(
-        self, state: tuple | None, x: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[tuple, jax.Array]:
+        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> StepResult:
         if state is None and self.operation:
             state = self.init_state(x.shape[0], x.dtype)
         return super().step(state, x, lengths)
 
     def step_in_pieces(
-        self, limits: PieceBytes, state: tuple, x: jax.Array, lengths: jax.Array | None
-    ) -> tuple[tuple, jax.Array]:
+        self, limits: PieceBytes, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
+    ) -> StepResult:
         """`step`, in pieces of time whose widest activations take no more than `limits`."""
         step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
 
         def size(max_bytes: int, inputs_per_step: int) -> int:
             return max(max_bytes // step_bytes, 1) * inputs_per_step
 
-        def step_groups(state: tuple, x: jax.Array, lengths: jax.Array | None) -> tuple[tuple, jax.Array]:
+        def step_groups(state: tuple, x: Float[Array, "batch time in"], lengths: Lengths) -> StepResult:
             new_state = ()
             for layers, inputs_per_step, is_wide in self.groups():
                 max_bytes = limits.wide_layers if is_wide else limits.all_layers

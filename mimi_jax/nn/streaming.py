@@ -33,7 +33,7 @@ from mimi_jax.nn.module import Module
 from mimi_jax.ops import policy
 
 State = TypeVar("State")
-Lengths = Int[Array, "batch"] | None
+Lengths = Int[Array, " batch"] | None
 
 
 class StreamingLayer(Module):
@@ -112,7 +112,7 @@ class Chain(StreamingLayer):
         return lengths
 
 
-def is_real(lengths: Int[Array, "batch"], size: int) -> Bool[Array, "batch {size}"]:
+def is_real(lengths: Int[Array, " batch"], size: int) -> Bool[Array, "batch {size}"]:
     """Which of the first `size` positions of each row come before its end."""
     return jnp.arange(size) < lengths[:, None]
 
@@ -139,7 +139,7 @@ def batch_size(state: Any) -> int:
     return jax.tree.leaves(state)[0].shape[0]
 
 
-def select_rows(rows: Bool[Array, "batch"], if_true: State, if_false: State) -> State:
+def select_rows(rows: Bool[Array, " batch"], if_true: State, if_false: State) -> State:
     """Take each row of a state from `if_true` or from `if_false`."""
 
     def select(a: jax.Array, b: jax.Array) -> jax.Array:

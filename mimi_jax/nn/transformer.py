@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.attention import Attention, AttentionState
-from mimi_jax.nn.streaming import Chain, StreamingLayer
+from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer
 from mimi_jax.ops import policy
 
 ACTIVATIONS = {
@@ -24,7 +25,7 @@ ACTIVATIONS = {
 
 
 class TransformerLayer(StreamingLayer):
-    """Pre-norm attention and MLP, each residual branch scaled per channel (LayerScale, arXiv 2103.17239)."""
+    """Attention and an MLP, each after a norm. LayerScale (arXiv 2103.17239) scales the channels of both."""
 
     def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
         features, hidden = config.hidden_size, config.intermediate_size
@@ -52,8 +53,8 @@ class TransformerLayer(StreamingLayer):
         return self.attention.init_state(batch_size, dtype)
 
     def step(
-        self, state: AttentionState | None, x: jax.Array, lengths: jax.Array | None = None
-    ) -> tuple[AttentionState | None, jax.Array]:
+        self, state: AttentionState | None, x: Float[Array, "batch time features"], lengths: Lengths = None
+    ) -> tuple[AttentionState | None, Float[Array, "batch time features"]]:
         state, y = self.attention.step(state, self.attention_norm(x), lengths)
         x = x + self.attention_scale[...] * y
         y = self.mlp_out(ACTIVATIONS[self.hidden_act](self.mlp_in(self.mlp_norm(x))))
@@ -61,7 +62,9 @@ class TransformerLayer(StreamingLayer):
 
 
 class Transformer(Chain):
-    """A stack of layers: [batch, steps, hidden_size] -> the same; no norm after the last."""
+    """A stack of layers: [batch, steps, hidden_size] -> the same. No norm follows the last layer."""
+
+    operation = "transformer"
 
     def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
         self.blocks = nnx.List(TransformerLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers))
