@@ -71,3 +71,12 @@ def errors_of(folder: Path) -> dict[str, str]:
 
     tables = [pq.read_table(path).to_pylist() for path in sorted((folder / "errors").glob("*.parquet"))]
     return {row["id"] or row["source"]: row["reason"] for rows in tables for row in rows}
+
+
+def check_folder(out: Path, data: Path, model: Mimi) -> None:
+    """Check that `out` has each WAV file of `data` once, with the codes that it gets alone."""
+    found = codes_by_id(out)
+    paths = {str(path.relative_to(data)): path for path in data.rglob("*.wav")}
+    assert found.keys() == paths.keys()
+    for name, path in paths.items():
+        np.testing.assert_array_equal(found[name], codes_alone(model, mimi_jax.load_audio(path)))

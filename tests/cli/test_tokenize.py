@@ -1,0 +1,69 @@
+"""`mimi-jax tokenize`: its table, its exit status, and which process it is."""
+
+from pathlib import Path
+
+import pytest
+
+from mimi_jax import cli
+from tests.models import load_fixture
+from tests.tokenization.corpora import write_folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    load_fixture("base").model.save_pretrained(folder)
+    return folder
+
+
+def test_the_command_prints_a_table_and_its_status_tells_of_errors(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_folder(tmp_path / "data", [100, 200])
+    words = ["tokenize", str(tmp_path / "data"), "-o", str(tmp_path / "out"), "--model", str(tiny)]
+    assert cli.main(words) == 0
+    table = capsys.readouterr().out
+    assert "2 clips, 0.00 h, 0 errors" in table
+    assert "programs compiled" in table
+    assert "1 of 1 are done" in table
+    (tmp_path / "data" / "bad.wav").write_bytes(b"RIFF")
+    words[3] = str(tmp_path / "other")
+    assert cli.main(words) == 1
+    captured = capsys.readouterr()
+    assert "2 clips, 0.00 h, 1 errors" in captured.out
+    assert (
+        captured.err.strip()
+        .splitlines()[-1]
+        .startswith(
+            "mimi-jax tokenize: error: 1 clips could not be encoded; the reasons are in"
+            f" {tmp_path / 'other' / 'errors'}"
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "error"),
+    [
+        (["--process-index", "1"], {}, "--process-index and --process-count must be given together"),
+        (["--ray-actors", "2"], {}, "need --engine ray"),
+        (["--batch-size", "0"], {}, "argument --batch-size: must be positive, got 0"),
+        (["--process-index", "2", "--process-count", "2"], {}, "must lie in [0, 2), got 2"),
+        ([], {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4"}, "must lie in [0, 4), got 4"),
+        ([], {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "5"}, "must lie in [0, 5), got 5"),
+        ([], {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b"}, "must lie in [0, 2), got 2"),
+    ],
+)
+def test_the_process_is_named_by_options_or_variables(
+    tmp_path: Path,
+    words: list[str],
+    variables: dict[str, str],
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    write_folder(tmp_path / "data", [100])
+    status = cli.main(["tokenize", str(tmp_path / "data"), "-o", str(tmp_path / "out"), *words])
+    assert status == 2
+    assert error in capsys.readouterr().err

@@ -1,0 +1,20 @@
+"""The model that most tests of tokenization use, in memory and on disk."""
+
+from pathlib import Path
+
+import pytest
+
+from mimi_jax import Mimi
+from tests.models import load_fixture
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    load_fixture("base").model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> Mimi:
+    return load_fixture("base").model
