@@ -3,7 +3,8 @@
 Every clip is encoded exactly once, or listed as an error with the reason.
 
     settings    what decides the codes, and which clips share an output file
-    inputs      what there is to tokenize: folders, tar archives, Parquet files, manifests
+    sources     the kinds of files that hold clips: audio, tar archives, Parquet files, manifests
+    inputs      what there is to tokenize, divided into shards
     workers     worker processes that read and resample audio
     coding      encoding many clips at once, with a handful of compiled programs
     output      the output folder: Parquet files, errors, the manifest, locks on shards

@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mimi_jax.files.audio import AudioReader
-from mimi_jax.tokenization.inputs import Item
+from mimi_jax.tokenization.sources import Item
 
 PIECE_SECONDS = 30  # length of a piece
 SILENCE = 1e-4  # -80 dBFS; 16-bit audio has three steps below it

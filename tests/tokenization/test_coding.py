@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mimi_jax.tokenization.coding import FLUSH_BATCHES, Coder
-from mimi_jax.tokenization.inputs import Item
 from mimi_jax.tokenization.job import counted_compilations
+from mimi_jax.tokenization.sources import Item
 from mimi_jax.tokenization.workers import Piece
 from tests.models import load_fixture
 from tests.tokenization.corpora import RATE, codes_alone, noise_clip

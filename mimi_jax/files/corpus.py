@@ -1,0 +1,220 @@
+"""Corpora of audio: folders of audio files, and manifests. Tokenization, training and evaluation share this.
+
+A manifest is a JSONL file: one JSON object per line, for one clip.
+
+    path      audio file, relative to the folder of the manifest
+    id        name of the clip in what tokenization writes
+    start     seconds; where the clip begins in the file
+    end       seconds; where it ends
+    source    corpus that the clip belongs to; training can weight sources
+    speaker   training draws a speaker before it draws a clip
+    features  .npy file with a teacher's features of the clip, for distillation in training
+
+Only the path is required. A field that is null counts as absent, and other fields are ignored.
+"""
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+from tqdm import tqdm
+
+from mimi_jax.config import MimiConfig, ceil_div
+from mimi_jax.files.audio import FORMATS, mix_channels
+
+AUDIO_SUFFIXES = (*FORMATS, ".aif", ".aiff")
+MAX_SECONDS = 1e9  # of a time in a manifest; a larger one is a mistake
+MARGIN = 64  # samples around a crop, for the filter of the resampler
+
+
+class Entry(NamedTuple):
+    """A clip as a manifest or a folder names it. Nobody has looked yet whether its file is there."""
+
+    name: str  # the path as the manifest has it, or relative to the folder
+    path: str  # to open the file with
+    id: str | None = None
+    start: float = 0.0  # seconds
+    end: float | None = None  # seconds; None for the end of the file
+    source: str = ""
+    speaker: str = ""
+    features: str | None = None  # a path to open
+
+
+class Clip(NamedTuple):
+    """A stretch of an audio file that is there and whose header has been read."""
+
+    path: Path
+    source: str
+    speaker: str
+    start: int  # samples at the file's own rate
+    num_samples: int  # at the file's own rate
+    sampling_rate: int  # Hz, of the file
+    features: Path | None  # .npy file with a teacher's features of the clip
+
+
+def find_files(
+    folder: str | os.PathLike[str], suffixes: Sequence[str], without: str | os.PathLike[str] | None = None
+) -> Iterator[str]:
+    """Yield the paths of the files at any depth in a folder whose names end in one of the suffixes.
+
+    The order is always the same. Links to folders are followed, but no folder is read twice.
+
+    Args:
+        folder: where to look.
+        suffixes: in lower case, such as ".wav"; the case of the names does not matter.
+        without: a folder that is left out.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:  # os.walk would leave the folder out silently
+        raise error
+
+    seen = {os.path.realpath(without)} if without is not None else set()
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(tuple(suffixes)):
+                yield os.path.join(root, name)
+
+
+def read_entries(manifest: str | os.PathLike[str]) -> Iterator[Entry]:
+    """Read a manifest. Empty lines are skipped.
+
+    Raises:
+        OSError: the manifest cannot be read.
+        ValueError: a line is not such an object; the error names the line.
+    """
+    with open(manifest, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _entry(os.fspath(manifest), f"{printable(manifest)}, line {number}", line)
+
+
+def _entry(manifest: str, place: str, line: bytes) -> Entry:
+    try:
+        fields: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
+        text = line[:80].decode("utf-8", "backslashreplace").strip()
+        raise ValueError(f"{place}: must be a JSON object with a path, got {text!r}")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for name in fields.keys() & {"start", "end"}:
+        if type(fields[name]) not in (int, float) or not abs(fields[name]) < MAX_SECONDS:
+            raise ValueError(f"{place}: {name} must be seconds, got {fields[name]!r}")
+    start, end = float(fields.get("start", 0)), fields.get("end")
+    if not 0 <= start < (float("inf") if end is None else end):
+        raise ValueError(f"{place}: start must be at least 0 and lie before end, got {start:g} and {end}")
+    features = fields.get("features")
+    if not isinstance(features, str | None):
+        raise ValueError(f"{place}: features must be the path of a .npy file, got {features!r}")
+    folder = os.path.dirname(manifest)
+    texts = {name: str(fields[name]) for name in ("id", "source", "speaker") if name in fields}
+    return Entry(
+        name=fields["path"],
+        path=os.path.join(folder, fields["path"]),
+        start=start,
+        end=end,
+        features=features if features is None else os.path.join(folder, features),
+        **texts,
+    )
+
+
+def find_clips(data: str | os.PathLike[str], include: str = "*") -> list[Clip]:
+    """List the clips of a folder or a manifest, and read the headers of their files.
+
+    Args:
+        data: a folder or a manifest. In a folder, audio files are found at any depth, and each subfolder is a
+            source.
+        include: a pattern that the path must match, as the manifest has it or relative to the folder.
+
+    Raises:
+        FileNotFoundError: the folder, the manifest or a file is missing.
+        ValueError: a line of the manifest is wrong, a file is not audio or is shorter than the manifest says,
+            or nothing was found.
+    """
+    data = Path(data)
+    if not data.exists():
+        raise FileNotFoundError(f"there is no folder or manifest {data}")
+    entries = list(read_entries(data)) if data.is_file() else _entries_of_folder(data)
+    bar = tqdm(entries, desc="reading headers", disable=None, leave=False)
+    clips = [_clip(entry) for entry in bar if fnmatch.fnmatch(entry.name, include)]
+    if not clips:
+        raise ValueError(f"{data}: no audio files ({', '.join(AUDIO_SUFFIXES)}) match include={include!r}")
+    return clips
+
+
+def _entries_of_folder(folder: Path) -> list[Entry]:
+    entries = []
+    for path in sorted(map(Path, find_files(folder, AUDIO_SUFFIXES))):
+        name = path.relative_to(folder)
+        entries.append(Entry(str(name), str(path), source=name.parts[0] if len(name.parts) > 1 else ""))
+    return entries
+
+
+def _clip(entry: Entry) -> Clip:
+    for path in (entry.path, entry.features):
+        if path is not None and not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no file {path}")
+    try:
+        info = soundfile.info(entry.path)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{entry.path} is not a WAV, FLAC, OGG or MP3 file, or it is damaged") from error
+    rate, total = info.samplerate, info.frames  # libsndfile's word for samples per channel
+    start = round(entry.start * rate)
+    end = total if entry.end is None else min(round(entry.end * rate), total)
+    if not start < end:
+        until = "its end" if entry.end is None else f"{entry.end:g} s"
+        raise ValueError(
+            f"{entry.path} has no audio from {entry.start:g} s to {until}: it is {total / rate:g} s long"
+        )
+    features = None if entry.features is None else Path(entry.features)
+    return Clip(Path(entry.path), entry.source, entry.speaker, start, end - start, rate, features)
+
+
+def read_crop(clip: Clip, start: float, num_samples: int, config: MimiConfig) -> np.ndarray:
+    """Read a part of a clip, at the rate and with the channels of a model.
+
+    Args:
+        clip: the clip.
+        start: seconds from the beginning of the clip.
+        num_samples: how many samples to return, at `config.sampling_rate`.
+        config: of the model.
+
+    Returns:
+        float32 [channels, num_samples]; zeros after the end of the clip.
+
+    Raises:
+        ValueError: the file's channels cannot be mixed to those of the model.
+    """
+    rate = clip.sampling_rate
+    first = clip.start + round(start * rate)
+    before = min(MARGIN, first - clip.start)
+    after = min(
+        ceil_div(num_samples * rate, config.sampling_rate) + MARGIN, clip.start + clip.num_samples - first
+    )
+    samples, _ = soundfile.read(clip.path, before + after, first - before, dtype="float32", always_2d=True)
+    samples = mix_channels(samples, config.audio_channels, str(clip.path))
+    if rate != config.sampling_rate:
+        samples = soxr.resample(samples, rate, config.sampling_rate)
+    skip = round(before * config.sampling_rate / rate)
+    crop = samples[skip : skip + num_samples].T
+    return np.pad(crop, [(0, 0), (0, num_samples - crop.shape[1])]).astype(np.float32)
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be written in UTF-8, whatever bytes are in it."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

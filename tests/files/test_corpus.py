@@ -1,0 +1,143 @@
+"""Folders and manifests give the same clips to everyone who reads them, and the same errors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mimi_jax import MimiConfig, load_audio, save_audio
+from mimi_jax.files.corpus import Entry, find_clips, find_files, read_crop, read_entries
+from mimi_jax.tokenization.inputs import find_shards
+from tests.files.corpora import tone, write_corpus, write_manifest
+
+CONFIG = MimiConfig()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_corpus(tmp_path)
+    return tmp_path
+
+
+def test_files_are_found_at_any_depth_in_order(tmp_path: Path):
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    (tmp_path / "a").mkdir()
+    for name in ("z.wav", "a/y.WAV", "b/c/x.flac", "b/x.txt", "b/flac"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "b" / "c")
+    found = [str(Path(path).relative_to(tmp_path)) for path in find_files(tmp_path, (".wav", ".flac"))]
+    assert found == ["z.wav", "a/y.WAV", "b/c/x.flac"]
+    found = list(find_files(tmp_path, (".wav",), without=tmp_path / "a"))
+    assert found == [str(tmp_path / "z.wav")]
+
+
+def test_a_manifest_gives_all_its_fields(tmp_path: Path):
+    line = {
+        "path": "a/x.flac",
+        "id": 7,
+        "start": 1,
+        "end": 2.5,
+        "source": "s",
+        "speaker": "p",
+        "features": "x.npy",
+        "text": "ignored",
+    }
+    manifest = write_manifest(tmp_path, line, dict.fromkeys(line, None) | {"path": "/y.wav"})
+    manifest.write_text(manifest.read_text() + "\n")
+    first, second = read_entries(manifest)
+    audio, features = str(tmp_path / "a/x.flac"), str(tmp_path / "x.npy")
+    assert first == Entry("a/x.flac", audio, "7", 1.0, 2.5, "s", "p", features)
+    assert second == Entry("/y.wav", "/y.wav")
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("nonsense", "must be a JSON object with a path, got 'nonsense'"),
+        ("[" * 5000, "must be a JSON object with a path, got '["),
+        ('{"file": "x"}', 'must be a JSON object with a path, got \'{"file": "x"}\''),
+        ('{"path": 3}', "must be a JSON object with a path"),
+        ('{"path": "x", "start": "1"}', "start must be seconds, got '1'"),
+        ('{"path": "x", "start": true}', "start must be seconds, got True"),
+        ('{"path": "x", "start": NaN}', "start must be seconds, got nan"),
+        ('{"path": "x", "end": 1' + "0" * 400 + "}", "end must be seconds, got 1000"),
+        ('{"path": "x", "start": 2, "end": 1}', "start must be at least 0 and lie before end, got 2 and 1"),
+        ('{"path": "x", "start": -1}', "start must be at least 0 and lie before end, got -1 and None"),
+        ('{"path": "x", "features": 3}', "features must be the path of a .npy file, got 3"),
+    ],
+)
+def test_training_and_tokenization_refuse_the_same_lines(tmp_path: Path, line: str, error: str):
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(f'{{"path": "y.wav"}}\n\n{line}\n')
+    for use in (find_clips, lambda path: find_shards([path])):
+        with pytest.raises(ValueError) as info:
+            use(manifest)
+        assert str(info.value).startswith(f"{manifest}, line 3: {error}")
+
+
+def test_subfolders_are_sources(data: Path):
+    clips = find_clips(data)
+    assert [(clip.source, clip.path.name, clip.sampling_rate) for clip in clips] == [
+        (source, f"{n}.flac", rate) for source, rate in (("high", 24_000), ("low", 16_000)) for n in range(3)
+    ]
+    assert [clip.path.name for clip in find_clips(data, "low/1*")] == ["1.flac"]
+
+
+def test_clips_of_a_manifest(data: Path):
+    manifest = write_manifest(
+        data,
+        {"path": "high/0.flac", "source": "a", "speaker": "x", "start": 0.5, "end": 1.0},
+        {"path": "low/1.flac"},
+    )
+    first, second = find_clips(manifest)
+    assert (first.source, first.speaker, first.start, first.num_samples) == ("a", "x", 12_000, 12_000)
+    assert (second.source, second.start, second.num_samples) == ("", 0, 24_000)
+
+
+@pytest.mark.parametrize(
+    ("entry", "error"),
+    [
+        ({"path": "high/9.flac"}, "there is no file .*high/9.flac"),
+        ({"path": "notes.txt"}, "is not a WAV, FLAC, OGG or MP3 file"),
+        ({"file": "high/0.flac"}, "manifest.jsonl, line 1: must be a JSON object with a path"),
+        (
+            {"path": "high/0.flac", "start": 2.0},
+            "high/0.flac has no audio from 2 s to its end: it is 1.5 s long",
+        ),
+        ({"path": "high/0.flac", "end": "1"}, "line 1: end must be seconds, got '1'"),
+        ({"path": "high/0.flac", "features": "no.npy"}, "there is no file .*no.npy"),
+    ],
+)
+def test_bad_manifests(data: Path, entry: dict, error: str):
+    (data / "notes.txt").write_text("no audio")
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        find_clips(write_manifest(data, entry))
+
+
+def test_nothing_there(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="there is no folder or manifest"):
+        find_clips(tmp_path / "missing")
+    with pytest.raises(ValueError, match="no audio files"):
+        find_clips(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["high", "low"])
+@pytest.mark.parametrize("start", [0.0, 0.3, 1.1])
+def test_a_crop_is_a_slice_of_the_clip(data: Path, source: str, start: float):
+    clip = find_clips(data, f"{source}/1.flac")[0]
+    crop = read_crop(clip, start, 9600, CONFIG)
+    first = round(start * 24_000)
+    whole = np.pad(load_audio(clip.path), [(0, 0), (0, 9600)])[:, first : first + 9600]
+    assert crop.shape == (1, 9600) and crop.dtype == np.float32
+    # At its ends a resampled crop lacks what the whole clip would tell it.
+    np.testing.assert_allclose(crop[:, 50:-50], whole[:, 50:-50], atol=0 if source == "high" else 2e-3)
+
+
+def test_a_crop_has_the_channels_of_the_model(tmp_path: Path):
+    save_audio(tmp_path / "mono.wav", tone(300, 0.1))
+    save_audio(tmp_path / "stereo.wav", np.concatenate([tone(300, 0.1), tone(500, 0.1)]))
+    for channels in (1, 2):
+        for clip in find_clips(tmp_path):
+            crop = read_crop(clip, 0.0, 2400, MimiConfig(audio_channels=channels))
+            np.testing.assert_array_equal(crop, load_audio(clip.path, channels=channels))
