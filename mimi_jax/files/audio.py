@@ -139,7 +139,9 @@ class AudioReader:
             )
         if last is not None and last > total:
             if last - total > ROUNDING * self._rate:
-                raise ValueError(f"{self._name} is {total / self._rate:g} s long, and ends before {end:g} s")
+                raise ValueError(
+                    f"{self._name} is {total / self._rate:g} s long, so it ends before {end:g} s"
+                )
             last = total
         return first, last
 
