@@ -16,8 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.report import Report, add_markdown_option
-from mimi_jax.train import Recipe, Trainer
-from mimi_jax.train.step import start_model
+from mimi_jax.train import Recipe, Trainer, start_model
 
 WARMUP = 2  # steps; the first one compiles
 

@@ -1,12 +1,27 @@
-"""Training of Mimi: losses, balancer, discriminator, codebooks, data, and runs that a kill does not end.
+"""Training of Mimi, from scratch or of the decoder alone, in runs that continue after they were killed.
 
-Kyutai has not released its training code. This follows the Moshi paper (arXiv 2410.00037, section 3.3), what
-Kyutai's public code says of the quantizer, and audiocraft, whose losses the paper refers to. Reading order:
-losses, balancer, discriminator, weight_norm, codebooks, recipe, data, step, run.
+Kyutai has not released its training code. This package follows the Moshi paper (arXiv 2410.00037, section
+3.3), Kyutai's public code for the quantizer, and audiocraft, whose losses the paper refers to.
+
+    recipe          what decides a run, read from a TOML file
+    losses          what is minimized
+    balancer        how the losses of the audio share its gradient
+    discriminator   the multi-scale STFT discriminator
+    weight_norm     kernels as a length and a direction
+    codebooks       how codebooks learn, without gradients
+    weights         parameters by name, and the model that a run starts from
+    optimizers      AdamW and its schedules
+    step            `Trainer`: one step, as a pure function of its state and a batch
+    data            random crops of audio files
+    log             the log of a run
+    states          the states of a run on disk
+    run             `train`: a run from start to end
 """
 
+from mimi_jax.train.log import NotFiniteError
 from mimi_jax.train.recipe import Recipe
-from mimi_jax.train.run import NotFiniteError, train
+from mimi_jax.train.run import train
 from mimi_jax.train.step import Trainer, TrainState
+from mimi_jax.train.weights import start_model
 
-__all__ = ["NotFiniteError", "Recipe", "TrainState", "Trainer", "train"]
+__all__ = ["NotFiniteError", "Recipe", "TrainState", "Trainer", "start_model", "train"]

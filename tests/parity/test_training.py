@@ -16,9 +16,8 @@ from transformers.audio_utils import mel_filter_bank
 import mimi_jax
 from mimi_jax.checkpoint import BUNDLED
 from mimi_jax.quality.spectrum import mel_filters, stft
-from mimi_jax.train import losses
+from mimi_jax.train import Trainer, losses, start_model
 from mimi_jax.train.discriminator import DILATIONS, WINDOWS, Discriminator
-from mimi_jax.train.step import Trainer, start_model
 from tests.train.recipes import tiny_recipe
 from tests.train.test_step import batch_of
 

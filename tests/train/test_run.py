@@ -17,8 +17,8 @@ import pytest
 
 from mimi_jax import Mimi, cli, save_audio
 from mimi_jax.files.atomic import file_lock
-from mimi_jax.train import run
-from mimi_jax.train.run import NotFiniteError, train
+from mimi_jax.train import NotFiniteError, train
+from mimi_jax.train.log import Log
 from tests.train.recipes import TINY, tiny_recipe
 from tests.train.test_step import speechlike
 
@@ -64,7 +64,7 @@ class Killed(Exception):
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, how: type[BaseException] = Killed) -> None:
     """The log is written once more, then the process is gone."""
-    write = run._Log.write
+    write = Log.write
 
     def last_words(self, done: int, means: dict) -> None:
         write(self, done, means)
@@ -72,12 +72,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, how: type[BaseException]
             self._file.write('{"step": ')
             raise how
 
-    monkeypatch.setattr(run._Log, "write", last_words)
+    monkeypatch.setattr(Log, "write", last_words)
 
 
-@pytest.mark.parametrize(
-    ("step", "kept"), [(3, "before step 5 .* begins anew$"), (8, "goes on from step 5$")]
-)
+@pytest.mark.parametrize(("step", "kept"), [(3, "at step 5; .* begins anew$"), (8, "continues from step 5$")])
 def test_an_interrupt_says_what_is_kept(data: Path, tmp_path: Path, monkeypatch, step: int, kept: str):
     kill_at(monkeypatch, step, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt, match=kept):
@@ -106,7 +104,7 @@ def test_a_longer_run_goes_on(whole: Path, data: Path, tmp_path: Path):
 
 def test_a_run_is_not_overwritten(whole: Path, data: Path):
     before = (whole / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already; resume it"):
+    with pytest.raises(ValueError, match="already holds a run; resume it"):
         train(RECIPE, data, whole)
     other = dataclasses.replace(RECIPE, seed=3)
     with pytest.raises(ValueError, match="another recipe or other data: seed was 0 and is 3"):
@@ -140,14 +138,17 @@ def test_a_run_on_eight_devices_has_the_same_losses(data: Path, tmp_path: Path):
 
 def test_a_run_that_is_going_on_is_left_alone(whole: Path, data: Path):
     before = (whole / "log.jsonl").read_bytes()
-    with file_lock(whole / "lock"), pytest.raises(ValueError, match="a run that is going on; wait for it"):
+    with (
+        file_lock(whole / "lock"),
+        pytest.raises(ValueError, match=r"another process is training in .*; wait for it"),
+    ):
         train(RECIPE, data, whole, resume=True)
     assert (whole / "log.jsonl").read_bytes() == before
 
 
 def test_files_that_are_no_run_are_left_alone(data: Path, tmp_path: Path):
     (tmp_path / "log.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match="holds files but no run; name another folder"):
+    with pytest.raises(ValueError, match="holds files but not a training run; name another folder"):
         train(RECIPE, data, tmp_path, resume=True)
     assert (tmp_path / "log.jsonl").read_text() == "mine"
 
@@ -169,7 +170,7 @@ def test_a_model_is_tuned_on(whole: Path, data: Path, tmp_path: Path):
     train(recipe, data, tmp_path / "run", devices=ONE)
     first = trace(tmp_path / "run")[0]["loss/mel"]
     assert first < trace(whole)[0]["loss/mel"] * 0.9
-    with pytest.raises(ValueError, match="the recipe's model is not that of init="):
+    with pytest.raises(ValueError, match="differs from the model init="):
         train(
             dataclasses.replace(recipe, model=dataclasses.replace(TINY, num_filters=8)), data, tmp_path / "x"
         )
@@ -177,7 +178,9 @@ def test_a_model_is_tuned_on(whole: Path, data: Path, tmp_path: Path):
 
 def test_a_run_that_diverges_stops_with_its_last_checkpoint(data: Path, tmp_path: Path):
     recipe = tiny_recipe(steps=100, optimizer__learning_rate=1e18, checkpoint_every=1)
-    with pytest.raises(NotFiniteError, match=r"step \d+: .*not finite; every checkpoint is from before that"):
+    with pytest.raises(
+        NotFiniteError, match=r"step \d+: .*not finite; every checkpoint is from before that step"
+    ):
         train(recipe, data, tmp_path / "run", devices=ONE)
     model = Mimi.from_pretrained(tmp_path / "run" / "model")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
@@ -241,7 +244,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert [line["step"] for line in trace(out)] == [1, 2]
     assert Mimi.from_pretrained(out / "model").config == TINY
     assert cli.main(words) == 1
-    assert "holds a run already; resume it (--resume)" in capsys.readouterr().err
+    assert "already holds a run; resume it (--resume)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -268,7 +271,7 @@ def test_errors(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, toml:
 SCRIPT = """
 import sys
 import jax
-from mimi_jax.train.run import train
+from mimi_jax.train import train
 from tests.train.test_run import SLOW_RECIPE
 train(SLOW_RECIPE, sys.argv[1], sys.argv[2], resume=True)
 """

@@ -14,8 +14,9 @@ import mimi_jax
 from mimi_jax import Mimi, checkpoint
 from mimi_jax.quality.spectrum import mel_distance
 from mimi_jax.train.recipe import Recipe
-from mimi_jax.train.step import Trainer, TrainState, start_model, weights_of
+from mimi_jax.train.step import Trainer, TrainState
 from mimi_jax.train.weight_norm import NormalizedKernel
+from mimi_jax.train.weights import start_model, weights_of
 from tests.train.recipes import TINY, tiny_recipe
 
 

@@ -1,0 +1,80 @@
+"""The log of a run: the means of all losses, in a file of JSON lines and for TensorBoard."""
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mimi_jax.files.atomic import atomic_path
+
+
+class NotFiniteError(ValueError):
+    """A loss or a gradient became NaN or infinite. The last checkpoint is from before that."""
+
+
+def finite_means(logs: list[dict[str, jax.Array]], done: int) -> dict[str, float]:
+    """The mean of each number that the last steps logged.
+
+    Args:
+        logs: what each of these steps logged.
+        done: how many steps are done, these included.
+
+    Raises:
+        NotFiniteError: a number is NaN or infinite.
+    """
+    values = jax.device_get(logs)
+    for step, by_name in enumerate(values, done - len(values) + 1):
+        if broken := [name for name, value in by_name.items() if not np.isfinite(value)]:
+            raise NotFiniteError(
+                f"step {step}: {', '.join(broken)} not finite; every checkpoint is from before that step."
+                " Start a new run with a lower optimizer.learning_rate, or set optimizer.max_norm"
+            )
+    return {name: float(np.mean([by_name[name] for by_name in values])) for name in values[-1]}
+
+
+class Log:
+    """A context that writes `log.jsonl`, and the same for TensorBoard if tensorboardX is installed.
+
+    Args:
+        out: the folder of the run.
+        step: how many steps are done. Later lines are removed, because the run computes these steps again.
+    """
+
+    def __init__(self, out: Path, step: int):
+        self._path, self._out, self._step = out / "log.jsonl", out, step
+
+    def __enter__(self) -> "Log":
+        # A killed run may have logged steps after its last checkpoint, and half of a line.
+        kept = [line for line in _lines(self._path) if line["step"] <= self._step]
+        with atomic_path(self._path) as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._board = None
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self._step + 1)
+        return self
+
+    def write(self, step: int, means: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **means}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in means.items():
+                self._board.add_scalar(name, value, step)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)

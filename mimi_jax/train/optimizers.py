@@ -1,0 +1,43 @@
+"""AdamW of the model and of the discriminator, with their schedule and clipping."""
+
+import functools
+from typing import Any
+
+import jax
+
+from mimi_jax.train.recipe import Recipe
+from mimi_jax.train.weights import Weights, in_transformer
+
+
+def make_optimizers(recipe: Recipe) -> tuple[Any, Any]:
+    """optax's transformations for the model and for the discriminator."""
+    import optax
+
+    options = recipe.optimizer
+    adamw = functools.partial(optax.adamw, make_schedule(recipe), *options.betas)
+    clip = optax.clip_by_global_norm(options.max_norm) if options.max_norm else optax.identity()
+    model = optax.chain(clip, adamw(weight_decay=options.weight_decay, mask=in_transformer))
+    return model, optax.chain(clip, adamw(weight_decay=0.0))
+
+
+def make_schedule(recipe: Recipe) -> Any:
+    """The learning rate of each step, as optax's schedules give it."""
+    import optax
+
+    options = recipe.optimizer
+    schedule = optax.constant_schedule(options.learning_rate)
+    if options.schedule == "cosine":
+        schedule = optax.cosine_decay_schedule(options.learning_rate, recipe.steps)
+    if not options.warmup_steps:
+        return schedule
+    warmup = optax.linear_schedule(0.0, 1.0, options.warmup_steps)
+    return lambda count: warmup(count + 1) * schedule(count)
+
+
+def update(optimizer: Any, gradients: Any, state: Any, weights: Weights) -> tuple[Weights, Any, jax.Array]:
+    """The new weights, the optimizer's new state, and the norm of the gradients."""
+    import optax
+
+    updates, state = optimizer.update(gradients, state, weights)
+    new: Any = optax.apply_updates(weights, updates)
+    return new, state, optax.tree.norm(gradients)
