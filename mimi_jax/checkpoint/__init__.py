@@ -13,7 +13,7 @@ and an error lists everything that does not fit.
 """
 
 from mimi_jax.checkpoint.find import BUNDLED, bundled_models, find
-from mimi_jax.checkpoint.identity import bundled_with, code_spec, model_id
+from mimi_jax.checkpoint.identity import bundled_with, check_same_codes, code_spec, model_id
 from mimi_jax.checkpoint.layouts import LAYOUTS, layout_of
 from mimi_jax.checkpoint.layouts.pytorch import read_tensors
 from mimi_jax.checkpoint.parameters import (
@@ -31,6 +31,7 @@ __all__ = [
     "abstract_model",
     "bundled_models",
     "bundled_with",
+    "check_same_codes",
     "code_spec",
     "fill",
     "find",

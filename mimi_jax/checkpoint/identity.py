@@ -59,6 +59,23 @@ def code_spec(model: Mimi, num_quantizers: int | None = None) -> CodeSpec:
     )
 
 
+def check_same_codes(spec: CodeSpec, model: Mimi) -> None:
+    """Check that codes with this spec mean the same to the model, so that it can decode them.
+
+    Raises:
+        ValueError: the model has fewer codebooks, or it is another model than the one that made the codes.
+    """
+    count = model.config.num_quantizers
+    if spec.num_codebooks > count:
+        raise ValueError(f"the codes have {spec.num_codebooks} codebooks, but the model has only {count}")
+    expected = code_spec(model, spec.num_codebooks)
+    for field in ("model_id", "sampling_rate", "frame_size", "codebook_size"):
+        if (found := getattr(spec, field)) != (value := getattr(expected, field)):
+            raise ValueError(
+                f"another model made the codes: their {field} is {found}, that of the model {value}"
+            )
+
+
 def bundled_with(spec: CodeSpec) -> str | None:
     """The name of the bundled model that makes such codes; None where no bundled model does."""
     for name in bundled_models():

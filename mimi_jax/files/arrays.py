@@ -106,7 +106,7 @@ def write_safetensors(
         OSError: the file cannot be written.
     """
     # safetensors stores the memory of a strided view, not its elements in order.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with atomic_path(path) as temporary:
         # `save_file` would make a file that only its owner can read.
         temporary.write_bytes(safetensors.numpy.save(contiguous, metadata))

@@ -11,23 +11,23 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """A path to write to in place of `path`; what stands there becomes `path` when the block ends.
+    """Give a temporary path to write to, and rename what was written there to `path` when the block ends.
 
         with atomic_path("codes.bin") as temporary:
             temporary.write_bytes(data)
 
-    The block may write a file or make a folder. If it raises, KeyboardInterrupt included, what it
-    wrote is removed and `path` stays as it was. Readers see the old file or the new one, never a
-    part; a folder that replaces another is missing for the moment between two renames. A symbolic
-    link stays, and what it points to is replaced.
+    The block may write a file or make a folder. If it raises, even KeyboardInterrupt, what it wrote is
+    removed and `path` stays as it was. Readers see the old file or the new one, never a part of it. A folder
+    that replaces another is missing for a moment, between two renames. If `path` is a symbolic link, the link
+    stays and its target is replaced.
 
     Args:
-        path: where the file or folder is to stand. Its parent folder must exist. A file replaces a
-            file, a folder a folder **with all that is in it**.
-        folder: where to write until then, on the same file system; None for the folder of `path`.
+        path: of the file or folder to write. Its parent folder must exist. A file replaces a file, and a
+            folder replaces a folder **with everything in it**.
+        folder: where the temporary path is, on the same file system; None for the folder of `path`.
 
     Yields:
-        A free path in that folder, with the same suffix.
+        A path in that folder at which nothing exists, with the suffix of `path`.
 
     Raises:
         FileNotFoundError: the parent folder does not exist.
@@ -53,12 +53,16 @@ def atomic_path(path: str | os.PathLike[str], folder: str | os.PathLike[str] | N
 
 @contextmanager
 def file_lock(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
-    """Whether this process has the lock that the file stands for, until the block or the process ends.
+    """Lock a file for this process until the block ends, or until the process ends in any way.
 
-    The file is made, and stays. File systems that have no locks give them to everyone.
+    The file is created, and is not removed. On a file system without locks, every process gets the lock.
 
     Args:
-        wait: for whoever has it; else a lock that another process has gives False.
+        path: of the lock file.
+        wait: wait until no other process has the lock.
+
+    Yields:
+        Whether this process has the lock. It is False only without `wait`, if another process has it.
     """
     with open(path, "wb") as file:
         has_it = True
@@ -83,13 +87,13 @@ def _check_place(path: Path, target: Path) -> None:
 
 def _check_same_kind(path: Path, is_folder: bool) -> None:
     if path.is_dir() and not is_folder:
-        raise IsADirectoryError(f"cannot write the file {path}: a folder stands there; name a file")
+        raise IsADirectoryError(f"cannot write the file {path}: there is a folder of this name; name a file")
     if not path.is_dir() and is_folder:
-        raise NotADirectoryError(f"cannot write the folder {path}: a file stands there; remove it")
+        raise NotADirectoryError(f"cannot write the folder {path}: there is a file of this name; remove it")
 
 
 def _flush(path: Path) -> None:
-    """Wait for the disk: else a power cut could keep the new name and lose what it names."""
+    """Wait until the data is on the disk. Otherwise a power cut could keep the new name and lose the data."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as stream:
@@ -100,7 +104,7 @@ def _move(temporary: Path, target: Path) -> None:
     if not target.is_dir():
         os.replace(temporary, target)
         return
-    # A rename does not replace a folder with something in it, so the old one steps aside.
+    # A rename cannot replace a folder that is not empty, so the old one is moved away first.
     old = temporary.with_name(f"{temporary.name}.old")
     try:
         os.replace(target, old)

@@ -1,4 +1,4 @@
-"""Int8 weights: what is rounded and what is not, files that come back bit for bit, and the errors."""
+"""Int8 weights: what is rounded, what stays as it is, files that come back bit for bit, and errors."""
 
 import json
 import sys
@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 import mimi_jax
 from mimi_jax import Mimi, MimiConfig, checkpoint, cli, export
 from mimi_jax.checkpoint import int8
-from mimi_jax.checkpoint.int8 import QUANTIZATIONS, Int8Param, quantization_of
+from mimi_jax.checkpoint.int8 import WEIGHTS, Int8Param, weights_of
+from mimi_jax.model import HALVES
 from mimi_jax.nn.quantizer import Codebook
+from tests.checkpoint.folders import FLOAT_LAYOUTS, assert_same_model
 from tests.models import load_fixture, relative_error
 
 SPEECH = Path(mimi_jax.__file__).parent / "samples" / "speech.flac"
@@ -28,8 +30,8 @@ def model() -> Mimi:
 
 
 @pytest.fixture(scope="module")
-def quantized() -> Mimi:
-    return Mimi.from_pretrained("mini", quantization="int8")
+def small() -> Mimi:
+    return Mimi.from_pretrained("mini", weights="int8")
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +43,31 @@ def variables(model: Mimi) -> dict[tuple, nnx.Variable]:
     return dict(nnx.to_flat_state(nnx.state(model)))
 
 
-def assert_same_model(got: Mimi, expected: Mimi) -> None:
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(expected))
-
-
 def assert_same_variable(got: nnx.Variable, expected: nnx.Variable) -> None:
     assert type(got) is type(expected) and got.dtype == expected.dtype
     np.testing.assert_array_equal(got[...], expected[...])
 
 
-@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("fixture", ["base", "gqa"])
 def test_every_kernel_of_its_halves_and_nothing_else(name: str, fixture: str):
     model = load_fixture(fixture).model
-    quantized = int8.quantize(model, name)
-    parts = {part for half in QUANTIZATIONS[name] for part in int8.PARTS[half]}
+    small = int8.to_int8(model, name)
+    parts = {part for half in WEIGHTS[name] for part in HALVES[half]}
     before = variables(model)
-    for place, variable in variables(quantized).items():
+    for place, variable in variables(small).items():
         is_matrix = len(before[place].shape) > 1 and place[0] != "quantizer"
         assert isinstance(variable, Int8Param) == (is_matrix and place[0] in parts), place
         if not isinstance(variable, Int8Param):
             assert_same_variable(variable, before[place])
-    assert quantization_of(quantized) == name and quantization_of(model) is None
-    assert quantized.dtype == jnp.float32
+    assert weights_of(small) == name and weights_of(model) is None
+    assert small.dtype == jnp.float32
 
 
-def test_the_rounding_is_that_of_the_definition(model: Mimi, quantized: Mimi):
+def test_rounding_follows_the_definition(model: Mimi, small: Mimi):
     """A scale is the largest magnitude of its output channel over 127.5; values are nearest."""
     before = variables(model)
-    for place, variable in variables(quantized).items():
+    for place, variable in variables(small).items():
         if isinstance(variable, Int8Param):
             kernel = np.asarray(before[place][...])
             values, scales = map(np.asarray, variable.get_raw_value())
@@ -80,30 +78,28 @@ def test_the_rounding_is_that_of_the_definition(model: Mimi, quantized: Mimi):
             assert np.all(np.abs(values * scales - kernel) <= 0.5001 * scales)
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [*((name, jnp.float32) for name in QUANTIZATIONS), ("int8", jnp.bfloat16)]
-)
+@pytest.mark.parametrize("name, dtype", [*((name, jnp.float32) for name in WEIGHTS), ("int8", jnp.bfloat16)])
 def test_files_come_back_bit_for_bit(model: Mimi, tmp_path: Path, name: str, dtype):
-    quantized = int8.quantize(model.astype(dtype), name)
-    quantized.save_pretrained(tmp_path)
+    small = int8.to_int8(model.astype(dtype), name)
+    small.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == {"weights": name}
     assert checkpoint.layout_of(tmp_path) == "int8"
-    assert_same_model(Mimi.from_pretrained(tmp_path, dtype=None), quantized)
-    assert_same_model(Mimi.from_pretrained(tmp_path, dtype=None, quantization=name), quantized)
-    assert_same_model(Mimi.from_pretrained(tmp_path), quantized.astype(jnp.float32))
-    assert checkpoint.model_id(quantized) == checkpoint.model_id(model)
+    assert_same_model(Mimi.from_pretrained(tmp_path, dtype=None), small)
+    assert_same_model(Mimi.from_pretrained(tmp_path, dtype=None, weights=name), small)
+    assert_same_model(Mimi.from_pretrained(tmp_path), small.astype(jnp.float32))
+    assert checkpoint.model_id(small) == checkpoint.model_id(model)
 
 
-def test_reading_and_running_take_no_qwix(quantized: Mimi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    quantized.save_pretrained(tmp_path)
+def test_loading_and_running_need_no_qwix(small: Mimi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "qwix", None)
-    assert_same_model(Mimi.from_pretrained(tmp_path, quantization="int8"), quantized)
-    with pytest.raises(ImportError, match=r"made by qwix; pip install 'mimi_jax\[int8\]'"):
-        Mimi.from_pretrained("mini", quantization="int8")
+    assert_same_model(Mimi.from_pretrained(tmp_path, weights="int8"), small)
+    with pytest.raises(ImportError, match=r"made by qwix; install it: pip install 'mimi_jax\[int8\]'"):
+        Mimi.from_pretrained("mini", weights="int8")
 
 
-def test_the_size_is_that_of_the_arithmetic(model: Mimi, quantized: Mimi, tmp_path: Path):
-    quantized.save_pretrained(tmp_path)
+def test_the_file_has_the_expected_size(model: Mimi, small: Mimi, tmp_path: Path):
+    small.save_pretrained(tmp_path)
     expected = 0
     for place, variable in variables(model).items():
         channels = np.prod([variable.shape[axis] for axis in int8.OUTPUT_AXES.get(len(variable.shape), ())])
@@ -114,156 +110,159 @@ def test_the_size_is_that_of_the_arithmetic(model: Mimi, quantized: Mimi, tmp_pa
             expected += np.prod(variable.shape) + 4 * channels
         else:
             expected += 4 * np.prod(variable.shape)
-    assert expected < (tmp_path / "model.safetensors").stat().st_size < expected + 30_000  # of names
+    size_of_header = 30_000  # at most
+    assert (
+        expected < (tmp_path / "model.safetensors").stat().st_size < expected + size_of_header
+    )  # the header, with the names
 
 
 @pytest.mark.parametrize("num_quantizers, share", [(32, 0.387), (8, 0.294)])
 def test_the_share_at_full_size(num_quantizers: int, share: float):
-    """What docs/speed.md says of the published architecture, and of one with 8 codebooks."""
+    """The sizes in docs/speed.md, of the published architecture with 32 and with 8 codebooks."""
     model = checkpoint.abstract_model(MimiConfig(num_quantizers=num_quantizers))
 
     def num_bytes(model: Mimi) -> int:
         leaves = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.OfType(Codebook))))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    ratio = num_bytes(int8.quantize_abstract(model, "int8")) / num_bytes(model)
+    ratio = num_bytes(int8.abstract_int8(model, "int8")) / num_bytes(model)
     assert ratio == pytest.approx(share, abs=5e-4)
 
 
-def test_codes_and_audio_are_close(model: Mimi, quantized: Mimi, speech: np.ndarray):
+def test_codes_and_audio_are_close(model: Mimi, small: Mimi, speech: np.ndarray):
     codes = mimi_jax.encode(model, speech).audio_codes
-    rounded = mimi_jax.encode(quantized, speech).audio_codes
+    rounded = mimi_jax.encode(small, speech).audio_codes
     assert np.mean(rounded[:, 0] == codes[:, 0]) > 0.9
     assert np.mean(rounded[:, :8] == codes[:, :8]) > 0.7
     audio = mimi_jax.decode(model, codes).audio_values
-    assert 1e-4 < relative_error(mimi_jax.decode(quantized, codes).audio_values, audio) < 0.1
+    assert 1e-4 < relative_error(mimi_jax.decode(small, codes).audio_values, audio) < 0.1
 
 
-def test_dequantized_is_the_same_function(quantized: Mimi, speech: np.ndarray, tmp_path: Path):
-    plain = int8.dequantize(quantized)
-    assert quantization_of(plain) is None
+def test_to_float_gives_the_same_function(small: Mimi, speech: np.ndarray, tmp_path: Path):
+    plain = int8.to_float(small)
+    assert weights_of(plain) is None
     latents = plain.encode_latents(speech)
-    assert relative_error(quantized.encode_latents(speech), latents) < 1e-5
+    assert relative_error(small.encode_latents(speech), latents) < 1e-5
     checkpoint.save(plain, tmp_path, "kyutai")
     assert_same_model(Mimi.from_pretrained(tmp_path), plain)
 
 
-def test_steps_give_the_codes_of_the_whole_clip(quantized: Mimi, speech: np.ndarray):
-    codes = mimi_jax.encode(quantized, speech, num_quantizers=8).audio_codes
-    encoder, decoder = mimi_jax.StreamingEncoder(quantized, 1, 8), mimi_jax.StreamingDecoder(quantized)
-    frames = np.split(speech, speech.shape[2] // quantized.config.frame_size, axis=2)
+def test_steps_give_the_codes_of_the_whole_clip(small: Mimi, speech: np.ndarray):
+    codes = mimi_jax.encode(small, speech, num_quantizers=8).audio_codes
+    encoder, decoder = mimi_jax.StreamingEncoder(small, 1, 8), mimi_jax.StreamingDecoder(small)
+    frames = np.split(speech, speech.shape[2] // small.config.frame_size, axis=2)
     steps: list[Any] = [encoder.push(frame) for frame in frames]
     np.testing.assert_array_equal(np.concatenate(steps, axis=2), codes)
     audio: list[Any] = [decoder.push(step) for step in steps]
-    expected = mimi_jax.decode(quantized, codes).audio_values
+    expected = mimi_jax.decode(small, codes).audio_values
     assert relative_error(np.concatenate(audio, axis=2), expected) < 1e-5
 
 
-def test_weights_are_int8_inside_a_program(quantized: Mimi):
-    """A program takes them as they are: nothing makes them larger before it runs."""
+def test_weights_are_int8_inside_a_program(small: Mimi):
+    """A program takes them as they are, and makes them larger only while it runs."""
     audio = jax.ShapeDtypeStruct((1, 1, 1920), jnp.float32)
-    inputs = jax.jit(mimi_jax.encode).trace(quantized, audio).jaxpr.in_avals
-    kernels = [variable for variable in variables(quantized).values() if isinstance(variable, Int8Param)]
+    inputs = jax.jit(mimi_jax.encode).trace(small, audio).jaxpr.in_avals
+    kernels = [variable for variable in variables(small).values() if isinstance(variable, Int8Param)]
     shapes = [kernel.get_raw_value().values.shape for kernel in kernels]
     assert sorted(aval.shape for aval in inputs if aval.dtype == jnp.int8) == sorted(shapes)
 
 
-def test_gradients_flow_through_latents(quantized: Mimi):
-    latents = jnp.full((1, 2, quantized.config.hidden_size), 0.1)
-    gradient = jax.grad(lambda latents: (quantized.decode_latents(latents) ** 2).sum())(latents)
+def test_gradients_flow_through_latents(small: Mimi):
+    latents = jnp.full((1, 2, small.config.hidden_size), 0.1)
+    gradient = jax.grad(lambda latents: (small.decode_latents(latents) ** 2).sum())(latents)
     assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
 
 
-def test_halves_of_models(quantized: Mimi, tmp_path: Path):
-    encoder = Mimi.from_pretrained("mini", quantization="int8", decoder=False)
-    assert encoder.decoder is None and quantization_of(encoder) == "int8"
+def test_halves_of_models(small: Mimi, tmp_path: Path):
+    encoder = Mimi.from_pretrained("mini", weights="int8", decoder=False)
+    assert encoder.decoder is None and weights_of(encoder) == "int8"
     encoder.save_pretrained(tmp_path / "encoder")
     for name in (None, "int8", "int8-encoder"):
-        assert_same_model(Mimi.from_pretrained(tmp_path / "encoder", quantization=name), encoder)
-    quantized.save_pretrained(tmp_path / "whole")
+        assert_same_model(Mimi.from_pretrained(tmp_path / "encoder", weights=name), encoder)
+    small.save_pretrained(tmp_path / "whole")
     assert_same_model(Mimi.from_pretrained(tmp_path / "whole", decoder=False), encoder)
-    int8.quantize(Mimi.from_pretrained("mini"), "int8-encoder").save_pretrained(tmp_path / "mixed")
+    int8.to_int8(Mimi.from_pretrained("mini"), "int8-encoder").save_pretrained(tmp_path / "mixed")
     decoder = Mimi.from_pretrained(tmp_path / "mixed", encoder=False)
     assert_same_model(decoder, Mimi.from_pretrained("mini", encoder=False))
 
 
-def test_quantizing_twice_changes_nothing(model: Mimi, quantized: Mimi):
-    in_turns = int8.quantize(int8.quantize(model, "int8-encoder"), "int8-decoder")
-    assert quantization_of(in_turns) == "int8"
-    assert_same_model(in_turns, quantized)
-    assert_same_model(int8.quantize(quantized), quantized)
+def test_int8_weights_are_not_rounded_again(model: Mimi, small: Mimi):
+    in_turns = int8.to_int8(int8.to_int8(model, "int8-encoder"), "int8-decoder")
+    assert weights_of(in_turns) == "int8"
+    assert_same_model(in_turns, small)
+    assert_same_model(int8.to_int8(small), small)
 
 
 def test_exported_and_replicated(tmp_path: Path):
     model = load_fixture("base").model
     everywhere = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P())
-    quantized = int8.quantize(model)
-    quantized.save_pretrained(tmp_path / "saved")
+    small = int8.to_int8(model)
+    small.save_pretrained(tmp_path / "saved")
     sharded = Mimi.from_pretrained(tmp_path / "saved", sharding=everywhere)
     assert all(leaf.sharding.is_equivalent_to(everywhere, leaf.ndim) for leaf in jax.tree.leaves(sharded))
-    export.save(quantized, tmp_path / "base.zip", seconds=1.0, platforms=["cpu"])
+    export.save(small, tmp_path / "base.zip", seconds=1.0, platforms=["cpu"])
     audio = load_fixture("base").clips[0].audio[:1, :, : model.config.frame_size]
     codes = export.load(tmp_path / "base.zip").encode(audio).audio_codes
-    np.testing.assert_array_equal(codes, mimi_jax.encode(quantized, audio).audio_codes)
+    np.testing.assert_array_equal(codes, mimi_jax.encode(small, audio).audio_codes)
 
 
-def test_unknown_names():
+def test_unknown_weights():
     for name in ("int4", "", {"encoder": "int8"}):
-        with pytest.raises(ValueError, match="must be one of int8, int8-encoder, int8-decoder, got"):
-            Mimi.from_pretrained("mini", quantization=name)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="weights must be one of int8, int8-encoder, int8-decoder, got"):
+            Mimi.from_pretrained("mini", weights=name)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_half_that_is_not_there():
-    with pytest.raises(ValueError, match="'int8-encoder' is of a half that this model lacks"):
-        Mimi.from_pretrained("mini", quantization="int8-encoder", encoder=False)
+    with pytest.raises(ValueError, match="weights='int8-encoder' needs a half that this model does not have"):
+        Mimi.from_pretrained("mini", weights="int8-encoder", encoder=False)
 
 
-@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
-def test_other_layouts_cannot_hold_it(quantized: Mimi, tmp_path: Path, layout: str):
-    with pytest.raises(ValueError, match=rf"cannot be stored in the layout '{layout}'.*int8\.dequantize"):
-        checkpoint.save(quantized, tmp_path / "new", layout)
+@pytest.mark.parametrize("layout", FLOAT_LAYOUTS)
+def test_other_layouts_cannot_hold_it(small: Mimi, tmp_path: Path, layout: str):
+    with pytest.raises(ValueError, match=rf"cannot be stored in the layout '{layout}'.*int8\.to_float"):
+        checkpoint.save(small, tmp_path / "new", layout)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_half_that_is_not_loaded(model: Mimi, tmp_path: Path):
-    int8.quantize(model, "int8-decoder").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'int8-decoder' is of a half that this model lacks"):
-        Mimi.from_pretrained(tmp_path, decoder=False, quantization="int8-decoder")
+    int8.to_int8(model, "int8-decoder").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights='int8-decoder' needs a half that this model does not have"):
+        Mimi.from_pretrained(tmp_path, decoder=False, weights="int8-decoder")
 
 
-def test_another_quantization_than_the_stored_one(model: Mimi, tmp_path: Path):
-    int8.quantize(model, "int8-encoder").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="saved with quantization='int8-encoder', and 'int8' was asked for"):
-        Mimi.from_pretrained(tmp_path, quantization="int8")
+def test_other_weights_than_the_stored_ones(model: Mimi, tmp_path: Path):
+    int8.to_int8(model, "int8-encoder").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved with weights='int8-encoder', and 'int8' was asked for"):
+        Mimi.from_pretrained(tmp_path, weights="int8")
 
 
-def test_kernels_are_rounded_once(model: Mimi, quantized: Mimi, tmp_path: Path):
+def test_kernels_are_rounded_once(model: Mimi, small: Mimi, tmp_path: Path):
     model.save_pretrained(tmp_path)
-    half = Mimi.from_pretrained(tmp_path, quantization="int8", dtype=jnp.bfloat16)
-    for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(quantized.astype(jnp.bfloat16)), strict=True):
+    half = Mimi.from_pretrained(tmp_path, weights="int8", dtype=jnp.bfloat16)
+    for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(small.astype(jnp.bfloat16)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_file_without_its_mark_says_so(quantized: Mimi, tmp_path: Path):
-    quantized.save_pretrained(tmp_path)
+def test_a_file_without_its_config_is_refused(small: Mimi, tmp_path: Path):
+    small.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "alone.safetensors")
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"holds int8 weights; the config\.json saved with it"):
+    with pytest.raises(ValueError, match=r"holds int8 weights; put the config\.json that was saved with it"):
         Mimi.from_pretrained(tmp_path / "alone.safetensors")
 
 
-def test_the_command_line_converts_it_to_floats(quantized: Mimi, tmp_path: Path):
-    quantized.save_pretrained(tmp_path / "int8")
+def test_the_command_line_converts_to_floats(small: Mimi, tmp_path: Path):
+    small.save_pretrained(tmp_path / "int8")
     assert (
         cli.main(["convert", str(tmp_path / "int8"), str(tmp_path / "floats"), "--to", "transformers"]) == 0
     )
     floats = Mimi.from_pretrained(tmp_path / "floats")
-    for a, b in zip(jax.tree.leaves(floats), jax.tree.leaves(int8.dequantize(quantized)), strict=True):
+    for a, b in zip(jax.tree.leaves(floats), jax.tree.leaves(int8.to_float(small)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_damaged_files_are_named(quantized: Mimi, tmp_path: Path):
-    quantized.save_pretrained(tmp_path)
+def test_everything_that_does_not_fit_is_named(small: Mimi, tmp_path: Path):
+    small.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.first.kernel_scale"]
     tensors["downsample.kernel"] = tensors["downsample.kernel"].astype(np.float32)
@@ -275,12 +274,14 @@ def test_damaged_files_are_named(quantized: Mimi, tmp_path: Path):
     for problem in (
         r"missing encoder.first.kernel_scale [1, 1, 16]",
         r"unexpected upsample.kernel_zero",
-        r"downsample.kernel holds float32, expected int8",
-        r"decoder.first.bias holds int8, expected floating point",
+        r"downsample.kernel is float32 [4, 128, 128], expected int8 [4, 128, 128]",
+        r"decoder.first.bias is int8 [256], expected floating point [256]",
     ):
         assert problem in str(error.value)
     fields = json.loads((tmp_path / "config.json").read_text())
     for mark in ({"quant_method": "gptq"}, {"weights": "int4"}, {}, "gptq"):
         (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": mark}))
-        with pytest.raises(ValueError, match=r"config\.json: quantization must be one of int8"):
+        with pytest.raises(
+            ValueError, match=r"config\.json: quantization_config must be .* one of int8, int8-enc.*, got"
+        ):
             Mimi.from_pretrained(tmp_path)

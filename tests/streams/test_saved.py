@@ -77,8 +77,8 @@ def test_a_state_is_restored_over_devices(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("like", "error"),
     [
-        (MODEL.init_encoder_state(3), r"a state of another form: its batch is \[2\], expected \[3\]$"),
-        (MODEL.init_decoder_state(2), "a state of another form: missing .*; unexpected "),
+        (MODEL.init_encoder_state(3), r"the saved state does not fit: its batch is \[2\], expected \[3\]$"),
+        (MODEL.init_decoder_state(2), "the saved state does not fit: missing .*; unexpected "),
         (
             load_fixture("kernels").model.init_encoder_state(2),
             r"is float32 \[2, .*\], expected float32 \[2, ",
@@ -90,7 +90,7 @@ def test_a_state_is_restored_over_devices(tmp_path: Path, name: str):
     ],
     ids=["batch", "half", "model", "dtype"],
 )
-def test_a_state_of_another_form_is_refused(tmp_path: Path, name: str, like: Any, error: str):
+def test_a_state_that_does_not_fit_is_refused(tmp_path: Path, name: str, like: Any, error: str):
     path = tmp_path / name
     save_state(path, half_way(MODEL, 2)[0])
     with pytest.raises(ValueError, match=error) as info:
@@ -105,19 +105,19 @@ def test_other_files_are_refused(tmp_path: Path):
             load_state(tmp_path / name, like)
     path = tmp_path / "junk.safetensors"
     path.write_bytes(np.random.default_rng(0).bytes(1000))
-    with pytest.raises(ValueError, match=f"{path}: not a saved state"):
+    with pytest.raises(ValueError, match=f"{path}: not a readable safetensors file"):
         load_state(path, like)
     save_file({"weight": np.zeros(3)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"not a saved state: format must be 'mimi_jax.state', got 'pt'"):
         load_state(path, like)
     save_file({}, path, {"format": "mimi_jax.state"})
-    with pytest.raises(ValueError, match="a state of another form: missing 0/0/past; "):
+    with pytest.raises(ValueError, match="the saved state does not fit: missing 0/0/past \\[1, "):
         load_state(path, like)
     save_file({"0/0/past": np.zeros(())}, path, {"format": "mimi_jax.state"})
-    with pytest.raises(ValueError, match="a state of another form: missing "):
+    with pytest.raises(ValueError, match="the saved state does not fit: missing "):
         load_state(path, like)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=f"{tmp_path / 'folder'}: not a saved state"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'folder'}: not a readable Orbax checkpoint"):
         load_state(tmp_path / "folder", like)
 
 
@@ -125,7 +125,7 @@ def test_a_folder_of_other_files_is_not_lost(tmp_path: Path):
     folder = tmp_path / "sessions"
     folder.mkdir()
     save_state(folder / "1.safetensors", MODEL.init_encoder_state(1))
-    with pytest.raises(ValueError, match="sessions is a folder of other files; name a new one"):
+    with pytest.raises(ValueError, match="sessions is a folder of other files; name a new folder"):
         save_state(folder, MODEL.init_encoder_state(1))
     assert [path.name for path in folder.iterdir()] == ["1.safetensors"]
 
