@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,34 @@ ROOT = Path(__file__).parents[1]
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# XLA takes nearly all the time of the tests, for small programs that run once. Without these
+# optimizations it takes a fifth.
+COMPILE_FAST = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs between runs, in pytest's own cache (`pytest --cache-clear`)."""
+    """Compile fast, and keep compiled programs in pytest's own cache (`pytest --cache-clear`)."""
+    # The selections by marker, such as `make slow` and `make parity`, compile as users do.
+    if config.getoption("markexpr").startswith("not "):
+        os.environ.setdefault("XLA_FLAGS", " ".join(COMPILE_FAST))
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    _heed_signals()
+
+
+def _heed_signals() -> None:
+    """Let the processes that tests start heed the signals that ask to stop.
+
+    `nohup` and background jobs of a shell ignore such signals, and child processes inherit that. A handler
+    that does nothing has the same effect in this process, but child processes start with the default.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="module", autouse=True)
