@@ -8,8 +8,8 @@ def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say which settings differ, for the error that refuses to continue a run.
 
     Args:
-        old: Recorded settings by name.
-        new: The settings to compare with. A missing name counts as None, in both.
+        old: recorded settings by name.
+        new: the settings to compare with. A missing name counts as None, in both.
 
     Returns:
         "name was 1 and is 2" for each difference, joined by semicolons; empty if there is none.

@@ -47,15 +47,15 @@ class Coder:
     """A model on all devices of this process, which encodes clips.
 
     Args:
-        model: A codec that can stream. Its decoder is not needed.
-        batch_size: Clips in a batch, or fewer if they are too long for `BATCH_SECONDS`. A multiple of the
+        model: a codec that can stream. Its decoder is not needed.
+        batch_size: clips in a batch, or fewer if they are too long for `BATCH_SECONDS`. A multiple of the
             number of devices.
-        chunk_frames: Frames of each long clip that are encoded at once.
-        num_quantizers: How many codebooks to use, counted from the first.
-        devices: The devices that share the rows. None for all of this process.
+        chunk_frames: frames of each long clip that are encoded at once.
+        num_quantizers: how many codebooks to use, counted from the first.
+        devices: the devices that share the rows. None for all of this process.
 
     Raises:
-        ValueError: The model cannot stream, has no encoder or too few codebooks, or the devices cannot share
+        ValueError: the model cannot stream, has no encoder or too few codebooks, or the devices cannot share
             the rows equally.
     """
 
@@ -96,8 +96,8 @@ class Coder:
         """Encode clips, and yield each result when its clip ends.
 
         Args:
-            readers: The clips. Some are taken ahead of their turn, so that the workers are always busy.
-            coded: Called after each batch with the number of samples that were encoded.
+            readers: the clips. Some are taken ahead of their turn, so that the workers are always busy.
+            coded: called after each batch with the number of samples that were encoded.
         """
         self._coded = coded
         self._short.clear()  # an earlier run may have been stopped in the middle

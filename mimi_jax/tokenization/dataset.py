@@ -18,13 +18,13 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what is known of the codes in a folder.
 
     Args:
-        folder: The output of `tokenize`.
+        folder: the output of `tokenize`.
 
     Returns:
         The fields of manifest.json, among them `settings`, `config` (of the model), `totals` and `complete`.
 
     Raises:
-        FileNotFoundError: The folder has no manifest.
+        FileNotFoundError: the folder has no manifest.
     """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
@@ -40,15 +40,15 @@ def read_codes(
     """Read the clips of a folder in the order of the input, with no more than 64 clips in memory.
 
     Args:
-        folder: The output of `tokenize`. Shards that are not finished yet are left out.
-        process_index, process_count: Read only every `process_count`-th shard, starting with number
+        folder: the output of `tokenize`. Shards that are not finished yet are left out.
+        process_index, process_count: read only every `process_count`-th shard, starting with number
             `process_index`.
 
     Yields:
         One clip at a time.
 
     Raises:
-        FileNotFoundError: The folder is not an output of `tokenize`.
+        FileNotFoundError: the folder is not an output of `tokenize`.
     """
     import pyarrow.parquet as pq
 
@@ -66,10 +66,10 @@ class CodeSource:
     To read one clip, its whole row group of 64 clips is read. The last few row groups are kept in memory.
 
     Args:
-        folder: The output of `tokenize`. Shards that are not finished yet are left out.
+        folder: the output of `tokenize`. Shards that are not finished yet are left out.
 
     Raises:
-        FileNotFoundError: The folder is not an output of `tokenize`.
+        FileNotFoundError: the folder is not an output of `tokenize`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):

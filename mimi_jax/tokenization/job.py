@@ -117,20 +117,20 @@ def tokenize(
     the codes of each clip are those of `encode` on that clip alone.
 
     Args:
-        sources: Folders, patterns, audio files, .tar and .parquet files, and .jsonl manifests, as described
+        sources: folders, patterns, audio files, .tar and .parquet files, and .jsonl manifests, as described
             for `mimi_jax.tokenization.inputs.find_shards`.
-        output: A folder, which is created if it does not exist. `mimi_jax.tokenization.output` describes what
+        output: a folder, which is created if it does not exist. `mimi_jax.tokenization.output` describes what
             is written there.
-        model: As for `Mimi.from_pretrained`.
-        settings: What decides the codes and which clips share a file.
-        batch_size: Clips that are encoded at once, a multiple of the number of devices. A batch of clips has
+        model: as for `Mimi.from_pretrained`.
+        settings: what decides the codes and which clips share a file.
+        batch_size: clips that are encoded at once, a multiple of the number of devices. A batch of clips has
             at most 256 seconds of audio a device, so it has fewer rows if the clips are long. None for 8 a
             device on CPUs and 64 a device on others.
-        workers: Processes that read and resample audio. None for one less than the number of
-            CPUs, at most 16.
-        strict: Stop at the first clip that cannot be encoded, instead of listing it as an error.
-        retry_errors: Do the shards that have errors again, for instance after a disk or a network has failed.
-        process_index, process_count: This process does every `process_count`-th shard, starting with number
+        workers: processes that read and resample audio. None for one less than the number of CPUs, but at
+            most 16.
+        strict: stop at the first clip that cannot be encoded, instead of listing it as an error.
+        retry_errors: do the shards that have errors again, for instance after a disk or a network has failed.
+        process_index, process_count: this process does every `process_count`-th shard, starting with number
             `process_index`. None for both takes them from `jax.distributed` if it is initialized, and
             otherwise does all shards.
 
@@ -138,10 +138,10 @@ def tokenize(
         What this process did, and how much of the job is done.
 
     Raises:
-        FileNotFoundError: A source is missing, or the model cannot be found.
-        ValueError: The inputs, the model, the output or an argument cannot be used, the device has too little
+        FileNotFoundError: a source is missing, or the model cannot be found.
+        ValueError: the inputs, the model, the output or an argument cannot be used, the device has too little
             memory, or a clip cannot be encoded and `strict` is set.
-        ChildProcessError: The worker processes cannot start. They import the script that called this
+        ChildProcessError: the worker processes cannot start. They import the script that called this
             function, so it must make the call under `if __name__ == "__main__":`.
     """
     if (process_index is None) != (process_count is None):

@@ -40,19 +40,19 @@ def tokenize_on_ray(
     """`tokenize` on a Ray cluster, whose machines must have inputs, model and output under the same paths.
 
     Args:
-        sources, output, model, settings: As for `tokenize`.
-        address: Of the cluster, such as "auto" or "ray://head:10001". None starts a cluster on this machine.
-        actors: How many models work at once. None for as many as the cluster has room for.
-        num_cpus, num_gpus, resources: What each actor needs, such as `resources={"TPU": 4}`.
-        batch_size, strict, retry_errors: As for `tokenize`.
-        workers: Processes of each actor that read and resample audio. None for one less than `num_cpus`.
+        sources, output, model, settings: as for `tokenize`.
+        address: of the cluster, such as "auto" or "ray://head:10001". None starts a cluster on this machine.
+        actors: how many models work at once. None for as many as the cluster has room for.
+        num_cpus, num_gpus, resources: what each actor needs, such as `resources={"TPU": 4}`.
+        batch_size, strict, retry_errors: as for `tokenize`.
+        workers: processes of each actor that read and resample audio. None for one less than `num_cpus`.
 
     Returns:
         What this run did, and how much of the job is done.
 
     Raises:
-        FileNotFoundError: As for `tokenize`.
-        ValueError: As for `tokenize`; or there is no cluster at the address, or the cluster has failed.
+        FileNotFoundError: as for `tokenize`.
+        ValueError: as for `tokenize`; or there is no cluster at the address, or the cluster has failed.
     """
     import ray  # pyright: ignore[reportMissingImports]
 

@@ -82,13 +82,13 @@ class Output:
     """The output folder of a job. An earlier run may have begun it, and other processes may be writing to it.
 
     Args:
-        folder: Created if it does not exist.
-        settings: Everything that decides the codes and how they are split into files, in types that JSON has.
+        folder: created if it does not exist.
+        settings: everything that decides the codes and how they are split into files, in types that JSON has.
             `num_shards` and `sampling_rate` are among them.
-        config: The configuration of the model, for the manifest.
+        config: the configuration of the model, for the manifest.
 
     Raises:
-        ValueError: The folder holds codes made with other settings, or files of something else.
+        ValueError: the folder holds codes made with other settings, or files of something else.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], config: dict[str, Any]):
@@ -128,8 +128,8 @@ class Output:
         """Reserve a shard for this process until the block ends, or until the process ends in any way.
 
         Args:
-            shard: Its number.
-            wait: If another process has reserved the shard, wait until it is finished or dead.
+            shard: its number.
+            wait: if another process has reserved the shard, wait until it is finished or dead.
 
         Yields:
             Whether this process is to do the shard: it is not done yet, and no other process has reserved it.

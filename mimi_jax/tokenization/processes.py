@@ -15,13 +15,13 @@ def process_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     """The index and number of processes, as SLURM, Open MPI or the TPUs of GKE set them.
 
     Args:
-        environment: Variables by name, such as `os.environ`.
+        environment: variables by name, such as `os.environ`.
 
     Returns:
         The index of this process and the number of processes; (0, 1) if no launcher is found.
 
     Raises:
-        ValueError: A variable does not hold an integer.
+        ValueError: a variable does not hold an integer.
     """
     for index, count in LAUNCHERS:
         if index in environment and count in environment:

@@ -13,9 +13,9 @@ class Progress:
     """Counts what is done and shows it.
 
     Args:
-        num_bytes: Size of all inputs, from which the remaining time is estimated.
+        num_bytes: size of all inputs, from which the remaining time is estimated.
         sampling_rate: Hz, of the samples that are counted.
-        stream: Where the progress is written. None for stderr.
+        stream: where the progress is written. None for stderr.
     """
 
     def __init__(self, num_bytes: int, sampling_rate: int, stream: TextIO | None = None):

@@ -12,14 +12,14 @@ class Settings:
     They are recorded in the output's manifest. A job can be resumed only with the settings it began with.
 
     Attributes:
-        num_quantizers: How many codebooks to keep, counted from the first. None keeps all of the model's.
-        dtype: Of weights and activations. "float32" gives exactly the codes of `encode`; "bfloat16" is faster
+        num_quantizers: how many codebooks to keep, counted from the first. None keeps all of the model's.
+        dtype: of weights and activations. "float32" gives exactly the codes of `encode`; "bfloat16" is faster
             and changes some of them.
-        clips_per_shard: Clips in one output file. An archive (.tar or .parquet) always becomes one file.
-        max_seconds: The longest clip that is encoded, in seconds. A longer one is listed as an error.
+        clips_per_shard: clips in one output file. An archive (.tar or .parquet) always becomes one file.
+        max_seconds: the longest clip that is encoded, in seconds. A longer one is listed as an error.
 
     Raises:
-        ValueError: A value is not allowed.
+        ValueError: a value is not allowed.
     """
 
     num_quantizers: int | None = None

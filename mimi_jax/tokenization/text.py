@@ -12,16 +12,16 @@ def to_unicode(codes: np.ndarray, codebook_size: int, unicode_offset: int = UNIC
     Code c of codebook k becomes the character number unicode_offset + k * codebook_size + c.
 
     Args:
-        codes: Integers [codebooks, frames] in [0, codebook_size).
-        codebook_size: Number of codes in a codebook.
-        unicode_offset: Number of the first character. Use 0xE000 if the characters would otherwise reach the
+        codes: integers [codebooks, frames] in [0, codebook_size).
+        codebook_size: number of codes in a codebook.
+        unicode_offset: number of the first character. Use 0xE000 if the characters would otherwise reach the
             surrogates, which start at 0xD800.
 
     Returns:
         A text of codebooks * frames characters.
 
     Raises:
-        ValueError: The codes have another shape, type or range, or some of the characters do not exist.
+        ValueError: the codes have another shape, type or range, or some of the characters do not exist.
     """
     codes = np.asarray(codes)
     if codes.ndim != 2 or codes.dtype.kind not in "iu":
@@ -38,15 +38,15 @@ def from_unicode(
     """Read codes back from the text that `to_unicode` made of them.
 
     Args:
-        text: The text.
-        num_codebooks: Number of codebooks in the codes.
-        codebook_size, unicode_offset: As they were for `to_unicode`.
+        text: the text.
+        num_codebooks: number of codebooks in the codes.
+        codebook_size, unicode_offset: as they were for `to_unicode`.
 
     Returns:
         uint16 codes [codebooks, frames].
 
     Raises:
-        ValueError: The text was not made from such codes, or ends inside a frame.
+        ValueError: the text was not made from such codes, or ends inside a frame.
     """
     numbers = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64)
     if len(numbers) % num_codebooks:

@@ -28,7 +28,7 @@ def explained_memory_errors() -> Iterator[None]:
     """Turn XLA's error about memory into one line that says what to do.
 
     Raises:
-        ValueError: The device has too little memory.
+        ValueError: the device has too little memory.
     """
     try:
         yield
@@ -42,9 +42,9 @@ class Tokenizer:
     """A model and its workers.
 
     Args:
-        model: Its encoder, in float32.
-        output: Where the codes go. Its settings give the dtype, the number of codebooks and the longest clip.
-        batch_size, workers, strict: As for `tokenize`.
+        model: its encoder, in float32.
+        output: where the codes go. Its settings give the dtype, the number of codebooks and the longest clip.
+        batch_size, workers, strict: as for `tokenize`.
     """
 
     @explained_memory_errors()
@@ -76,15 +76,15 @@ class Tokenizer:
         """Encode shards, except those that are done or reserved by another process.
 
         Args:
-            shards: The shards, in the order in which they are read.
-            progress: Is told of everything that is done.
-            wait: If another process has reserved a shard, wait for it, and do the shard if that one died.
+            shards: the shards, in the order in which they are read.
+            progress: is told of everything that is done.
+            wait: if another process has reserved a shard, wait for it, and do the shard if that one died.
 
         Returns:
             The totals of the shards that were written.
 
         Raises:
-            ValueError: A clip cannot be encoded and `strict` was set, or the device has too little memory.
+            ValueError: a clip cannot be encoded and `strict` was set, or the device has too little memory.
         """
         with contextlib.ExitStack() as claims:
             open_shards = _OpenShards(self._output, self._readers, progress, claims)

@@ -54,12 +54,12 @@ class Readers:
     where they were.
 
     Args:
-        target: The form of the audio.
-        num_workers: Number of processes.
+        target: the form of the audio.
+        num_workers: number of processes.
 
     Raises:
         ValueError: `num_workers` is not positive.
-        ChildProcessError: From `ClipReader.next`, if the workers die while they start.
+        ChildProcessError: from `ClipReader.next`, if the workers die while they start.
     """
 
     def __init__(self, target: Target, num_workers: int):
@@ -88,8 +88,8 @@ class ClipReader:
     """A clip that a worker is reading. The worker is always one piece ahead of `next`.
 
     Args:
-        worker: The worker that reads it.
-        item: Where the clip is.
+        worker: the worker that reads it.
+        item: where the clip is.
     """
 
     _keys = itertools.count()
@@ -109,8 +109,8 @@ class ClipReader:
         """Wait for the next piece and return it.
 
         Raises:
-            ValueError: The clip cannot be used, with the reason.
-            ChildProcessError: The workers die while they start.
+            ValueError: the clip cannot be used, with the reason.
+            ChildProcessError: the workers die while they start.
         """
         try:
             if self.item.problem:
@@ -241,9 +241,9 @@ def _next_piece(key: int, item: Item | None, num_taken: int) -> Piece:
     """Read the next piece of a clip.
 
     Args:
-        key: Of the clip.
-        item: Where the clip is, if this process has not opened it yet; else None.
-        num_taken: Pieces to skip in a clip that is opened again.
+        key: of the clip.
+        item: where the clip is, if this process has not opened it yet; else None.
+        num_taken: pieces to skip in a clip that is opened again.
     """
     if item is not None:
         _open[key] = _pieces(item, _target)

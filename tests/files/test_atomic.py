@@ -1,4 +1,4 @@
-"""An output is written whole or not at all."""
+"""Outputs are written whole or not at all, and locks hold between processes."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ from mimi_jax.files.atomic import atomic_path, file_lock
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in a folder, so that leftovers show."""
+    """Everything in a folder, temporary files too."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -20,7 +20,7 @@ def write_folder(path: Path, **files: str) -> None:
         (path / name).write_text(text)
 
 
-def test_nothing_stands_at_the_path_before_the_block_ends(tmp_path: Path):
+def test_nothing_is_at_the_path_before_the_block_ends(tmp_path: Path):
     path = tmp_path / "speech.wav"
     with atomic_path(path) as temporary:
         assert temporary.parent == tmp_path
@@ -120,7 +120,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path):
     assert names(tmp_path) == []
 
 
-def test_the_mode_is_that_of_a_plain_open(tmp_path: Path):
+def test_permissions_are_those_of_a_plain_open(tmp_path: Path):
     (tmp_path / "plain").write_text("")
     with atomic_path(tmp_path / "atomic") as temporary:
         temporary.write_text("")
@@ -162,7 +162,10 @@ def test_a_device_is_not_replaced():
 def test_a_file_does_not_replace_a_folder(tmp_path: Path):
     path = tmp_path / "out"
     write_folder(path, config="old")
-    with pytest.raises(IsADirectoryError, match="a folder stands there"), atomic_path(path) as temporary:
+    with (
+        pytest.raises(IsADirectoryError, match="there is a folder of this name"),
+        atomic_path(path) as temporary,
+    ):
         temporary.write_text("new")
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["config"]
@@ -171,13 +174,16 @@ def test_a_file_does_not_replace_a_folder(tmp_path: Path):
 def test_a_folder_does_not_replace_a_file(tmp_path: Path):
     path = tmp_path / "out"
     path.write_text("old")
-    with pytest.raises(NotADirectoryError, match="a file stands there"), atomic_path(path) as temporary:
+    with (
+        pytest.raises(NotADirectoryError, match="there is a file of this name"),
+        atomic_path(path) as temporary,
+    ):
         temporary.mkdir()
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out").read_text() == "old"
 
 
-def test_a_lock_is_one_block_at_a_time(tmp_path: Path):
+def test_one_block_at_a_time_has_a_lock(tmp_path: Path):
     with file_lock(tmp_path / "lock") as first, file_lock(tmp_path / "lock", wait=False) as second:
         assert (first, second) == (True, False)
     with file_lock(tmp_path / "lock", wait=False) as now:

@@ -1,4 +1,4 @@
-"""What an error says of settings that differ from the recorded ones."""
+"""How settings that differ from the recorded ones are described."""
 
 from mimi_jax.files.changes import describe_changes
 

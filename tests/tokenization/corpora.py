@@ -1,4 +1,4 @@
-"""Small corpora for the tests, in every form that is read, and the codes that are due."""
+"""Small corpora for the tests, in every form that can be read, and the expected codes."""
 
 import io
 import tarfile
@@ -61,7 +61,7 @@ def codes_alone(model: Mimi, audio: np.ndarray, num_quantizers: int | None = Non
 def codes_by_id(folder: Path) -> dict[str, np.ndarray]:
     clips = list(read_codes(folder))
     found = {clip.id: clip.codes for clip in clips}
-    assert len(found) == len(clips), "a clip was coded twice"
+    assert len(found) == len(clips), "a clip was encoded twice"
     return found
 
 

@@ -27,12 +27,12 @@ def test_clips_come_in_order(tokens: Path):
     assert all((clip.codes == n).all() for n, clip in enumerate(clips))
 
 
-def test_processes_read_different_shards(tokens: Path):
+def test_each_process_reads_its_own_shards(tokens: Path):
     parts = [[clip.id for clip in read_codes(tokens, index, 3)] for index in range(3)]
     assert [len(part) for part in parts] == [130, 0, 170]
 
 
-def test_a_source_is_a_list(tokens: Path):
+def test_a_source_gives_clips_by_number(tokens: Path):
     source = CodeSource(tokens)
     assert len(source) == 300
     for n in np.random.default_rng(0).permutation(300):
@@ -53,7 +53,7 @@ def test_grain_shuffles_and_batches_a_source(tokens: Path):
     assert sorted(seen) == list(range(300)) != list(seen)
 
 
-def test_another_folder_is_refused(tmp_path: Path):
+def test_a_folder_without_manifest_is_refused(tmp_path: Path):
     for read in (read_manifest, CodeSource, lambda folder: next(read_codes(folder))):
         with pytest.raises(FileNotFoundError, match="must be an output of `mimi-jax tokenize`"):
             read(tmp_path)

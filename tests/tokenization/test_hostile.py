@@ -11,7 +11,7 @@ from tests.tokenization.corpora import audio_bytes, errors_of, noise_clip, write
 
 
 def hostile(number: int, random: np.random.Generator) -> tuple[str, bytes]:
-    """A name, and a file that somebody might have in a corpus."""
+    """The name and the bytes of a file that somebody might have in a corpus."""
     audio = noise_clip(int(random.integers(50, 3000)), seed=number, channels=int(random.choice([1, 1, 2, 6])))
     form = str(random.choice(["WAV", "FLAC", "OGG", "MP3"]))
     rate = int(random.choice([8000, 16_000, 24_000, 44_100, 192_000]))
@@ -21,7 +21,7 @@ def hostile(number: int, random: np.random.Generator) -> tuple[str, bytes]:
         rate = min(rate, 44_100)
     data = bytearray(audio_bytes(audio, rate, form))
     match number % 10:
-        case 0:  # a fuzzed header
+        case 0:  # random bytes in the header
             for place in random.integers(0, 60, 4):
                 data[place] = random.integers(256)
         case 1:
@@ -36,7 +36,7 @@ def hostile(number: int, random: np.random.Generator) -> tuple[str, bytes]:
             broken = noise_clip(200, seed=number)
             broken[0, random.integers(200)] = random.choice([np.nan, np.inf])
             data = bytearray(audio_bytes(broken, subtype="FLOAT"))
-        case 6:  # fuzz in the middle
+        case 6:  # random bytes anywhere
             for place in random.integers(0, len(data), 8):
                 data[place] = random.integers(256)
         case 7:
@@ -51,7 +51,7 @@ def hostile(number: int, random: np.random.Generator) -> tuple[str, bytes]:
     return f"{number % 3}/{names[number % 4]}", bytes(data)
 
 
-def test_500_hostile_inputs_are_each_coded_or_listed(tmp_path: Path, tiny: Path, model: Mimi):
+def test_each_of_500_hostile_inputs_is_encoded_or_listed(tmp_path: Path, tiny: Path, model: Mimi):
     generator = np.random.default_rng(0)
     files = dict(hostile(number, generator) for number in range(500))
     folders, tarred, rows = list(files.items())[:300], list(files.items())[300:400], list(files.items())[400:]
@@ -79,7 +79,9 @@ def test_500_hostile_inputs_are_each_coded_or_listed(tmp_path: Path, tiny: Path,
     assert "cut short" in " ".join(errors.values())
     names = [name for source, name in found if source == "data"]
     clips = {name: mimi_jax.load_audio(tmp_path / "data" / name) for name in names}
-    longest = max(clips.values(), key=np.size)  # beside which each is padded, or each would be a program
+    longest = max(
+        clips.values(), key=np.size
+    )  # all are padded to it, or each length would need its own program
     for name, clip in clips.items():
         codes, expected = found["data", name], mimi_jax.encode(model, *mimi_jax.pad_batch([clip, longest]))
         np.testing.assert_array_equal(codes, expected.audio_codes[0, :, : codes.shape[1]])

@@ -97,7 +97,7 @@ def test_other_settings_and_other_inputs_are_refused(tmp_path: Path, tiny: Path)
         tokenize([tmp_path / "data"], tmp_path / "out", tiny)
 
 
-def test_a_job_goes_on_with_the_first_codebooks_alone(tmp_path: Path, tiny: Path, model: Mimi):
+def test_a_job_can_be_continued_with_a_model_of_its_codebooks_alone(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", [100, 200])
     tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(num_quantizers=2))
     settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
@@ -141,7 +141,7 @@ def test_bad_options_are_refused(tmp_path: Path, tiny: Path, options: dict, erro
         tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options)
 
 
-def test_a_model_that_cannot_stream_is_refused_before_anything_is_made(tmp_path: Path):
+def test_a_model_that_cannot_stream_is_refused_before_the_output_is_created(tmp_path: Path):
     load_fixture("noncausal").model.save_pretrained(tmp_path / "whole")
     write_folder(tmp_path / "data", [100])
     with pytest.raises(ValueError, match="looks ahead and cannot stream"):
@@ -149,7 +149,7 @@ def test_a_model_that_cannot_stream_is_refused_before_anything_is_made(tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_are_retried_when_asked(tmp_path: Path, tiny: Path, model: Mimi):
+def test_errors_are_retried_on_request(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", [100, 200, 300, 400])
     bad = tmp_path / "data" / "speaker 1" / "clip_001.wav"
     data = bad.read_bytes()
@@ -159,7 +159,9 @@ def test_errors_are_retried_when_asked(tmp_path: Path, tiny: Path, model: Mimi):
     bad.write_bytes(data)
     assert tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options).total.errors == 1
     other: dict[str, Any] = {"process_index": 0, "process_count": 2, "retry_errors": True, **options}
-    summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, **other)  # whose shards have none
+    summary = tokenize(
+        [tmp_path / "data"], tmp_path / "out", tiny, **other
+    )  # the shard of this process has no errors
     assert (summary.num_done, summary.total.errors) == (2, 1)
     summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, retry_errors=True, **options)
     assert (summary.now.clips, summary.total.clips, summary.total.errors) == (2, 4, 0)
@@ -171,11 +173,13 @@ def test_bfloat16_codes_are_those_of_the_model_in_bfloat16(tmp_path: Path, tiny:
     tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(dtype="bfloat16"))
     found, half = codes_by_id(tmp_path / "out"), model.astype("bfloat16")
     alone = [codes_alone(half, mimi_jax.load_audio(tmp_path / "data" / name)) for name in found]
-    assert np.mean(np.stack(list(found.values())) == np.stack(alone)) > 0.95  # the sums are in another order
+    assert (
+        np.mean(np.stack(list(found.values())) == np.stack(alone)) > 0.95
+    )  # sums are added in another order
     assert read_manifest(tmp_path / "out")["settings"]["dtype"] == "bfloat16"
 
 
-def test_the_output_may_lie_in_the_input(tmp_path: Path, tiny: Path, model: Mimi):
+def test_the_output_may_be_inside_the_input(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", [100, 200])
     for _ in range(2):
         tokenize([tmp_path / "data"], tmp_path / "data" / "tokens", tiny)
@@ -192,15 +196,15 @@ def test_another_encoder_is_refused(tmp_path: Path, tiny: Path):
         tokenize([tmp_path / "data"], tmp_path / "out", tmp_path / "tuned")
 
 
-def test_strict_stops_at_the_first_clip_that_is_broken(tmp_path: Path, tiny: Path):
+def test_strict_stops_at_the_first_broken_clip(tmp_path: Path, tiny: Path):
     write_folder(tmp_path / "data", [100, 200])
     (tmp_path / "data" / "bad.wav").write_bytes(b"")
     with pytest.raises(ValueError, match=r"data: bad.wav: the file is empty \(0 bytes\)"):
         tokenize([tmp_path / "data"], tmp_path / "out", tiny, strict=True)
 
 
-def test_a_long_clip_is_coded_as_a_stream(tmp_path: Path):
-    """Of three pieces, so that workers and device go on with it where they were."""
+def test_a_long_clip_is_encoded_as_a_stream(tmp_path: Path):
+    """The clip has three pieces, so workers and device must continue where they were."""
     clips = {"long.wav": noise_clip(65 * RATE), "short.wav": noise_clip(3 * RATE, seed=1)}
     for name, clip in clips.items():
         (tmp_path / name).write_bytes(audio_bytes(clip, subtype="FLOAT"))

@@ -24,13 +24,17 @@ def command(data: Path, out: Path, *options: str) -> list[str]:
 
 
 def kill_and_rerun(line: list[str], out: Path, kills: int, span: float, seed: int = 0) -> int:
-    """Run a command, killed at random moments, the last time to its end; returns how often it was killed."""
+    """Run a command and kill it at random moments, then run it to its end.
+
+    Returns:
+        How often it was killed before its end.
+    """
     generator, reached = random.Random(seed), 0
     for _ in range(kills):
         before = len(list((out / "codes").glob("*.parquet"))) if out.exists() else 0
         process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         start = time.monotonic()
-        # Most are counted from the first shard that it writes, so that they come in the middle of the work.
+        # Most kills wait for a new shard first, so that they come in the middle of the work.
         limit = 120 if generator.random() < 0.8 else generator.uniform(0, 3)
         while process.poll() is None and time.monotonic() - start < limit:
             if out.exists() and len(list((out / "codes").glob("*.parquet"))) > before:
@@ -61,7 +65,7 @@ def test_60_real_clips_survive_three_kills(tmp_path: Path, shared_speech: list[P
         np.testing.assert_array_equal(found[f"{path}@0.25-2.5"], codes_alone(mini, audio, 8))
 
 
-def test_an_interrupted_job_says_so_and_goes_on(tmp_path: Path, tiny: Path, model: Mimi):
+def test_an_interrupted_job_says_so_and_can_be_continued(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", [3000] * 60)
     line = command(tmp_path / "data", tmp_path / "out", "--clips-per-shard", "2", "--model", str(tiny))
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Files of codes that appear whole or not at all, claims that end with their owner, totals that add up."""
+"""Files appear whole or not at all, a claim ends with its process, and totals add up."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ def open_output(folder: Path, **changes: Any) -> Output:
     return Output(folder, {**SETTINGS, **changes}, {"model_type": "mimi"})
 
 
-def test_a_shard_is_what_the_contract_says(tmp_path: Path):
+def test_a_shard_has_the_documented_columns(tmp_path: Path):
     output = open_output(tmp_path / "out")
     rows = [row(number, frames=number % 4 + 1) for number in range(150)]
     totals = output.write(1, rows, [Failure("bad", "source", "damaged")])
@@ -59,7 +59,7 @@ def test_a_shard_is_what_the_contract_says(tmp_path: Path):
     assert errors == [{"id": "bad", "source": "source", "reason": "damaged"}]
 
 
-def test_the_manifest_says_what_the_codes_are_and_adds_up(tmp_path: Path):
+def test_the_manifest_describes_the_codes_and_counts_them(tmp_path: Path):
     output = open_output(tmp_path / "out")
     manifest = read_manifest(tmp_path / "out")
     assert (manifest["complete"], manifest["totals"]["clips"]) == (False, 0)
@@ -83,7 +83,7 @@ def test_other_settings_are_refused_with_both_values(tmp_path: Path):
         open_output(tmp_path / "out", num_quantizers=4, dtype="bfloat16")
 
 
-def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path):
+def test_a_folder_with_another_kind_of_manifest_is_refused(tmp_path: Path):
     for text in ('{"name": "my app"}', "no JSON", "[]"):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match="holds files that `mimi-jax tokenize` did not write"):
@@ -91,14 +91,14 @@ def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path):
         assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_names_of_many_shards_sort_as_numbers_do(tmp_path: Path):
+def test_file_names_sort_as_the_numbers_of_shards_do(tmp_path: Path):
     output = open_output(tmp_path / "out", num_shards=1_000_000)
     names = [output.name(shard) for shard in (9, 99_999, 100_000, 999_999)]
     assert names == sorted(names)
     assert names[0] == "0000009-of-1000000.parquet"
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path):
+def test_a_folder_with_other_files_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="holds files that `mimi-jax tokenize` did not write"):
         open_output(tmp_path)
@@ -117,14 +117,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert list((tmp_path / "out").rglob("*.parquet")) == []
 
 
-def test_a_shard_that_is_done_again_forgets_its_old_errors(tmp_path: Path):
+def test_a_shard_that_is_done_again_has_only_its_new_errors(tmp_path: Path):
     output = open_output(tmp_path / "out")
     output.write(0, [], [Failure("a", "b", "c")])
     output.write(0, [row(0)], [])
     assert list((tmp_path / "out" / "errors").iterdir()) == []
 
 
-def test_a_claim_is_one_process_at_a_time(tmp_path: Path):
+def test_only_one_process_at_a_time_can_claim_a_shard(tmp_path: Path):
     first, second = (open_output(tmp_path / "out") for _ in range(2))
     with first.claim(0) as mine, second.claim(0) as other, second.claim(1) as next_one:
         assert (mine, other, next_one) == (True, False, True)
@@ -142,7 +142,7 @@ def _claim_and_wait(folder: Path, claimed: Any) -> None:
         signal.pause()
 
 
-def test_a_killed_process_leaves_its_claim_and_its_rest_is_removed(tmp_path: Path):
+def test_the_claim_and_the_files_of_a_killed_process_are_freed(tmp_path: Path):
     output = open_output(tmp_path / "out")
     context = multiprocessing.get_context("spawn")
     claimed = context.Event()
@@ -158,15 +158,15 @@ def test_a_killed_process_leaves_its_claim_and_its_rest_is_removed(tmp_path: Pat
         assert mine
     output.write(0, [row(0)], [])
     output.finish()
-    rest = tmp_path / "out" / "work" / "123-00000-of-00003.parquet"
-    assert rest.exists()  # somebody may still be at it
+    leftover = tmp_path / "out" / "work" / "123-00000-of-00003.parquet"
+    assert leftover.exists()  # another process may still be writing it
     for shard in (1, 2):
         output.write(shard, [], [])
     output.finish()
-    assert not rest.exists()
+    assert not leftover.exists()
 
 
-def test_the_settings_travel_with_each_file(tmp_path: Path):
+def test_each_file_holds_the_settings(tmp_path: Path):
     open_output(tmp_path / "out").write(0, [row(0)], [])
     metadata = pq.read_schema(tmp_path / "out" / "codes" / "00000-of-00003.parquet").metadata
     assert json.loads(metadata[b"settings"]) == SETTINGS

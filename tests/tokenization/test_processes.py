@@ -16,7 +16,9 @@ from mimi_jax.tokenization.processes import process_from_environment, process_fr
         ({"TPU_WORKER_ID": "1"}, (0, 1)),
     ],
 )
-def test_a_process_knows_its_index_and_their_number(environment: dict[str, str], expected: tuple[int, int]):
+def test_a_process_finds_its_index_and_the_number_of_processes(
+    environment: dict[str, str], expected: tuple[int, int]
+):
     assert process_from_environment(environment) == expected
 
 

@@ -1,4 +1,4 @@
-"""What a log says of a job, once a minute, and what a terminal shows."""
+"""A job writes a line to a log every minute, and shows a bar on a terminal."""
 
 import io
 
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_a_log_has_a_line_a_minute(clock: Clock):
+def test_a_log_gets_a_line_every_minute(clock: Clock):
     stream = io.StringIO()
     shown = Progress(1000, RATE, stream)
     for second in range(1, 181):
@@ -45,7 +45,7 @@ def test_a_log_has_a_line_a_minute(clock: Clock):
     assert (shown.clips, shown.errors, shown.samples) == (18, 1, 18_000 * RATE)
 
 
-def test_an_hour_without_an_end_of_a_clip_is_seen(clock: Clock):
+def test_a_long_clip_counts_before_it_ends(clock: Clock):
     stream = io.StringIO()
     shown = Progress(1000, RATE, stream)
     clock.now += 60
@@ -53,7 +53,7 @@ def test_an_hour_without_an_end_of_a_clip_is_seen(clock: Clock):
     assert stream.getvalue() == "12:00:00 0%: 1.00 h, 60x realtime, 0 clips, 0 errors, ? left\n"
 
 
-def test_a_terminal_has_a_bar():
+def test_a_terminal_shows_a_bar():
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -6,7 +6,7 @@ import pytest
 from mimi_jax.tokenization import from_unicode, to_unicode
 
 
-def test_text_has_a_character_a_code_frame_by_frame():
+def test_text_has_one_character_for_each_code_frame_by_frame():
     codes = np.array([[0, 1], [2, 3]], np.uint16)
     text = to_unicode(codes, codebook_size=256)
     assert [ord(character) - 0x4E00 for character in text] == [0, 256 + 2, 1, 256 + 3]

@@ -1,4 +1,4 @@
-"""What XLA says of memory becomes one line that says what to do."""
+"""The error about memory says what to do."""
 
 import pytest
 
@@ -11,6 +11,6 @@ def test_too_little_memory_is_explained():
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 98765432100 bytes")
 
 
-def test_other_errors_stay():
+def test_other_errors_are_not_changed():
     with pytest.raises(RuntimeError, match="INTERNAL: a bug"), explained_memory_errors():
         raise RuntimeError("INTERNAL: a bug")

@@ -1,4 +1,4 @@
-"""Worker processes give what `load_audio` gives, whatever becomes of some of them."""
+"""Worker processes read what `load_audio` reads, even if some of them die."""
 
 import os
 import signal
@@ -37,14 +37,14 @@ def whole(clip: ClipReader) -> np.ndarray:
 
 @pytest.mark.parametrize("seconds", [0.001, 1.0, PIECE_SECONDS, PIECE_SECONDS * 2.5])
 @pytest.mark.parametrize("rate", [RATE, 16_000])
-def test_pieces_are_those_of_the_file(tmp_path: Path, readers: Readers, seconds: float, rate: int):
+def test_the_pieces_together_are_the_file(tmp_path: Path, readers: Readers, seconds: float, rate: int):
     path = tmp_path / "a.flac"
     path.write_bytes(audio_bytes(noise_clip(round(seconds * rate), channels=2), rate, "FLAC"))
-    stream = readers.open(Item("a", str(path), size=path.stat().st_size))
-    np.testing.assert_array_equal(whole(stream), mimi_jax.load_audio(path))
+    clip = readers.open(Item("a", str(path), size=path.stat().st_size))
+    np.testing.assert_array_equal(whole(clip), mimi_jax.load_audio(path))
 
 
-def test_files_inside_archives_and_in_memory(tmp_path: Path, readers: Readers):
+def test_files_inside_archives_and_in_memory_are_read(tmp_path: Path, readers: Readers):
     clips = {f"{n}.wav": audio_bytes(noise_clip(1000 * n, seed=n)) for n in (1, 2)}
     write_tar(tmp_path / "a.tar", clips)
     data = (tmp_path / "a.tar").read_bytes()
@@ -68,12 +68,12 @@ def test_files_inside_archives_and_in_memory(tmp_path: Path, readers: Readers):
         (audio_bytes(noise_clip(8000 * 201), 8000), "the clip is too long"),
     ],
 )
-def test_what_cannot_be_used_is_said(readers: Readers, data: bytes, error: str):
+def test_a_clip_that_cannot_be_used_is_refused_with_the_reason(readers: Readers, data: bytes, error: str):
     with pytest.raises(ValueError, match=error):
         whole(readers.open(Item("it", data=data)))
 
 
-def test_a_problem_that_is_known_is_passed_on(readers: Readers):
+def test_a_missing_file_is_refused_with_the_reason(readers: Readers):
     with pytest.raises(ValueError, match="the row has no audio"):
         readers.open(Item("it", problem="the row has no audio")).next()
     missing = readers.open(Item("it", "/nowhere/x.wav", size=3))
@@ -92,23 +92,23 @@ def one() -> Iterator[Readers]:
         yield readers
 
 
-def test_what_a_dead_worker_had_open_goes_on(one: Readers):
+def test_clips_continue_where_they_were_after_their_worker_dies(one: Readers):
     item = Item("good", data=audio_bytes(noise_clip((PIECE_SECONDS * 2 + 1) * RATE)))
     begun = one.open(item)
-    first = begun.next().audio  # and the next piece is asked for
+    first = begun.next().audio  # the worker already reads the next piece
     kill_worker(one)
     behind = [one.open(item) for _ in range(3)]
     expected = whole(one.open(item))
-    for stream in behind:
-        np.testing.assert_array_equal(whole(stream), expected)
+    for clip in behind:
+        np.testing.assert_array_equal(whole(clip), expected)
     np.testing.assert_array_equal(np.concatenate([first, whole(begun)], axis=1), expected)
 
 
 def test_a_file_that_kills_its_worker_twice_is_blamed_alone(one: Readers, tmp_path: Path):
-    os.mkfifo(tmp_path / "stuck.wav")  # whoever opens it waits, until it is killed
+    os.mkfifo(tmp_path / "stuck.wav")  # a process that opens it waits until it is killed
     stuck = Item("stuck", str(tmp_path / "stuck.wav"))
     good = Item("good", data=audio_bytes(noise_clip(1000)))
-    streams = [one.open(item) for item in (stuck, good, stuck, good)]
+    clips = [one.open(item) for item in (stuck, good, stuck, good)]
 
     def kill_often() -> None:
         for _ in range(4):
@@ -117,17 +117,17 @@ def test_a_file_that_kills_its_worker_twice_is_blamed_alone(one: Readers, tmp_pa
 
     killer = threading.Thread(target=kill_often)
     killer.start()
-    for stream in streams:
-        if stream.item is good:
-            assert whole(stream).shape == (1, 1000)
+    for clip in clips:
+        if clip.item is good:
+            assert whole(clip).shape == (1, 1000)
         else:
             with pytest.raises(ValueError, match="the audio library crashed on this file"):
-                stream.next()
+                clip.next()
     killer.join()
 
 
-def test_workers_that_cannot_start_blame_no_file(tmp_path: Path):
-    """Such as those of a script that tokenizes as it is imported."""
+def test_no_file_is_blamed_if_workers_cannot_start(tmp_path: Path):
+    """As with a script that calls `tokenize` when it is imported."""
     (tmp_path / "x.wav").write_bytes(audio_bytes(noise_clip(1000)))
     script = f"""
 from mimi_jax.tokenization import tokenize
@@ -140,7 +140,7 @@ tokenize([{str(tmp_path / "x.wav")!r}], {str(tmp_path / "out")!r})
     assert list((tmp_path / "out" / "codes").iterdir()) == []
 
 
-def test_a_stuck_worker_does_not_keep_the_process(tmp_path: Path):
+def test_a_process_ends_although_its_worker_is_stuck(tmp_path: Path):
     os.mkfifo(tmp_path / "stuck.wav")
     script = f"""
 import time
