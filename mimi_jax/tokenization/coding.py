@@ -186,7 +186,7 @@ class Coder:
         if self._state is None:
             self._state = self._init_state(len(self._rows))
         inputs = jax.device_put((audio, _lengths(parts, len(audio)), is_new), self._by_row)
-        self._state, codes = _encode_chunks(
+        self._state, codes = _encode_step(
             self.num_quantizers, self._mesh, self._structure, self._parameters, self._state, *inputs
         )
         yield from self._enqueue(codes, parts)
@@ -249,7 +249,7 @@ def _encode(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _encode_chunks(
+def _encode_step(
     num_quantizers: int,
     mesh: Mesh,
     structure: Any,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mimi_jax.config import ceil_div
 from mimi_jax.files.atomic import atomic_path, file_lock
+from mimi_jax.files.changes import describe_changes
 from mimi_jax.files.corpus import Clip, find_clips
 from mimi_jax.train.data import Sampler, fit_features, make_iterator
 from mimi_jax.train.log import Log, finite_means
@@ -207,13 +208,9 @@ def _check_out(out: Path, fields: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise ValueError(f"{out} already holds a run; resume it (--resume) or name another folder")
     old, new = (dict(_flat(json.loads(text))) for text in (file.read_text(), json.dumps(fields)))
-    changes = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in old | new
-        if old.get(name) != new.get(name) and name not in MAY_CHANGE
-    ]
-    if changes:
-        raise ValueError(f"{out} holds a run with another recipe or other data: {'; '.join(changes)}")
+    old |= {name: new.get(name) for name in MAY_CHANGE}
+    if changes := describe_changes(old, new):
+        raise ValueError(f"{out} holds a run with another recipe or other data: {changes}")
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
