@@ -69,7 +69,7 @@ def run_decode(arguments: argparse.Namespace) -> None:
             reader = stack.enter_context(open_codes(source))
             model = Mimi.from_pretrained(arguments.model, encoder=False)
             pieces, length = _decode_file(model, reader), reader.num_samples
-        _check_same_model(source, reader.spec, model, arguments.model)
+        _check_model(source, reader.spec, model, arguments.model)
         start, num_samples = time.perf_counter(), 0
         with _audio_target(output, arguments.format, model, length) as write:
             for audio in pieces:
@@ -78,22 +78,14 @@ def run_decode(arguments: argparse.Namespace) -> None:
         report(output, reader.spec, num_samples, time.perf_counter() - start)
 
 
-def _check_same_model(path: Path, spec: "CodeSpec", model: "Mimi", name: str) -> None:
-    from mimi_jax.checkpoint import code_spec
+def _check_model(path: Path, spec: "CodeSpec", model: "Mimi", name: str) -> None:
+    from mimi_jax.checkpoint import check_same_codes
 
-    source, count = "the stream" if path == PIPE else path, model.config.num_quantizers
-    if spec.num_codebooks > count:
-        raise ValueError(
-            f"{source} holds codes of {spec.num_codebooks} codebooks, but {name} has {count}; name a model"
-            " that has as many with --model"
-        )
-    expected = code_spec(model, spec.num_codebooks)
-    for field in ("model_id", "sampling_rate", "frame_size", "codebook_size"):
-        if (found := getattr(spec, field)) != (value := getattr(expected, field)):
-            raise ValueError(
-                f"{source} holds codes of another model: its {field} is {found}, that of {name} is {value};"
-                " name its model with --model"
-            )
+    try:
+        check_same_codes(spec, model)
+    except ValueError as error:
+        source = "the code stream" if path == PIPE else path
+        raise ValueError(f"{name} cannot decode {source}: {error}; name the right one with --model") from None
 
 
 def _encode_pipe(encoder: "StreamingEncoder", stdin: Stdin, pcm_format: str | None) -> "Pieces":
@@ -113,14 +105,14 @@ def _encode_pipe(encoder: "StreamingEncoder", stdin: Stdin, pcm_format: str | No
 
 def _encode_file(model: "Mimi", path: Path, num_quantizers: int) -> "Pieces":
     from mimi_jax.files.audio import AudioReader
-    from mimi_jax.streams.chunks import encode_blocks
+    from mimi_jax.streams.chunks import encode_chunks
 
     config = model.config
     with path.open("rb") as file:
         with no_stderr():
             reader = AudioReader(file, str(path), config.sampling_rate, config.audio_channels)
         with progress("encoding", reader.num_samples, config.sampling_rate) as update:
-            for codes, num_samples in encode_blocks(model, without_stderr(reader), num_quantizers):
+            for codes, num_samples in encode_chunks(model, without_stderr(reader), num_quantizers):
                 update(num_samples)
                 yield codes, num_samples
 
@@ -134,11 +126,11 @@ def _decode_pipe(decoder: "StreamingDecoder", pieces: "Pieces", spec: "CodeSpec"
 
 
 def _decode_file(model: "Mimi", reader: "CodeReader") -> "Iterator[np.ndarray]":
-    from mimi_jax.streams.chunks import decode_blocks
+    from mimi_jax.streams.chunks import decode_chunks
 
     left = reader.num_samples
     with progress("decoding", left, reader.spec.sampling_rate) as update:
-        for audio in decode_blocks(model, (codes for codes, _ in reader)):
+        for audio in decode_chunks(model, (codes for codes, _ in reader)):
             yield audio[:, :left]
             update(min(left, audio.shape[1]))
             left -= audio.shape[1]

@@ -3,7 +3,8 @@
 import argparse
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mimi_jax.cli.checks import (
     UsageError,
@@ -13,6 +14,10 @@ from mimi_jax.cli.checks import (
     check_output,
 )
 from mimi_jax.cli.terminal import print_table
+
+if TYPE_CHECKING:
+    from mimi_jax.quality.evaluation import Evaluation
+    from mimi_jax.tokenization import Summary
 
 
 def run_tokenize(arguments: argparse.Namespace) -> None:
@@ -37,6 +42,14 @@ def run_tokenize(arguments: argparse.Namespace) -> None:
         retry_errors=arguments.retry_errors,
         **own,
     )
+    _print_summary(summary)
+    print(f"wrote {arguments.output}")
+    if summary.total.errors:
+        errors = arguments.output / "errors"
+        raise ValueError(f"{summary.total.errors} clips could not be encoded; the reasons are in {errors}")
+
+
+def _print_summary(summary: "Summary") -> None:
     now, total = summary.now, summary.total
     programs = "by the actors" if summary.compilations is None else str(summary.compilations)
     print_table(
@@ -48,10 +61,6 @@ def run_tokenize(arguments: argparse.Namespace) -> None:
             "shards": f"{summary.num_done:,} of {summary.num_shards:,} are done",
         }
     )
-    print(f"wrote {arguments.output}")
-    if total.errors:
-        errors = arguments.output / "errors"
-        raise ValueError(f"{total.errors} clips could not be encoded; the reasons are in {errors}")
 
 
 def _local_engine(arguments: argparse.Namespace) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -139,7 +148,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         _write_evaluation(output, result, arguments.model)
 
 
-def _write_evaluation(output, result, title: str) -> None:
+def _write_evaluation(output: Path, result: "Evaluation", title: str) -> None:
     """Write the numbers as JSON, and a picture of them beside it."""
     from mimi_jax.files.atomic import atomic_path
     from mimi_jax.quality import evaluation

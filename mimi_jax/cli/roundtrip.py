@@ -80,11 +80,11 @@ def _encode(model: "Mimi", audio: "np.ndarray", spec: "CodeSpec") -> "tuple[np.n
     """Return codes [codebooks, frames], and how many seconds encoding took."""
     import numpy as np
 
-    from mimi_jax.streams.chunks import encode_blocks
+    from mimi_jax.streams.chunks import encode_chunks
 
     with progress("encoding", audio.shape[1], spec.sampling_rate) as update:
         start, chunks = time.perf_counter(), []
-        for codes, num_samples in encode_blocks(model, [audio], spec.num_codebooks):
+        for codes, num_samples in encode_chunks(model, [audio], spec.num_codebooks):
             chunks.append(codes)
             update(num_samples)
         return np.concatenate(chunks, axis=1), time.perf_counter() - start
@@ -94,11 +94,11 @@ def _decode(model: "Mimi", codes: "np.ndarray", num_samples: int) -> "tuple[np.n
     """Return audio [channels, samples], and how many seconds decoding took."""
     import numpy as np
 
-    from mimi_jax.streams.chunks import decode_blocks
+    from mimi_jax.streams.chunks import decode_chunks
 
     with progress("decoding", num_samples, model.config.sampling_rate) as update:
         start, chunks = time.perf_counter(), []
-        for audio in decode_blocks(model, [codes]):
+        for audio in decode_chunks(model, [codes]):
             chunks.append(audio)
             update(audio.shape[1])
         return np.concatenate(chunks, axis=1)[:, :num_samples], time.perf_counter() - start

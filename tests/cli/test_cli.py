@@ -257,7 +257,9 @@ def test_a_model_of_the_first_codebooks_and_the_whole_read_each_other(
         assert run("decode", "2.safetensors", "-o", name, *model).status == 0
     assert Path("few.wav").read_bytes() == Path("whole.wav").read_bytes()
     line = fails("decode", "codes.safetensors", "-o", "out.wav", *few)
-    assert "codes.safetensors holds codes of 4 codebooks, but few has 2; name a model" in line
+    assert (
+        "few cannot decode codes.safetensors: the codes have 4 codebooks, but the model has only 2; " in line
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -342,7 +344,7 @@ def test_info_of_what_is_neither(fails, name: str):
 
 def test_codes_of_another_model(fails, models: Path):
     line = fails("decode", "codes.safetensors", "-o", "out.wav", "--model", models / "other")
-    assert "codes.safetensors holds codes of another model: its model_id is " in line
+    assert "cannot decode codes.safetensors: another model made the codes: their model_id is " in line
     assert "--model" in line
 
 
@@ -350,7 +352,9 @@ def test_codes_of_another_rate(fails, tiny: list[str]):
     file = mimi_jax.load_codes("codes.safetensors")
     slow = dataclasses.replace(file, spec=dataclasses.replace(file.spec, sampling_rate=16_000))
     mimi_jax.save_codes("slow.safetensors", slow)
-    assert "its sampling_rate is 16000" in fails("decode", "slow.safetensors", "-o", "out.wav", *tiny)
+    assert "their sampling_rate is 16000, that of the model 24000" in fails(
+        "decode", "slow.safetensors", "-o", "out.wav", *tiny
+    )
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "99", "5", "a", "1.5", ""])

@@ -460,8 +460,8 @@ def test_a_checkpoint_is_not_overwritten_by_default(run, models: Path, tmp_path:
 def test_codes_of_another_model(run):
     status, stdout, stderr = run("decode", "-", stdin=make_clip().stream, model="groups1")
     assert (status, stdout, stderr.count("\n")) == (1, b"", 1)
-    assert "the stream holds codes of another model: its model_id is " in stderr
-    assert "name its model with --model" in stderr
+    assert "cannot decode the code stream: another model made the codes: their model_id is " in stderr
+    assert "name the right one with --model" in stderr
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])
