@@ -1,4 +1,4 @@
-"""Every option of the configuration against the references' own results, stored in tests/fixtures."""
+"""Every option of the configuration gives the results of the references, which are in tests/fixtures."""
 
 import jax
 import numpy as np
@@ -7,8 +7,8 @@ import pytest
 from mimi_jax.model import Mimi
 from tests.models import fixture_names, load_fixture, relative_error
 
-# Clip 0 is six windows long, clip 1 ends inside a frame (in `kyutai` all are whole), clip 2 has 3 samples.
-# To compile a length takes a second: the options see all but the first, which adds only length.
+# Clip 0 is six windows long, clip 1 ends inside a frame (in `kyutai` all frames are whole), clip 2 has 3
+# samples. Compiling for a length takes a second, so most options skip clip 0, which adds nothing but length.
 CLIPS = {"base": [0, 1, 2], "kyutai": [0, 1]}
 CASES = [(name, clip) for name in fixture_names() for clip in CLIPS.get(name, [1, 2])]
 
@@ -30,5 +30,5 @@ def test_equals_the_reference(name: str, clip: int):
     assert relative_error(audio, expected.audio_values) < 1e-5
 
 
-def test_the_fixtures_are_all_here():
+def test_no_fixture_is_missing():
     assert len(fixture_names()) == 15

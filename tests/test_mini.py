@@ -39,7 +39,7 @@ def test_it_computes_in_float32(model: Mimi):
 
 
 def test_it_has_learned_speech(model: Mimi):
-    """Of a voice it never heard, and a synthetic one; random weights gave 0.35."""
+    """The voice is synthetic and was not in the training data. Random weights gave 0.35."""
     from pystoi import stoi
 
     audio = mimi_jax.load_audio(SAMPLE)
@@ -52,7 +52,7 @@ def test_it_has_learned_speech(model: Mimi):
 
 
 def test_real_speech_is_understood(model: Mimi, shared_speech: list[Path]):
-    """Of speakers whom it never heard; `mimi-jax evaluate` has the other measures, for its card."""
+    """The speakers were not in the training data. The card of `mini` has more measures."""
     from pystoi import stoi
 
     clips = [mimi_jax.load_audio(path) for path in shared_speech if path.parent.name == "valid"]

@@ -1,7 +1,7 @@
 """The real `kyutai/mimi` weights give the values that `transformers` publishes in its own integration tests.
 
-A sum of codes may differ by 3 in 1000, as there: resampling differs from library to library. For the short
-clip two sums were published over time, with the same distances.
+As in those tests, a sum of codes may differ by 3 in 1000, because libraries resample differently. Two sums
+have been published for the short clip, with the same distances.
 """
 
 import io

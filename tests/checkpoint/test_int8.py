@@ -16,8 +16,8 @@ import mimi_jax
 from mimi_jax import Mimi, MimiConfig, checkpoint, cli, export
 from mimi_jax.checkpoint import int8
 from mimi_jax.checkpoint.int8 import WEIGHTS, Int8Param, weights_of
+from mimi_jax.files.arrays import named_variables
 from mimi_jax.model import HALVES
-from mimi_jax.nn.quantizer import Codebook
 from tests.checkpoint.folders import FLOAT_LAYOUTS, assert_same_model
 from tests.models import load_fixture, relative_error
 
@@ -39,37 +39,33 @@ def speech() -> np.ndarray:
     return mimi_jax.load_audio(SPEECH)[None, :, : 2 * 24_000]
 
 
-def variables(model: Mimi) -> dict[tuple, nnx.Variable]:
-    return dict(nnx.to_flat_state(nnx.state(model)))
-
-
 def assert_same_variable(got: nnx.Variable, expected: nnx.Variable) -> None:
     assert type(got) is type(expected) and got.dtype == expected.dtype
     np.testing.assert_array_equal(got[...], expected[...])
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("fixture", ["base", "gqa"])
-def test_every_kernel_of_its_halves_and_nothing_else(name: str, fixture: str):
+def test_every_kernel_of_its_halves_and_nothing_else(weights: str, fixture: str):
     model = load_fixture(fixture).model
-    small = int8.to_int8(model, name)
-    parts = {part for half in WEIGHTS[name] for part in HALVES[half]}
-    before = variables(model)
-    for place, variable in variables(small).items():
-        is_matrix = len(before[place].shape) > 1 and place[0] != "quantizer"
-        assert isinstance(variable, Int8Param) == (is_matrix and place[0] in parts), place
+    small = int8.to_int8(model, weights)
+    parts = {part for half in WEIGHTS[weights] for part in HALVES[half]}
+    before = named_variables(model)
+    for name, variable in named_variables(small).items():
+        is_matrix, part = len(before[name].shape) > 1, name.split(".")[0]
+        assert isinstance(variable, Int8Param) == (is_matrix and part in parts), name
         if not isinstance(variable, Int8Param):
-            assert_same_variable(variable, before[place])
-    assert weights_of(small) == name and weights_of(model) is None
+            assert_same_variable(variable, before[name])
+    assert weights_of(small) == weights and weights_of(model) is None
     assert small.dtype == jnp.float32
 
 
 def test_rounding_follows_the_definition(model: Mimi, small: Mimi):
     """A scale is the largest magnitude of its output channel over 127.5; values are nearest."""
-    before = variables(model)
-    for place, variable in variables(small).items():
+    before = named_variables(model)
+    for name, variable in named_variables(small).items():
         if isinstance(variable, Int8Param):
-            kernel = np.asarray(before[place][...])
+            kernel = np.asarray(before[name][...])
             values, scales = map(np.asarray, variable.get_raw_value())
             assert values.dtype == np.int8 and values.shape == kernel.shape and scales.dtype == np.float32
             inner = {2: (0,), 3: (0, 1), 5: (0, 2, 3)}[kernel.ndim]
@@ -101,19 +97,15 @@ def test_loading_and_running_need_no_qwix(small: Mimi, tmp_path: Path, monkeypat
 def test_the_file_has_the_expected_size(model: Mimi, small: Mimi, tmp_path: Path):
     small.save_pretrained(tmp_path)
     expected = 0
-    for place, variable in variables(model).items():
-        channels = np.prod([variable.shape[axis] for axis in int8.OUTPUT_AXES.get(len(variable.shape), ())])
-        if place[0] == "quantizer":
-            is_stored = place[-1] not in ("embedding", "half_square")
-            expected += 4 * np.prod(variable.shape) if is_stored else 0
-        elif len(variable.shape) > 1:
-            expected += np.prod(variable.shape) + 4 * channels
+    for name, parameter in checkpoint.parameters(model).items():
+        size = np.prod(parameter.shape)
+        if name.startswith("quantizer.") or len(parameter.shape) == 1:
+            expected += 4 * size
         else:
-            expected += 4 * np.prod(variable.shape)
+            num_channels = np.prod([parameter.shape[axis] for axis in int8.OUTPUT_AXES[len(parameter.shape)]])
+            expected += size + 4 * num_channels
     size_of_header = 30_000  # at most
-    assert (
-        expected < (tmp_path / "model.safetensors").stat().st_size < expected + size_of_header
-    )  # the header, with the names
+    assert expected < (tmp_path / "model.safetensors").stat().st_size < expected + size_of_header
 
 
 @pytest.mark.parametrize("num_quantizers, share", [(32, 0.387), (8, 0.294)])
@@ -122,7 +114,7 @@ def test_the_share_at_full_size(num_quantizers: int, share: float):
     model = checkpoint.abstract_model(MimiConfig(num_quantizers=num_quantizers))
 
     def num_bytes(model: Mimi) -> int:
-        leaves = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.OfType(Codebook))))
+        leaves = jax.tree.leaves([p.get_raw_value() for p in checkpoint.parameters(model).values()])
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     ratio = num_bytes(int8.abstract_int8(model, "int8")) / num_bytes(model)
@@ -162,7 +154,7 @@ def test_weights_are_int8_inside_a_program(small: Mimi):
     """A program takes them as they are, and makes them larger only while it runs."""
     audio = jax.ShapeDtypeStruct((1, 1, 1920), jnp.float32)
     inputs = jax.jit(mimi_jax.encode).trace(small, audio).jaxpr.in_avals
-    kernels = [variable for variable in variables(small).values() if isinstance(variable, Int8Param)]
+    kernels = [variable for variable in named_variables(small).values() if isinstance(variable, Int8Param)]
     shapes = [kernel.get_raw_value().values.shape for kernel in kernels]
     assert sorted(aval.shape for aval in inputs if aval.dtype == jnp.int8) == sorted(shapes)
 

@@ -1,4 +1,4 @@
-"""States on disk: a stream goes on exactly, on the same device or over several; other files are refused."""
+"""States on disk: a stream continues exactly, on one device or several, and other files are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_stream_goes_on_from_disk(tmp_path: Path, name: str, dtype: Any):
+def test_a_stream_continues_from_disk(tmp_path: Path, name: str, dtype: Any):
     model = MODEL.astype(dtype)
     state, audio, codes = half_way(model, 2)
     save_state(tmp_path / name, state)
@@ -132,7 +132,7 @@ def test_a_folder_of_other_files_is_not_lost(tmp_path: Path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_state_follows_the_model(tmp_path: Path, name: str):
-    """To another device, as a fresh state does; and where a state was put, its copy goes, too."""
+    """It moves to the device of the model, as a fresh state does, or to where `like` was put."""
     state, audio, codes = half_way(MODEL, 2)
     save_state(tmp_path / name, state)
     model = jax.device_put(MODEL, jax.devices()[3])
