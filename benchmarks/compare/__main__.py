@@ -83,7 +83,8 @@ def begin_report(systems: dict[str, System], options: argparse.Namespace) -> Rep
     import jax
 
     notes = [
-        f"full size, {CODEBOOKS} codebooks, medians of at most {options.repeats} turns",
+        f"full size, {CODEBOOKS} codebooks",
+        f"medians of at most {options.repeats} turns, or {options.steps} steps",
         f"ratios are to {BASELINE}, those of steps to {STEP_BASELINE}: 2x takes half the time",
     ]
     if any(name.startswith(("transformers", "moshi")) for name in systems):

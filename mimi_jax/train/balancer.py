@@ -1,7 +1,7 @@
-"""Losses weighed by their gradients (EnCodec, arXiv 2210.13438, section 3.4; audiocraft's `Balancer`).
+"""Balance losses by their gradients (EnCodec, arXiv 2210.13438, section 3.4; audiocraft's `Balancer`).
 
-A weight then says which share of the gradient that reaches the decoder's audio a loss has, whatever its
-scale: shares stay as configured while losses rise and fall.
+The weight of a loss is its share of the gradient at the decoded audio. The scale of the loss does not matter:
+the shares stay as configured while losses rise and fall.
 """
 
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ EPSILON = 1e-12
 
 
 class BalancerState(NamedTuple):
-    """Running means of the losses' gradient norms, by their names, before the correction of their bias."""
+    """Running means of gradient norms, by loss. They begin at 0, which dividing by `counts` corrects."""
 
     norms: dict[str, jax.Array]
-    counts: dict[str, jax.Array]  # the sum of the weights in each mean: a loss may join later
+    counts: dict[str, jax.Array]  # the sum of the weights in each mean; it differs where a loss began later
 
 
 def init_balancer(names: Iterable[str]) -> BalancerState:
@@ -29,15 +29,16 @@ def init_balancer(names: Iterable[str]) -> BalancerState:
 def balance(
     state: BalancerState, gradients: dict[str, jax.Array], weights: dict[str, float]
 ) -> tuple[BalancerState, jax.Array, dict[str, jax.Array]]:
-    """Add up gradients, each divided by the running mean of its norm.
+    """Add up gradients, after dividing each by the running mean of its norm.
 
     Args:
-        gradients: by loss, of it with respect to the audio [batch, channels, samples].
+        state: from `init_balancer`, then from the previous call.
+        gradients: by loss, its gradient with respect to the audio [batch, channels, samples].
         weights: by loss; only their ratios matter.
 
     Returns:
-        The new state, the gradient to send back through the decoder, whose norm is about 1 in each clip of
-        the batch, and the share of each loss in it: the norm of its part over the sum of these norms.
+        The new state; the sum, whose norm is at most about 1 in each clip of the batch; and the share of
+        each loss: the norm of its part divided by the sum of these norms.
     """
     norms, counts, parts = dict(state.norms), dict(state.counts), {}
     total = jnp.zeros(())

@@ -1,8 +1,8 @@
-"""How codebooks learn: k-means at first, then running means of what is assigned to each code.
+"""How codebooks learn: first by k-means, then as running means of the vectors assigned to each code.
 
-No gradient reaches them. The rules are those of Kyutai's `moshi` since its release of training code for
-the quantizer (pull request 137): decay 0.99, a code is dead at less than a tenth of the mean usage, which
-is looked at every 5 steps, and then becomes a random vector of the batch.
+Codebooks get no gradients. The rules are those of Kyutai's `moshi` since it released training code for the
+quantizer (pull request 137). Running means decay by 0.99. Every 5 steps, a code with less than a tenth of the
+mean usage is dead and is replaced by a random vector of the batch.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,10 @@ KMEANS_ITERATIONS = 50
 
 
 class Codebooks(NamedTuple):
-    """The statistics of one quantizer's levels; a code's embedding is its sum over its usage."""
+    """The codebooks of one residual quantizer. A code's vector is its sum divided by its usage.
+
+    A level is one codebook and its place in the quantizer; it quantizes what the levels before it left.
+    """
 
     usage: jax.Array  # [levels, codebook_size]
     sums: jax.Array  # [levels, codebook_size, codebook_dim]
@@ -32,20 +35,20 @@ class Codebooks(NamedTuple):
 
 
 class Assigned(NamedTuple):
-    """What the vectors of one batch mean for the codebooks."""
+    """Which vectors of a batch were assigned to each code."""
 
-    counts: jax.Array  # [levels, codebook_size], how many vectors each code stands for
-    sums: jax.Array  # [levels, codebook_size, codebook_dim], of these vectors
-    candidates: jax.Array  # [levels, codebook_size, codebook_dim], random ones of the batch
+    counts: jax.Array  # [levels, codebook_size], how many vectors
+    sums: jax.Array  # [levels, codebook_size, codebook_dim], the sum of these vectors
+    candidates: jax.Array  # [levels, codebook_size, codebook_dim], random vectors to replace dead codes
 
 
 class Quantized(NamedTuple):
-    """A batch that went through the quantizer."""
+    """A batch after the quantizer."""
 
-    latents: jax.Array  # [batch, frames, hidden_size], with the gradient of the unquantized ones
-    semantic: jax.Array  # [batch, frames, hidden_size], the semantic quantizer's part of them
+    latents: jax.Array  # [batch, frames, hidden_size]; gradients pass through as if nothing was quantized
+    semantic: jax.Array  # [batch, frames, hidden_size], the semantic quantizer's part of the latents
     codes: jax.Array  # int32 [batch, codebooks, frames]
-    commitment: jax.Array  # mean squared distance to the codes in use, which pulls the encoder
+    commitment: jax.Array  # mean squared distance to the codes in use; it draws the encoder towards them
     assigned: dict[str, Assigned]
 
 
@@ -53,6 +56,7 @@ PARTS = ("semantic", "acoustic")  # of a `SplitResidualQuantizer`
 
 
 def codebooks_of(quantizer: SplitResidualQuantizer) -> dict[str, Codebooks]:
+    """The codebooks of a model, for each of `PARTS`."""
     parts = {name: getattr(quantizer, name) for name in PARTS}
     return {name: Codebooks(q.cluster_usage[...], q.embedding_sum[...]) for name, q in parts.items()}
 
@@ -68,10 +72,11 @@ def quantize(
     """Quantize latents [batch, frames, hidden_size] as training does.
 
     Args:
-        quantizer: for its projections; its own codebooks are not read.
-        num_quantizers: how many codebooks are in use, the first ones.
-        is_quantized: bool [batch] for either quantizer; rows that are False keep their latents.
-        key: for the candidates.
+        quantizer: gives the projections. Its own codebooks are not used.
+        codebooks: for each of `PARTS`.
+        num_quantizers: how many codebooks are in use, counted from the first.
+        is_quantized: for each of `PARTS`, bool [batch]. Where it is False, the row keeps its latents.
+        key: for the random candidates.
     """
     outputs, codes, commitments, assigned = {}, [], [], {}
     first = 0
@@ -96,7 +101,16 @@ def quantize(
 def _quantize_levels(
     embeddings: jax.Array, x: jax.Array, used: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, Assigned]:
-    """The sum of the embeddings in use, all codes, each level's distance, and what to learn from it."""
+    """Quantize projected latents [batch, frames, codebook_dim] level by level.
+
+    Args:
+        embeddings: [levels, codebook_size, codebook_dim].
+        used: bool [levels]; levels that are not in use add nothing and subtract nothing.
+
+    Returns:
+        The sum of the chosen vectors, the codes [batch, levels, frames], the mean squared distance of each
+        level, and what was assigned.
+    """
     _, size, dim = embeddings.shape
 
     def step(carry: tuple[jax.Array, jax.Array], level: tuple[jax.Array, ...]):
@@ -126,9 +140,9 @@ def update(
     num_quantizers: jax.Array | int,
     step: jax.Array,
 ) -> dict[str, Codebooks]:
-    """The codebooks after a batch, with dead codes replaced; levels that were not in use stay."""
+    """The codebooks after a batch, with dead codes replaced. Levels that were not in use do not change."""
     new, first = {}, 0
-    for name in PARTS:  # in the order of levels; that of a dict's keys changes on the way through `jit`
+    for name in PARTS:  # the order of levels; `jit` changes the order of a dict's keys
         old, (counts, sums, candidates) = codebooks[name], assigned[name]
         levels = len(old.usage)
         used = (first + jnp.arange(levels) < num_quantizers)[:, None]
@@ -144,7 +158,7 @@ def update(
 
 
 def perplexity(usage: jax.Array) -> jax.Array:
-    """How many codes are in use, 2 to the entropy: [..., codebook_size] -> [...]."""
+    """The effective number of codes in use, exp of the entropy: [..., codebook_size] -> [...]."""
     shares = usage / jnp.sum(usage, axis=-1, keepdims=True)
     return jnp.exp(-jnp.sum(shares * jnp.log(jnp.maximum(shares, 1e-12)), axis=-1))
 
@@ -152,19 +166,22 @@ def perplexity(usage: jax.Array) -> jax.Array:
 def fit(
     quantizer: SplitResidualQuantizer, latents: jax.Array, key: jax.Array, vectors_per_step: int
 ) -> dict[str, Codebooks]:
-    """Codebooks from k-means, each level on what the levels before it left.
+    """Fit codebooks by k-means, each level to what the levels before it left.
 
     Args:
-        latents: [vectors, hidden_size], at least as many as a codebook has codes, better twenty times that.
-        vectors_per_step: how many a training step sees: the running means start as if they had seen one.
+        quantizer: gives the projections and the sizes.
+        latents: float32 [vectors, hidden_size]; at least `codebook_size` vectors, better twenty times more.
+        key: for the random start.
+        vectors_per_step: how many latents a training step sees. The running means start as if they had seen
+            one step.
 
     Raises:
-        ValueError: fewer latents than codes.
+        ValueError: there are fewer latents than codes.
     """
     size = quantizer.semantic.cluster_usage.shape[1]
     if len(latents) < size:
         raise ValueError(
-            f"k-means needs at least codebook_size={size} latents, got {len(latents)}; give more"
+            f"k-means needs at least codebook_size={size} latents, got {len(latents)}; use more audio"
         )
     scale = vectors_per_step / len(latents)
     fitted = {}
@@ -183,7 +200,11 @@ def fit(
 
 @jax.jit(static_argnames="size")
 def _kmeans(vectors: jax.Array, size: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Centres [size, dim], how many vectors each has, at least one, and what they leave of the vectors."""
+    """k-means on vectors [vectors, dim].
+
+    Returns:
+        The centres [size, dim], how many vectors each has (at least 1), and the residual of each vector.
+    """
 
     def assign(centres: jax.Array) -> jax.Array:
         return plain_search(vectors, centres, jnp.sum(centres**2, axis=1) / 2)

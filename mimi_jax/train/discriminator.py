@@ -1,7 +1,7 @@
 """The multi-scale STFT discriminator (EnCodec, arXiv 2210.13438, section 3.4).
 
-Sizes, strides and slopes are those of audiocraft's `MultiScaleSTFTDiscriminator` as its default solver
-configures it.
+Sizes, strides and slopes are those of audiocraft's `MultiScaleSTFTDiscriminator` in the configuration of
+its default solver.
 """
 
 import functools
@@ -19,14 +19,20 @@ DILATIONS = (1, 2, 4)
 
 
 class Judgement(NamedTuple):
-    """What each sub-discriminator says of a batch."""
+    """What each sub-discriminator gives for a batch."""
 
-    logits: list[jax.Array]  # [batch, frames, bins], positive for real
-    features: list[list[jax.Array]]  # of every layer but the last, [batch, frames, bins, filters]
+    logits: list[jax.Array]  # [batch, columns, bins], positive where the audio seems real
+    features: list[list[jax.Array]]  # of every layer but the last, [batch, columns, bins, filters]
 
 
 class ScaleDiscriminator(nnx.Module):
-    """Convolutions over time and frequency of one complex spectrogram."""
+    """A sub-discriminator: convolutions over the time and frequency of a complex spectrogram.
+
+    Args:
+        channels: of the audio.
+        filters: of each layer but the last.
+        window: samples of the Fourier transform.
+    """
 
     def __init__(self, channels: int, filters: int, window: int, *, rngs: nnx.Rngs):
         def conv(
@@ -50,6 +56,7 @@ class ScaleDiscriminator(nnx.Module):
         self.last = conv(filters, 1, (3, 3))
 
     def __call__(self, audio: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits and features of audio [batch, channels, samples], as in `Judgement`."""
         spectrum = jnp.moveaxis(stft(audio, self.window), 1, -1)
         x = jnp.concatenate([spectrum.real, spectrum.imag], axis=-1)
         features = []

@@ -1,8 +1,8 @@
-"""What training makes small. Every loss is a scalar, a mean over the batch.
+"""The losses that training minimizes. Every loss is a scalar, a mean over the batch.
 
-The reconstruction and adversarial losses are EnCodec's (arXiv 2210.13438) as audiocraft's
-`config/solver/compression/default.yaml` sets them, to which the Moshi paper (arXiv 2410.00037, section
-3.3) refers. Audio is [batch, channels, samples].
+The reconstruction and adversarial losses are those of EnCodec (arXiv 2210.13438), configured as in
+audiocraft's `config/solver/compression/default.yaml`, to which the Moshi paper (arXiv 2410.00037, section
+3.3) refers. Audio is float32 [batch, channels, samples].
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from mimi_jax.quality.spectrum import FLOOR, WINDOWS, mel_spectrogram
 
 
 def waveform_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """The mean absolute difference of samples."""
     return jnp.mean(jnp.abs(real - fake))
 
 
@@ -21,7 +22,8 @@ def mel_loss(real: jax.Array, fake: jax.Array, sampling_rate: int, floor: float 
     """The mean over five scales of L1 between mel magnitudes and L2 between their logarithms.
 
     Args:
-        floor: what magnitudes are raised by before their logarithm, which hears nothing far below it.
+        sampling_rate: Hz.
+        floor: is added to magnitudes before their logarithm. Differences far below it do not count.
     """
     total = jnp.zeros(())
     for window in WINDOWS:
@@ -32,12 +34,12 @@ def mel_loss(real: jax.Array, fake: jax.Array, sampling_rate: int, floor: float 
 
 
 def adversarial_loss(fake_logits: Sequence[jax.Array]) -> jax.Array:
-    """What the generator makes small, so that each sub-discriminator takes it for real."""
+    """Hinge loss of the generator: it is small where each sub-discriminator takes the audio for real."""
     return -jnp.mean(jnp.stack([jnp.mean(logits) for logits in fake_logits]))
 
 
 def discriminator_loss(real_logits: Sequence[jax.Array], fake_logits: Sequence[jax.Array]) -> jax.Array:
-    """Hinge: real above 1, fake below -1."""
+    """Hinge loss of the discriminator: 0 if real audio gets more than 1 and generated audio less than -1."""
     losses = [
         jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))
         for real, fake in zip(real_logits, fake_logits, strict=True)
@@ -46,7 +48,7 @@ def discriminator_loss(real_logits: Sequence[jax.Array], fake_logits: Sequence[j
 
 
 def feature_loss(real: Sequence[Sequence[jax.Array]], fake: Sequence[Sequence[jax.Array]]) -> jax.Array:
-    """L1 between feature maps: the mean over layers and sub-discriminators, not relative."""
+    """The mean over all layers and sub-discriminators of the L1 distance between feature maps."""
     distances = [
         jnp.mean(jnp.abs(x - y))
         for real_maps, fake_maps in zip(real, fake, strict=True)
@@ -56,23 +58,25 @@ def feature_loss(real: Sequence[Sequence[jax.Array]], fake: Sequence[Sequence[ja
 
 
 def cosine_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """1 - cosine similarity of [..., features], its mean over the rest."""
+    """1 - cosine similarity along the last axis; its mean over the other axes."""
     product = jnp.sum(student * teacher, axis=-1)
     squares = jnp.sum(student**2, axis=-1) * jnp.sum(teacher**2, axis=-1)
     return jnp.mean(1 - product / jnp.sqrt(jnp.maximum(squares, 1e-16)))
 
 
 def pool_teacher(features: jax.Array, stride: int = 4) -> jax.Array:
-    """A teacher's features at the rate of codes: an average over two strides, centred on each frame.
+    """A teacher's features at the rate of frames: averages over two strides, centred on each frame.
 
-    The Moshi paper (section 3.3.2) pools WavLM's 50 Hz with kernel 8 and stride 4, and calls it critical
-    that this looks ahead. The ends are repeated. Features at the rate of codes stay as they are.
+    The Moshi paper (section 3.3.2) pools WavLM's 50 Hz with a window of 8 and a stride of 4, and calls it
+    critical that this looks ahead. The first and the last vector are repeated beyond the ends. With a
+    stride of 1 the features stay as they are.
 
     Args:
-        features: [batch, time, dim]; time a multiple of `stride`.
+        features: float [batch, vectors, dim]; `vectors` is a multiple of `stride`.
+        stride: vectors of the teacher for each frame.
 
     Returns:
-        [batch, time / stride, dim].
+        float [batch, vectors / stride, dim].
     """
     if stride == 1:
         return features

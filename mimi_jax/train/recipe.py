@@ -1,7 +1,7 @@
-"""Everything that decides a training run, from a TOML file.
+"""Everything that decides a training run, read from a TOML file.
 
-The defaults are what the Moshi paper (arXiv 2410.00037, section 3.3) says of Mimi, or audiocraft's default
-solver, to which it refers; `configs/mimi.toml` names the source of each, and what nobody has published.
+The defaults come from the Moshi paper (arXiv 2410.00037, section 3.3) or from audiocraft's default solver, to
+which the paper refers. `configs/mimi.toml` gives the source of each value and says which are not published.
 """
 
 import dataclasses
@@ -14,36 +14,44 @@ from mimi_jax.config import MimiConfig
 MODES = ("full", "decoder")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("highest", "default")
-PUBLISHED_QUANTIZERS = 8  # in training; the released file has 32
+PUBLISHED_QUANTIZERS = 8  # in training; the released model has 32
 
 
 @dataclasses.dataclass(frozen=True)
 class DataRecipe:
-    seconds: float = 12.0  # of each crop, a whole number of frames
+    """The crops of audio that a run sees."""
+
+    seconds: float = 12.0  # of a crop, a multiple of a frame
     batch_size: int = 128
-    gain: tuple[float, float] = (-10.0, 6.0)  # dB, drawn for each crop
-    weights: dict[str, float] = dataclasses.field(default_factory=dict)  # of sources; others by duration
-    include: str = "*"  # a pattern that the paths in a manifest must match
+    gain: tuple[float, float] = (-10.0, 6.0)  # dB; drawn for each crop
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)  # by source; empty: by duration
+    include: str = "*"  # a pattern; only clips whose paths match it are used
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerRecipe:
+    """AdamW, for the model and for the discriminator."""
+
     learning_rate: float = 8e-4
     betas: tuple[float, float] = (0.5, 0.9)
-    weight_decay: float = 5e-2  # of the Transformers alone
+    weight_decay: float = 5e-2  # of the Transformers only
     warmup_steps: int = 0
-    schedule: str = "constant"  # or "cosine", to zero at the last step
-    max_norm: float = 0.0  # of the gradient, which is scaled down to it; 0 leaves it
-    ema_decay: float = 0.99  # of the parameters and codebooks that are exported
+    schedule: str = "constant"  # or "cosine", which reaches zero at the last step
+    max_norm: float = 0.0  # gradients with a larger norm are scaled down to it; 0 turns this off
+    ema_decay: float = 0.99  # of the running mean of the model, which is what a run exports
 
 
 @dataclasses.dataclass(frozen=True)
 class LossRecipe:
-    """Weights: of the audio's losses in the balancer, where only ratios matter; of the others as they are."""
+    """The weights of the losses.
+
+    For the losses of the audio (waveform, mel, adversarial, features) only the ratios matter, because the
+    balancer scales them.
+    """
 
     waveform: float = 0.1
     mel: float = 2.0
-    mel_floor: float = 1e-5  # what magnitudes are raised by before their logarithm
+    mel_floor: float = 1e-5  # is added to magnitudes before their logarithm
     adversarial: float = 4.0
     features: float = 4.0
     commitment: float = 1.0
@@ -53,9 +61,11 @@ class LossRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerRecipe:
-    dropout: bool = True  # whether a batch uses a random number of acoustic codebooks
-    rate: float = 0.5  # the share of clips that are quantized
-    same: bool = True  # whether semantic and acoustic codes are left out together
+    """How training quantizes."""
+
+    dropout: bool = True  # each batch uses a random number of acoustic codebooks
+    rate: float = 0.5  # the share of clips that are quantized; the others keep their latents
+    same: bool = True  # the semantic and the acoustic quantizer skip the same clips
     kmeans_vectors: int = 50_000  # latents that the codebooks are first fitted to
 
 
@@ -64,11 +74,20 @@ class Recipe:
     """A training run.
 
     Args:
-        mode: "full", or "decoder" for the decoder half alone on frozen codes.
-        model: the architecture; with `init`, leave it out.
+        model: the architecture. Leave it out with `init`.
+        data, optimizer, losses, quantizer: see the class of each.
+        mode: "full", or "decoder" to train only the decoder half, on codes that stay as they are.
         init: a model to start from, as for `Mimi.from_pretrained`; empty for random parameters.
+        seed: of all random numbers.
+        steps: how many steps the run takes.
         precision: of matrix products on GPUs and TPUs, as in `jax.default_matmul_precision`.
-        teacher_dim: channels of the teacher's features; used where `losses.distillation` is not 0.
+        discriminator_filters: the width of the discriminator.
+        teacher_dim: channels of the teacher's features; not used if `losses.distillation` is 0.
+        log_every: steps between two lines of the log.
+        checkpoint_every: steps between two checkpoints, a multiple of `log_every`.
+
+    Raises:
+        ValueError: a value is not allowed. The error names all such values.
     """
 
     model: MimiConfig = dataclasses.field(
@@ -89,13 +108,22 @@ class Recipe:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        frames = self.data.seconds * self.model.sampling_rate / self.model.frame_size
+        frame = self.model.frame_size / self.model.sampling_rate
+        frames = self.data.seconds / frame
         rules = [
             ("mode", self.mode in MODES, f"must be one of {', '.join(MODES)}"),
             ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
-            ("optimizer.schedule", self.optimizer.schedule in SCHEDULES, f"must be one of {SCHEDULES}"),
+            (
+                "optimizer.schedule",
+                self.optimizer.schedule in SCHEDULES,
+                f"must be one of {', '.join(SCHEDULES)}",
+            ),
             ("init", bool(self.init) or self.mode == "full", "must name the model whose decoder to tune"),
-            ("data.seconds", frames >= 1 and abs(frames - round(frames)) < 1e-6, "must be whole frames"),
+            (
+                "data.seconds",
+                frames >= 1 and abs(frames - round(frames)) < 1e-6,
+                f"must be a multiple of a frame, {frame:g} s",
+            ),
             ("data.batch_size", self.data.batch_size > 0, "must be positive"),
             ("quantizer.rate", 0 <= self.quantizer.rate <= 1, "must lie in [0, 1]"),
             ("losses.mel_floor", self.losses.mel_floor > 0, "must be positive"),
@@ -103,12 +131,12 @@ class Recipe:
             (
                 "losses.adversarial_start",
                 self.losses.waveform + self.losses.mel > 0 or self.losses.adversarial_start == 0,
-                "must be 0 without waveform and mel losses, or the first steps have none",
+                "must be 0 if waveform and mel are 0, because the first steps would have no loss",
             ),
             (
                 "losses.distillation",
                 self.losses.distillation == 0 or self.mode == "full",
-                "must be 0 in mode decoder, where nothing that it could teach learns",
+                "must be 0 in mode decoder, which does not train the encoder",
             ),
             ("steps", self.steps > 0, "must be positive"),
             (
@@ -116,21 +144,21 @@ class Recipe:
                 self.log_every > 0
                 and self.checkpoint_every > 0
                 and self.checkpoint_every % self.log_every == 0,
-                f"must be a multiple of log_every={self.log_every}, so that no log line is cut in two",
+                f"must be a positive multiple of log_every={self.log_every}",
             ),
         ]
         broken = [f"{name} {rule}, got {_get(self, name)!r}" for name, holds, rule in rules if not holds]
         if broken:
-            raise ValueError(f"unsupported recipe: {'; '.join(broken)}")
+            raise ValueError(f"the recipe is not supported: {'; '.join(broken)}")
 
     @property
     def adversarial(self) -> bool:
-        """Whether there is a discriminator at all."""
+        """Whether the run has a discriminator."""
         return self.losses.adversarial + self.losses.features > 0
 
     @property
     def num_samples(self) -> int:
-        """Samples of each crop."""
+        """Samples of a crop."""
         return round(self.data.seconds * self.model.sampling_rate)
 
     @classmethod
@@ -138,7 +166,7 @@ class Recipe:
         """Read a recipe.
 
         Raises:
-            ValueError: naming each unknown field, and each value that is not supported.
+            ValueError: the file is not TOML, a field is unknown, or a value is not allowed.
         """
         try:
             return _build(cls, tomllib.loads(Path(path).read_text()), "")
@@ -187,7 +215,7 @@ _WORDS = {
 
 
 def _check(kind: Any, value: Any, name: str) -> Any:
-    """A value as the type of its field, which TOML may have written as another."""
+    """The value in the type of its field: TOML may give an integer for a float, or a list for a pair."""
 
     def is_number(x: Any) -> bool:
         return type(x) in (int, float)

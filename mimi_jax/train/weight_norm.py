@@ -1,8 +1,8 @@
 """Weight normalization (arXiv 1602.07868): a kernel as a length and a direction for each channel.
 
-Kyutai trains all convolutions of the SEANet halves so, and publishes the kernels that come of it
-("we train using weight_norm but then the weights are pre-processed for inference"). So does this package:
-models have plain kernels, and only training sees the pairs.
+Kyutai trains all convolutions of SEANet this way and publishes ordinary kernels ("we train using weight_norm
+but then the weights are pre-processed for inference"). This package does the same: models have ordinary
+kernels, and only training sees lengths and directions.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The axes of a kernel over which torch's `weight_norm` takes the norm: all but the first of torch's own
-# order, which is the output channel, or in a transposed convolution the input channel.
+# The axes of a kernel over which torch's `weight_norm` takes the norm: all but the first axis in torch's own
+# order. That axis holds the output channels, or in a transposed convolution the input channels.
 NORM_AXES = {
     3: (0, 1),  # `Conv1d`: [taps, in, out]
     4: (0, 1, 2),  # `nnx.Conv` in two dimensions: [taps, taps, in, out]
@@ -20,7 +20,7 @@ NORM_AXES = {
 
 
 class NormalizedKernel(NamedTuple):
-    """What is trained in place of a kernel, which is `length * direction / norm(direction)`."""
+    """Trained in place of the kernel `length * direction / norm(direction)`."""
 
     length: jax.Array
     direction: jax.Array
@@ -31,11 +31,12 @@ def _norm(kernel: jax.Array) -> jax.Array:
 
 
 def normalize(kernel: jax.Array) -> NormalizedKernel:
+    """A length and a direction that stand for this kernel."""
     return NormalizedKernel(_norm(kernel), kernel)
 
 
 def fold(weight: jax.Array | NormalizedKernel) -> jax.Array:
-    """The kernel that a pair stands for; anything else as it is."""
+    """The kernel that a length and a direction stand for. An array is returned as it is."""
     if isinstance(weight, NormalizedKernel):
         return weight.direction * (weight.length / _norm(weight.direction))
     return weight
