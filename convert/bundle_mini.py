@@ -15,6 +15,7 @@ import safetensors.numpy
 from matplotlib.figure import Figure
 
 from mimi_jax.checkpoint import BUNDLED
+from mimi_jax.files.arrays import write_safetensors
 
 DOCS = Path(__file__).parents[1] / "docs" / "mini"
 CURVES = {
@@ -44,7 +45,7 @@ def main() -> None:
         if not np.isfinite(tensor).all():
             raise ValueError(f"{name} holds numbers that float16 cannot")
     folder = BUNDLED / "mini"
-    (folder / "model.safetensors").write_bytes(safetensors.numpy.save(rounded, metadata={"format": "pt"}))
+    write_safetensors(folder / "model.safetensors", rounded, {"format": "pt"})
     # Without it transformers would compute in the dtype that the weights are stored in.
     fields = json.loads((run / "model" / "config.json").read_text()) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
