@@ -34,8 +34,8 @@ def rotate(x: Float[Array, "batch time heads head_dim"], turns: ArrayLike) -> ja
 
     Args:
         x: [batch, time, heads, head_dim].
-        turns: [time, 1, head_dim] or [batch, time, 1, head_dim], those of the positions of x. Only the
-            differences of positions matter to attention.
+        turns: [batch or 1, time, 1, head_dim], those of the positions of x. Only the differences of
+            positions matter to attention.
     """
     cos, sin = jnp.split(jnp.asarray(turns), 2, axis=-1)
     first, second = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
@@ -103,7 +103,7 @@ class Attention(StreamingLayer):
         key = self.key_proj(x).reshape(batch, time, self.num_key_value_heads, self.head_dim)
         value = self.value_proj(x).reshape(key.shape)
         if state is None:
-            turn = turns(time, self.head_dim, self.rope_theta)
+            turn = turns(time, self.head_dim, self.rope_theta)[None]
             out = policy.attention(rotate(query, turn), rotate(key, turn), value, window=self.window)
         else:
             past, state = state, self._write(state, key, value, lengths)
@@ -123,7 +123,7 @@ class Attention(StreamingLayer):
     ) -> AttentionState:
         """Write new steps into their slots. There are at most as many steps as slots."""
         time, slots = key.shape[1], self.slots
-        positions = (state.position[:, None] + jnp.arange(time)) % slots
+        positions = (state.position[:, None] + jnp.arange(time)[None]) % slots
         key = self._rotate(key, positions)
         end = state.position + time
         end = jnp.where(end < 2 * slots, end, slots + end % slots)
@@ -155,9 +155,9 @@ class Attention(StreamingLayer):
         slots, key_value_heads = self.slots, self.num_key_value_heads
         groups = heads // key_value_heads
         newest = (ring.position[:, None] - 1) % slots
-        positions = newest + ahead
+        positions = newest + ahead[None]
         # A slot after the newest one holds a step of the round before. A query is one round further from it.
-        before = jnp.arange(slots) > newest
+        before = jnp.arange(slots)[None] > newest
         queries = jnp.stack([self._rotate(query, positions), self._rotate(query, positions + slots)], axis=1)
         queries = queries.reshape(batch, 2, time, key_value_heads, groups, head_dim)
         queries = jnp.transpose(queries, (0, 3, 4, 1, 2, 5))
@@ -165,7 +165,7 @@ class Attention(StreamingLayer):
         # The ring is the first operand, or XLA:CPU would rearrange it for the product.
         scores = jnp.moveaxis(products("bhsd,bhgrtd->bhsgrt", ring.key, queries), 2, -1)
         scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
-        key_positions = jnp.arange(slots) - jnp.where(before, slots, 0)
+        key_positions = jnp.arange(slots)[None] - jnp.where(before, slots, 0)
         if key is not None:
             new = products("bhgtd,bshd->bhgts", queries[:, :, :, 0], self._rotate(key, positions))
             scores = jnp.concatenate([scores, new], axis=-1)

@@ -109,7 +109,7 @@ class Conv1d(StreamingLayer):
             x = jnp.pad(x, ((0, 0), (0, self.lookahead), (0, 0)), mode=mode)
         y = policy.convolution(x, self.kernel[...], stride=self.stride, dilation=self.dilation)
         state = keep_idle_rows(lengths, ConvState(past, started), state)
-        return state, y if self.bias is None else y + self.bias[...]
+        return state, y if self.bias is None else y + self.bias[None, None]
 
     def output_lengths(self, lengths: Lengths) -> Lengths:
         return None if lengths is None else ceil_div(lengths, self.stride)
@@ -167,8 +167,9 @@ class ConvTranspose1d(StreamingLayer):
         if self.lookahead:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
         # The bias is added before strides become time: after that XLA:GPU would write it out as large as y.
-        bias = 0 if self.bias is None else jnp.tile(self.bias[...], self.stride)
-        y = self._strides(x).reshape(batch, -1, self.stride * self.out_channels) + bias
+        y = self._strides(x).reshape(batch, -1, self.stride * self.out_channels)
+        if self.bias is not None:
+            y += jnp.tile(self.bias[None, None], self.stride)
         y = y.reshape(batch, -1, self.out_channels)
         return state, y[:, self.lookahead : self.lookahead + time * self.stride]
 

@@ -24,6 +24,12 @@ ACTIVATIONS = {
 }
 
 
+def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
+    # Flax promotes bfloat16 to float32 for the statistics, which `jax_numpy_dtype_promotion="strict"` refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        return norm(x)
+
+
 class TransformerLayer(StreamingLayer):
     """Attention and an MLP, each after a norm. LayerScale (arXiv 2103.17239) scales the channels of both."""
 
@@ -55,10 +61,10 @@ class TransformerLayer(StreamingLayer):
     def step(
         self, state: AttentionState | None, x: Float[Array, "batch time features"], lengths: Lengths = None
     ) -> tuple[AttentionState | None, Float[Array, "batch time features"]]:
-        state, y = self.attention.step(state, self.attention_norm(x), lengths)
-        x = x + self.attention_scale[...] * y
-        y = self.mlp_out(ACTIVATIONS[self.hidden_act](self.mlp_in(self.mlp_norm(x))))
-        return state, x + self.mlp_scale[...] * y
+        state, y = self.attention.step(state, _normalize(self.attention_norm, x), lengths)
+        x = x + self.attention_scale[None, None] * y
+        y = self.mlp_out(ACTIVATIONS[self.hidden_act](self.mlp_in(_normalize(self.mlp_norm, x))))
+        return state, x + self.mlp_scale[None, None] * y
 
 
 class Transformer(Chain):

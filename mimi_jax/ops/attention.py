@@ -55,7 +55,7 @@ def banded_attention(query, key, value, *, window):
         x = x.reshape(batch, num_windows + 1, window, *x.shape[2:])
         return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
 
-    positions = jnp.arange(num_windows)[:, None, None] * window + jnp.arange(-window, window)
+    positions = jnp.arange(num_windows)[:, None, None] * window + jnp.arange(-window, window)[None, None]
     mask = visible(positions[:, 0, window:, None], positions, 0, window)
     out = _attend(query, with_window_before(key), with_window_before(value), mask)
     return out.reshape(batch, num_windows * window, heads, head_dim)[:, :time]

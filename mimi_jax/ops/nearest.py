@@ -30,6 +30,7 @@ def plain_search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Arra
     Returns:
         int32 [...].
     """
+    half_square = jnp.expand_dims(half_square, range(vectors.ndim - 1))
     # |v - e|^2 / 2 without the part that is the same for every e, and negated.
     return first_argmax(vectors @ embedding.T - half_square)
 

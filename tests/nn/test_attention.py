@@ -14,7 +14,7 @@ def test_rotate_turns_pairs_of_halves():
     x, positions, theta = noise(2, 5, 3, 8), np.array([3, 0, 1, 2, 100]), 50.0
     angles = positions[:, None] * theta ** -(np.arange(4) / 4)
     expected = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, None]
-    actual = rotate(jnp.asarray(x), turns(101, 8, theta)[positions])
+    actual = rotate(jnp.asarray(x), turns(101, 8, theta)[None, positions])
     assert relative_error(actual, np.concatenate([expected.real, expected.imag], axis=-1)) < 1e-6
 
 
@@ -23,12 +23,12 @@ def test_only_relative_positions_matter(shift: int):
     query, key = (jnp.asarray(noise(1, 6, 2, 8, seed=seed)) for seed in (1, 2))
 
     def scores(first: int) -> jax.Array:
-        turn = turns(256, 8, 1e4)[first : first + 6]
+        turn = turns(256, 8, 1e4)[None, first : first + 6]
         rotated = rotate(query, turn), rotate(key, turn)
         return jnp.einsum("bqhd,bkhd->bhqk", *rotated)
 
     assert relative_error(scores(shift), scores(0)) < 1e-5
-    assert relative_error(rotate(query, turns(1, 8, 1e4)), query) == 0
+    assert relative_error(rotate(query, turns(1, 8, 1e4)[None]), query) == 0
 
 
 def test_attention_forgets_after_its_window():
