@@ -1,7 +1,7 @@
-"""How good a codec is on one's own audio: measures by the number of codebooks, as a table and a picture.
+"""How good a model is on your own audio: several measures for each number of codebooks.
 
-SI-SDR, a mel distance, STOI (pystoi) and ViSQOL (visqol-python) compare what comes out with what went in;
-the perplexity of a codebook says how many of its codes are in use.
+SI-SDR, a mel distance, STOI (pystoi) and ViSQOL (visqol-python) compare decoded audio with the original.
+The perplexity of a codebook says how many of its codes are in use.
 """
 
 import json
@@ -11,20 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import soxr
 
-from mimi_jax.files.audio import pad_batch
+from mimi_jax.checkpoint import code_spec
+from mimi_jax.files.batches import pad_batch
+from mimi_jax.files.corpus import Clip, read_crop
 from mimi_jax.model import Mimi, decode, encode
 from mimi_jax.quality.metrics import si_sdr
 from mimi_jax.quality.spectrum import WINDOWS, mel_distance
-from mimi_jax.train.data import Clip, read_crop
 
 VISQOL_RATE = 16_000  # Hz, of its speech mode
 
 
 class Quality(NamedTuple):
-    """Means over clips."""
+    """The quality for one number of codebooks. All measures are means over clips."""
 
     num_quantizers: int
-    kbits: float  # a second
+    kbits: float  # per second
     si_sdr: float  # dB
     mel_distance: float  # dB, see `mimi_jax.quality.spectrum.mel_distance`
     stoi: float  # 0 to 1
@@ -40,50 +41,51 @@ class Evaluation(NamedTuple):
 
 
 def default_counts(num_quantizers: int, num_semantic: int) -> list[int]:
-    """Numbers of codebooks worth comparing: the fewest, half of all, all, and powers of two."""
+    """Return numbers of codebooks worth comparing: the smallest, half of all, all, and powers of two."""
     powers = {2**power for power in range(num_quantizers.bit_length())}
     counts = powers | {num_semantic, num_quantizers // 2, num_quantizers}
     return sorted(count for count in counts if num_semantic <= count <= num_quantizers)
 
 
 def evaluate(model: Mimi, clips: Iterable[Clip], counts: Sequence[int]) -> Evaluation:
-    """Encode and decode clips with several numbers of codebooks.
+    """Encode and decode clips with several numbers of codebooks, and measure the quality.
 
     Args:
-        clips: from `mimi_jax.train.data.find_clips`; channels are mixed to the model's.
+        model: the whole model.
+        clips: from `mimi_jax.files.corpus.find_clips`; their channels are mixed to those of the model.
         counts: numbers of codebooks.
 
     Raises:
-        ValueError: no clips, or codebooks that the model does not have.
+        ValueError: there are no clips, or the model does not have that many codebooks.
     """
     config = model.config
-    scores: dict[int, list[tuple[float, ...]]] = {count: [] for count in sorted(counts)}
+    kbits = {count: code_spec(model, count).kbits for count in sorted(counts)}
+    scores: dict[int, list[tuple[float, ...]]] = {count: [] for count in kbits}
     usage = np.zeros((config.num_quantizers, config.codebook_size))
-    for count in scores:
-        model.quantizer.resolve_count(count)
     num_clips, num_samples, visqol = 0, 0, _make_visqol()
     for clip in clips:
-        audio = read_crop(
-            clip, 0.0, round(clip.num_samples * config.sampling_rate / clip.sampling_rate), config
-        )
+        length = round(clip.num_samples * config.sampling_rate / clip.sampling_rate)
+        audio = read_crop(clip, 0.0, length, config)
         batch, mask = pad_batch([audio], config.frame_size)
         codes, codes_mask = encode(model, batch, mask)
         for level, level_codes in enumerate(np.asarray(codes[0, :, np.asarray(codes_mask[0])]).T):
             usage[level] += np.bincount(level_codes, minlength=config.codebook_size)
         for count, rows in scores.items():
-            decoded = decode(model, codes[:, :count], mask).audio_values
-            rows.append(
-                _compare(audio, np.asarray(decoded)[0, :, : audio.shape[1]], config.sampling_rate, visqol)
-            )
-        num_clips, num_samples = num_clips + 1, num_samples + audio.shape[1]
+            decoded = np.asarray(decode(model, codes[:, :count], mask).audio_values)[0, :, :length]
+            rows.append(_compare(audio, decoded, config.sampling_rate, visqol))
+        num_clips, num_samples = num_clips + 1, num_samples + length
     if num_clips == 0:
-        raise ValueError("there are no clips to evaluate on")
-    bits = config.sampling_rate / config.frame_size * np.log2(config.codebook_size) / 1000
-    qualities = [Quality(count, count * bits, *np.mean(rows, axis=0)) for count, rows in scores.items()]
+        raise ValueError("there are no clips to evaluate the model on; give at least one")
+    qualities = [Quality(count, kbits[count], *np.mean(rows, axis=0)) for count, rows in scores.items()]
+    seconds = num_samples / config.sampling_rate
+    return Evaluation(num_clips, seconds, config.codebook_size, qualities, _perplexities(usage))
+
+
+def _perplexities(usage: np.ndarray) -> list[float]:
+    """Compute exp(entropy) of each codebook from how often each code occurred, [codebooks, codes]."""
     shares = usage / usage.sum(axis=1, keepdims=True)
     entropy = -np.sum(shares * np.log(np.maximum(shares, 1e-12)), axis=1)
-    seconds = num_samples / config.sampling_rate
-    return Evaluation(num_clips, seconds, config.codebook_size, qualities, list(np.exp(entropy)))
+    return list(np.exp(entropy))
 
 
 def _make_visqol() -> Any:
@@ -95,6 +97,7 @@ def _make_visqol() -> Any:
 
 
 def _compare(real: np.ndarray, fake: np.ndarray, sampling_rate: int, visqol: Any) -> tuple[float, ...]:
+    """Compute the measures of `Quality`, in their order, for audio [channels, samples]."""
     from pystoi import stoi
 
     mono = [channels.mean(axis=0) for channels in (real, fake)]
@@ -108,13 +111,13 @@ def _compare(real: np.ndarray, fake: np.ndarray, sampling_rate: int, visqol: Any
 
 
 def _mel_distance(real: np.ndarray, fake: np.ndarray, sampling_rate: int) -> float:
-    """Computed with silence behind both clips, which adds nothing, so that few lengths are compiled."""
+    """Pad both clips with silence, so that few lengths are compiled. The padding adds no difference."""
     padded, _ = pad_batch([real, fake], max(WINDOWS))
     return float(mel_distance(*padded, sampling_rate)) * padded.shape[-1] / real.shape[-1]
 
 
 def table(evaluation: Evaluation) -> str:
-    """Markdown."""
+    """Return the qualities as a table in Markdown."""
     lines = [
         "| codebooks | kbit/s | SI-SDR (dB) | mel distance (dB) | STOI | ViSQOL |",
         "|---|---|---|---|---|---|",

@@ -1,16 +1,20 @@
-"""How close decoded audio is to the original. NumPy only."""
+"""How close decoded audio is to the original."""
 
 import numpy as np
 
 
 def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv 1811.02508).
+    """Compute the scale-invariant signal-to-distortion ratio (Le Roux et al., arXiv 1811.02508).
 
     Args:
-        reference, estimate: float, of one shape. All channels count as one signal.
+        reference, estimate: float arrays of the same shape. All channels count as one signal.
 
     Returns:
-        Higher is better; infinite for a scaled copy, NaN where the reference is silent.
+        The ratio in dB. Higher is better. It is infinite for a scaled copy, and NaN if the reference is
+        silent.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if reference.shape != estimate.shape:
         raise ValueError(

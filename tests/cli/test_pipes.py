@@ -1,4 +1,4 @@
-"""`mimi-jax encode -` and `decode -` on real pipes: live, cut short, interrupted, abandoned."""
+"""`mimi-jax encode -` and `decode -` on real pipes that are live, cut short, interrupted or closed early."""
 
 import fcntl
 import functools
@@ -27,9 +27,9 @@ from tests.models import load_fixture
 
 ROOT = Path(__file__).parents[2]
 FRAME = 16  # samples, in the models here
-NUM_FRAMES, NUM_LAST = 11, 5
+NUM_FRAMES, NUM_LAST = 11, 5  # whole frames, and samples after them
 NUM_SAMPLES = NUM_FRAMES * FRAME + NUM_LAST
-PACKET = 3  # bytes of a frame: a letter, and four codes of four bits
+PACKET = 3  # bytes per frame of a code stream: a letter, and four codes of four bits
 DTYPES = {"s16le": "<i2", "f32le": "<f4"}
 INTERRUPTED = "error: interrupted; all input before the signal was processed\n"
 
@@ -41,9 +41,9 @@ class Run(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """Audio, and all that the commands should make of it."""
+    """Audio, and what the commands should make of it."""
 
-    audio: np.ndarray  # [channels, samples], of 16-bit numbers
+    audio: np.ndarray  # [channels, samples], exact in 16 bits
     codes: np.ndarray  # [codebooks, frames]
     stream: bytes
     decoded: np.ndarray  # [channels, samples]
@@ -103,11 +103,11 @@ def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbina
     return run
 
 
-# the processes
+# processes
 
 
 class Process(subprocess.Popen[bytes]):
-    """`mimi-jax`, with pipes that hold nothing back."""
+    """`mimi-jax` with pipes that are not buffered."""
 
     def feed(self, data: bytes) -> None:
         assert self.stdin is not None
@@ -116,10 +116,10 @@ class Process(subprocess.Popen[bytes]):
     def end_input(self) -> None:
         assert self.stdin is not None
         self.stdin.close()
-        self.stdin = None  # or communicate() would close it again
+        self.stdin = None  # communicate() would close it again
 
     def read(self, size: int) -> bytes:
-        """So many bytes, or all up to its end."""
+        """Read `size` bytes of its output, or what is left if it ends earlier."""
         assert self.stdout is not None
         data = b""
         while len(data) < size and (more := self.stdout.read(size - len(data))):
@@ -131,7 +131,7 @@ class Process(subprocess.Popen[bytes]):
         self.stdout.close()
 
     def interrupt(self, number: int = signal.SIGINT) -> None:
-        """Ctrl-C, or another signal, once it has read all that it was fed."""
+        """Send a signal, such as Ctrl-C, as soon as the process has read all its input."""
         assert self.stdin is not None
         while self.poll() is None and fcntl.ioctl(self.stdin, termios.FIONREAD, bytes(4)) != bytes(4):
             time.sleep(0.01)
@@ -139,7 +139,7 @@ class Process(subprocess.Popen[bytes]):
         self.wait()
 
     def finish(self) -> Run:
-        """What is left of its output, once its input has ended."""
+        """End its input, and return its status and the rest of its output."""
         stdout, stderr = self.communicate()
         return Run(self.returncode, stdout, stderr.decode())
 
@@ -150,7 +150,7 @@ StartPipeline = Callable[..., tuple[Process, Process]]
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The processes share what they compile."""
+    """An environment in which the processes share compiled programs."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     cache = str(tmp_path_factory.mktemp("cache"))
     return own | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": cache}
@@ -158,7 +158,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def start(models: Path, environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
-    """Start a command in an empty folder; what hangs is killed after two minutes."""
+    """Start commands in an empty folder. A command that hangs is killed after five minutes."""
     processes: list[Process] = []
 
     def start(*words: str, model: str = "base", stdin=subprocess.PIPE) -> Process:
@@ -178,7 +178,7 @@ def start(models: Path, environment: dict[str, str], tmp_path: Path) -> Iterator
         for process in processes:
             process.kill()
 
-    timer = threading.Timer(120, kill)
+    timer = threading.Timer(300, kill)
     timer.start()
     yield start
     timer.cancel()
@@ -195,7 +195,7 @@ def start_pipeline(start: Start) -> StartPipeline:
     def start_pipeline(*words: str, **options) -> tuple[Process, Process]:
         encoder = start("encode", "-", *words, **options)
         decoder = start("decode", "-", *words, **{**options, "stdin": encoder.stdout})
-        encoder.close_output()  # which the decoder alone holds now
+        encoder.close_output()  # now only the decoder holds it
         return encoder, decoder
 
     return start_pipeline
@@ -244,13 +244,13 @@ def test_each_frame_comes_out_before_the_next_goes_in(start: Start):
     assert np.abs(np.frombuffer(pcm + tail, "<i2").astype(int) - expected).max() <= 1
 
 
-def test_a_sample_that_is_not_complete_is_left_out(run):
+def test_an_incomplete_sample_is_left_out(run):
     clip = make_clip()
     status, stream, stderr = run("encode", "-", stdin=clip.pcm + b"\1")
     assert (status, stream, stderr) == (0, clip.stream, "")
 
 
-def test_a_reader_that_goes_away_ends_the_pipeline_quietly(start_pipeline: StartPipeline):
+def test_a_closed_output_ends_the_pipeline_quietly(start_pipeline: StartPipeline):
     with open("/dev/zero", "rb") as silence:
         encoder, decoder = start_pipeline(stdin=silence)
     assert len(decoder.read(1000)) == 1000
@@ -262,7 +262,7 @@ def test_a_reader_that_goes_away_ends_the_pipeline_quietly(start_pipeline: Start
 # interrupts
 
 
-def test_an_interrupt_ends_a_stream_that_is_idle(start: Start):
+def test_an_interrupt_ends_an_idle_stream(start: Start):
     process = start("encode", "-")
     process.feed(make_clip().pcm)
     process.interrupt()
@@ -283,7 +283,7 @@ def test_an_interrupt_keeps_a_recording(start: Start, tmp_path: Path):
 
 
 def test_an_interrupted_decoder_keeps_the_frames_that_came(start: Start, tmp_path: Path):
-    """As a recording would, although the stream has no end."""
+    """Like a recording, although the end of the stream is missing."""
     process = start("decode", "-", "-o", "out.wav")
     process.feed(make_clip().stream[:-PACKET])
     process.interrupt()
@@ -312,8 +312,8 @@ def test_a_signal_stops_the_work_on_a_file(run, tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["in.wav"]
 
 
-def test_a_signal_that_is_ignored_stays_so(run, monkeypatch: pytest.MonkeyPatch):
-    """As for a program in the background, whom a Ctrl-C does not mean."""
+def test_a_signal_that_is_ignored_stays_ignored(run, monkeypatch: pytest.MonkeyPatch):
+    """A shell ignores Ctrl-C in this way for a program in the background."""
     warmup = StreamingEncoder.warmup
 
     def interrupt(encoder: StreamingEncoder) -> None:
@@ -329,7 +329,7 @@ def test_a_signal_that_is_ignored_stays_so(run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_interrupt_of_a_pipeline_loses_nothing(start_pipeline: StartPipeline):
-    """The decoder hears of it first, and still waits for the encoder, whose own input goes on."""
+    """The decoder gets the signal first. It must still wait for the encoder, whose input does not end."""
     encoder, decoder = start_pipeline()
     encoder.feed(make_clip().pcm)
     assert len(decoder.read(2 * NUM_FRAMES * FRAME)) == 2 * NUM_FRAMES * FRAME
@@ -394,7 +394,7 @@ def test_fewer_codebooks_on_pipes(run):
     assert (status, len(pcm), stderr) == (0, 2 * NUM_SAMPLES, "")
 
 
-def test_no_audio_is_a_stream_of_no_frames_and_no_file(run, tmp_path: Path):
+def test_no_audio_makes_an_empty_stream_but_no_file(run, tmp_path: Path):
     assert run("encode", "-") == (0, make_clip().header + b"E", "")
     assert run("decode", "-", stdin=make_clip().header + b"E") == (0, b"", "")
     error = "mimi-jax encode: error: a code file must hold the codes of at least one sample, got none\n"
@@ -415,7 +415,7 @@ def test_a_stream_cut_short_gives_its_whole_frames_and_no_file(run, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_no_raw_audio(run, tmp_path: Path):
+def test_an_audio_file_is_not_raw_audio(run, tmp_path: Path):
     mimi_jax.save_audio(tmp_path / "in.wav", make_clip().audio)
     status, stdout, stderr = run(
         "encode", "-", "-o", "codes.safetensors", stdin=(tmp_path / "in.wav").read_bytes()
@@ -425,7 +425,7 @@ def test_a_file_is_no_raw_audio(run, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.wav"]
 
 
-def test_samples_that_are_no_numbers_end_a_stream(run):
+def test_nan_ends_a_stream(run):
     nan = np.full((1, FRAME), np.nan, np.float32)
     audio = np.concatenate([make_clip().audio[:, : NUM_FRAMES * FRAME], nan], axis=1)
     status, stream, stderr = run("encode", "-", "--format", "f32le", stdin=to_pcm(audio, "f32le"))
@@ -435,12 +435,12 @@ def test_samples_that_are_no_numbers_end_a_stream(run):
 
 
 @pytest.mark.parametrize("stdin", [b"RIFF\x24\0\0\0WAVEfmt ", bytes(1000)])
-def test_what_is_no_code_stream(run, stdin: bytes):
+def test_input_that_is_not_a_code_stream(run, stdin: bytes):
     error = "mimi-jax decode: error: the input is not a code stream, which `mimi-jax encode -` makes\n"
     assert run("decode", "-", stdin=stdin) == (1, b"", error)
 
 
-def test_nothing_came_in(run, tmp_path: Path):
+def test_no_input(run, tmp_path: Path):
     assert "error: nothing came in: what comes before in the pipeline" in run("decode", "-").stderr
     error = "mimi-jax decode: error: cannot write out.wav: there is no audio to write\n"
     assert run("decode", "-", "-o", "out.wav", stdin=make_clip().header + b"E") == (1, b"", error)
@@ -498,14 +498,14 @@ def test_bad_usage(run, tmp_path: Path, words: list[str], error: str):
 
 
 @pytest.mark.parametrize("words", [["encode", "-"], ["decode", "-", "-o", "out.wav"]])
-def test_a_terminal_gives_no_audio(run, monkeypatch: pytest.MonkeyPatch, words: list[str]):
+def test_a_terminal_is_not_an_input(run, monkeypatch: pytest.MonkeyPatch, words: list[str]):
     monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 0)
     error = "- reads from a pipe, but standard input is a terminal; name a file"
     assert run(*words) == (2, b"", f"mimi-jax {words[0]}: error: {error}\n")
 
 
 @pytest.mark.parametrize("words", [["encode", "-"], ["decode", "-"], ["encode", "in.wav", "-o", "-"]])
-def test_a_terminal_takes_no_audio(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]):
+def test_a_terminal_is_not_an_output(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]):
     (tmp_path / "in.wav").touch()
     monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 1)
     error = "the output is binary, but standard output is a terminal; name a file with -o"
