@@ -35,7 +35,7 @@ import psutil
 from IPython.display import Audio
 
 import mimi_jax
-from mimi_jax.streams.chunks import encode_blocks
+from mimi_jax.streams.chunks import encode_chunks
 
 print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi"
@@ -143,8 +143,8 @@ print("row 2 started anew, and the session went on where it was")
 # %% [markdown]
 # ## An hour in constant memory
 #
-# A file of hours is a stream too. `encode_blocks` takes pieces from any iterable, here an hour of them, and
-# yields codes in blocks of four seconds.
+# A file of hours is a stream too. `encode_chunks` takes pieces from any iterable, here an hour of them, and
+# yields codes in chunks of four seconds.
 
 # %%
 MINUTES = 60
@@ -154,7 +154,7 @@ hour = itertools.islice(
     itertools.cycle(np.split(clip, range(rate, clip.shape[1], rate), axis=1)), 10 * MINUTES * 7
 )
 start = time.perf_counter()
-for _, num_samples in encode_blocks(model, hour, num_quantizers=8):
+for _, num_samples in encode_chunks(model, hour, num_quantizers=8):
     samples += num_samples
     memory.append((samples / rate / 60, process.memory_info().rss / 2**20))
     if samples >= MINUTES * 60 * rate:

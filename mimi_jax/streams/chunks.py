@@ -1,9 +1,12 @@
-"""Code clips of any length in blocks of one size, through the streaming state.
+"""Encode and decode clips of any length in chunks of one size, through the streaming state.
 
-One compiled program serves every length, and memory does not grow with the length (a model that cannot
-stream codes whole clips, padded to a few lengths). A block is a step of a
-stream, so in float32 the numbers are those of `encode` and `decode` on the whole clip. A `StreamingEncoder`
-gives each frame as soon as it is complete; this waits for whole blocks, and is faster for it.
+One compiled program serves every length, and the memory does not grow with the length. Each chunk is a step
+of a stream, so in float32 the codes and the audio are those of `encode` and `decode` on the whole clip. A
+`StreamingEncoder` gives each frame as soon as it is complete. The functions here wait for a whole chunk, and
+are faster for it.
+
+A model that cannot stream (`config.is_streamable`) gets the whole clip at once, padded to one of a few
+lengths.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,34 +14,33 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from mimi_jax.files.batches import bucket_length, pad_batch
-from mimi_jax.files.codes import check_range
 from mimi_jax.model import Mimi, decode, decode_step, encode, encode_step
-from mimi_jax.streams.push import fresh_state
+from mimi_jax.streams.push import codes_as_numpy, fresh_state
 
-BLOCK_FRAMES = 50  # 4 s: longer blocks are no faster on a CPU, and make a short clip pay for more padding
+# 4 s. Longer chunks are not faster on a CPU, and a short clip would be padded more.
+CHUNK_FRAMES = 50
 
 
-def encode_blocks(
+def encode_chunks(
     model: Mimi, pieces: Iterable[np.ndarray], num_quantizers: int | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Encode a clip of any length, in float32 to exactly the codes that `encode` gives.
-
-    A model that cannot stream (`config.is_streamable`) encodes the clip whole.
+    """Encode a clip of any length. In float32 the codes are exactly those of `encode`.
 
     Args:
+        model: a model with an encoder.
         pieces: the clip in pieces of any length, float [channels, samples] in [-1, 1], at
             `config.sampling_rate`.
         num_quantizers: how many codebooks to use, the first ones; None for all.
 
     Yields:
-        int32 [codebooks, frames], block by block, and how many samples they are of: together
-        frames = ceil(samples / frame_size).
+        int32 [codebooks, frames], chunk by chunk, and the number of samples that these codes stand for. All
+        together, frames = ceil(samples / frame_size).
 
     Raises:
-        ValueError: for other shapes or dtypes, and for codebooks the model does not have.
+        ValueError: a piece has another shape or dtype, there are no samples, or the model has fewer
+            codebooks.
     """
-    # Resolved here, since None and the number of all codebooks would be two programs.
-    num_quantizers = model.config.num_quantizers if num_quantizers is None else num_quantizers
+    # None and the number of all codebooks would be two programs.
     num_quantizers = model.quantizer.resolve_count(num_quantizers)
     if not model.config.is_streamable:
         audio, mask = pad_batch([np.concatenate(list(pieces), axis=1)], model.config.frame_size)
@@ -46,32 +48,33 @@ def encode_blocks(
         codes = encode(model, audio, mask, num_quantizers).audio_codes
         yield np.asarray(codes)[0, :, : model.encoded_length(length)], length
         return
-    size = BLOCK_FRAMES * model.config.frame_size
+    size = CHUNK_FRAMES * model.config.frame_size
     state = fresh_state(model.init_encoder_state, 1)
-    for block in _blocks(pieces, size):
-        length = block.shape[1]
-        audio = np.pad(block, [(0, 0), (0, size - length)])
-        # Full blocks get a mask too: without one they would need a program of their own.
+    for chunk in _chunks(pieces, size):
+        length = chunk.shape[1]
+        audio = np.pad(chunk, [(0, 0), (0, size - length)])
+        # Full chunks get a mask too. Without it they would need a program of their own.
         mask = np.arange(size)[None] < length
         state, codes = encode_step(model, state, audio[None], mask, num_quantizers=num_quantizers)
         yield np.asarray(codes)[0, :, : model.encoded_length(length)], length
 
 
-def decode_blocks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Decode codes of any length, in float32 to the audio that `decode` gives.
-
-    A model that cannot stream (`config.is_streamable`) decodes them whole.
+def decode_chunks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Decode codes of any length. In float32 the audio is that of `decode`.
 
     Args:
-        pieces: the codes in pieces of any length, int [codebooks, frames], of all or the first codebooks.
+        model: a model with a decoder.
+        pieces: the codes in pieces of any length, int [codebooks, frames], of all codebooks or the first
+            ones.
 
     Yields:
-        float32 [channels, samples], block by block, frame_size samples a frame.
+        float32 [channels, samples], chunk by chunk, with frame_size samples for each frame.
 
     Raises:
-        ValueError: for other shapes or dtypes, and for codes or codebooks the model does not have.
+        ValueError: a piece has another shape or dtype, there are no frames, or the model does not have such
+            codes or codebooks.
     """
-    pieces = (_check_codes(model, piece) for piece in pieces)
+    pieces = (codes_as_numpy(model, piece)[0] for piece in pieces)
     if not model.config.is_streamable:
         codes = np.concatenate(list(pieces), axis=1)
         length, frame_size = codes.shape[1], model.config.frame_size
@@ -81,16 +84,16 @@ def decode_blocks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndar
         yield np.asarray(audio, np.float32)[0, :, : length * frame_size]
         return
     state = fresh_state(model.init_decoder_state, 1)
-    for block in _blocks(pieces, BLOCK_FRAMES):
-        length = block.shape[1]
-        # No layer looks ahead, so what follows the last frame cannot reach it.
-        codes = np.pad(block, [(0, 0), (0, BLOCK_FRAMES - length)])
+    for chunk in _chunks(pieces, CHUNK_FRAMES):
+        length = chunk.shape[1]
+        # No layer looks ahead, so the padding after the last frame does not change its audio.
+        codes = np.pad(chunk, [(0, 0), (0, CHUNK_FRAMES - length)])
         state, audio = decode_step(model, state, codes[None])
         yield np.asarray(audio, np.float32)[0, :, : length * model.config.frame_size]
 
 
-def _blocks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Cut what arrives, [rows, any], anew: into [rows, size], and what is left at the end."""
+def _chunks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Join pieces [rows, any] and cut them into chunks [rows, size]. The last chunk may be shorter."""
     pending: list[np.ndarray] = []
     total = length = 0
     for piece in pieces:
@@ -103,16 +106,8 @@ def _blocks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             ready = np.concatenate(pending, axis=1)
             length %= size
             yield from np.split(ready[:, : ready.shape[1] - length], ready.shape[1] // size, axis=1)
-            pending = [ready[:, ready.shape[1] - length :].copy()]  # or it would keep all of it
+            pending = [ready[:, ready.shape[1] - length :].copy()]  # a view would keep all of `ready`
     if length:
         yield np.concatenate(pending, axis=1)
     elif not total:
-        raise ValueError("there is nothing to code: the clip has no samples")
-
-
-def _check_codes(model: Mimi, codes: np.ndarray) -> np.ndarray:
-    if codes.dtype.kind not in "iu" or codes.ndim != 2:
-        raise ValueError(f"codes must be integers [codebooks, frames], got {codes.dtype} {list(codes.shape)}")
-    model.quantizer.resolve_count(len(codes))
-    check_range(codes, model.config.codebook_size)
-    return codes.astype(np.int32)
+        raise ValueError("the clip is empty, so there is nothing to encode or decode")

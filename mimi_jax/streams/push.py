@@ -1,42 +1,46 @@
-"""Streams that are pushed in pieces of any length, for the Python code around JAX.
+"""Streams that take pieces of any length, for the Python code around JAX.
 
-Inside `jit`, use `encode_step` and `decode_step`. The classes here keep the state for them, cut what
-comes into frames, flatten the model once instead of in each step, and let each step write its state into
-the memory of the one before.
+Inside `jit`, use `encode_step` and `decode_step`. The classes here keep the state for these functions and cut
+the pieces into frames. They flatten the model once instead of in each step, and each step writes its state
+into the memory of the state before it.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mimi_jax.boundary import check_is_floating
 from mimi_jax.files.codes import check_range
-from mimi_jax.model import Mimi, decode_step, encode_step
+from mimi_jax.model import DecoderState, EncoderState, Mimi, decode_step, encode_step
+from mimi_jax.nn.streaming import State
 
-# Frames in a step, longest first. What has piled up goes eight at a time, several times as fast as one by
-# one; longer steps gain little more, and each length is one more program to compile.
+# Frames per step, longest first. If many frames are waiting, eight at a time are several times as fast as one
+# at a time. Longer steps would gain little, and each length is one more program to compile.
 STEP_FRAMES = (8, 1)
 
 
-class _Stream:
-    """What both directions share: a batch of streams, which go on together, and may have stopped."""
+class _Stream(Generic[State]):
+    """What both directions share: a batch of streams that continue together, and that may have stopped."""
 
-    def __init__(self, model: Mimi, init_state: Callable[[int], Any], batch_size: int):
+    def __init__(self, model: Mimi, init_state: Callable[[int], State], batch_size: int):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
-        self.config, self.batch_size = model.config, batch_size
+        self.config, self.batch_size, self._model = model.config, batch_size, model
         self._parameters, self._structure = jax.tree.flatten(model)
-        self._fresh_state = functools.partial(fresh_state, init_state, batch_size)
+        self._init_state = init_state
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, as if nothing had been pushed yet."""
-        self._state, self._stopped = self._fresh_state(), None
+        """Start new streams, as if nothing had been pushed yet."""
+        self._state, self._stopped = self._fresh_state(), ""
+
+    def _fresh_state(self) -> State:
+        return fresh_state(self._init_state, self.batch_size)
 
     def _check_not_stopped(self) -> None:
         if self._stopped:
@@ -44,34 +48,32 @@ class _Stream:
 
     @contextlib.contextmanager
     def _stepping(self) -> Iterator[None]:
-        """Unless all steps inside succeed, the state is gone: its memory was given away."""
+        """Stop the stream unless all steps inside succeed: the memory of the old state was given away."""
         self._stopped = "the stream broke off in the middle of a push"
         yield
-        self._stopped = None
+        self._stopped = ""
 
 
-class StreamingEncoder(_Stream):
-    """Encode a stream that is pushed in pieces of any length.
+class StreamingEncoder(_Stream[EncoderState]):
+    """Encode a stream that arrives in pieces of any length.
 
         encoder = StreamingEncoder(model)
         for piece in microphone:
             codes = encoder.push(piece)  # None while no frame is complete
         codes = encoder.flush()  # the last, partial frame, or None
 
-    All codes together are those of `encode` on the whole clip, in float32.
+    In float32, all codes together are those of `encode` on the whole clip.
 
     Args:
-        model: a codec that can stream and has its encoder.
-        batch_size: streams that are pushed together, in pieces of the same length.
+        model: a model with an encoder, that can stream.
+        batch_size: how many streams are pushed together, in pieces of the same length.
         num_quantizers: how many codebooks to use, the first ones; None for all.
 
     Raises:
-        ValueError: the model cannot stream, has no encoder, or not so many codebooks.
+        ValueError: the model cannot stream, has no encoder, or has fewer codebooks.
     """
 
     def __init__(self, model: Mimi, batch_size: int = 1, num_quantizers: int | None = None):
-        if num_quantizers is None:
-            num_quantizers = model.config.num_quantizers
         self.num_quantizers = model.quantizer.resolve_count(num_quantizers)
         super().__init__(model, model.init_encoder_state, batch_size)
 
@@ -80,28 +82,27 @@ class StreamingEncoder(_Stream):
         self._pending = np.zeros((self.batch_size, self.config.audio_channels, 0), np.float32)
 
     def warmup(self) -> None:
-        """Compile all that `push` and `flush` will run. The stream stays as it is."""
+        """Compile everything that `push` and `flush` run. The stream does not change."""
         for frames in STEP_FRAMES:
             num_samples = frames * self.config.frame_size
             silence = np.zeros((self.batch_size, self.config.audio_channels, num_samples), np.float32)
             state = self._fresh_state()
-            for _ in range(2):  # where the arrays of a state lie may change with the first step
+            for _ in range(2):  # the first step may change on which devices the arrays of a state are
                 state, _ = self._step(state, silence, num_samples)
 
     def push(self, audio: ArrayLike) -> np.ndarray | None:
-        """Go on by some samples: none, or minutes of them.
+        """Continue the streams by any number of samples, from none to minutes.
 
         Args:
-            audio: float [batch, channels, samples] in [-1, 1], at `config.sampling_rate`; or [samples],
-                of one stream with one channel.
+            audio: float [batch, channels, samples] in [-1, 1], at `config.sampling_rate`. A single stream
+                with one channel may be [samples].
 
         Returns:
-            int32 [batch, codebooks, frames], every frame that is complete now and was not before; None if
-            there is none.
+            int32 [batch, codebooks, frames], the frames that these samples complete; None if there are none.
 
         Raises:
-            ValueError: audio of another shape or dtype, or not finite; the stream stays as it was.
-            RuntimeError: after `flush`, or after a push that broke off.
+            ValueError: the audio has another shape or dtype, or is not finite. The stream does not change.
+            RuntimeError: the stream was flushed, or broke off in an earlier push.
         """
         self._check_not_stopped()
         audio = np.concatenate([self._pending, self._check_audio(audio)], axis=2)
@@ -116,14 +117,14 @@ class StreamingEncoder(_Stream):
             return np.concatenate(codes, axis=2) if codes else None
 
     def flush(self) -> np.ndarray | None:
-        """End the stream.
+        """End the streams.
 
         Returns:
-            int32 [batch, codebooks, 1], the last frame where it is not a whole one, as `encode` ends a
-            clip; None if there is none.
+            int32 [batch, codebooks, 1], the last frame if it is not complete, with the codes that `encode`
+            gives it; None if the last frame was complete.
 
         Raises:
-            RuntimeError: after `flush`, or after a push that broke off.
+            RuntimeError: the stream was flushed already, or broke off in an earlier push.
         """
         self._check_not_stopped()
         length, codes = self._pending.shape[2], None
@@ -134,14 +135,14 @@ class StreamingEncoder(_Stream):
         self._stopped = "the stream has ended with flush()"
         return codes
 
-    def _step(self, state: Any, audio: np.ndarray, length: int) -> tuple[Any, jax.Array]:
-        """Step by whole frames, of which the first `length` samples are real."""
-        # The mask of a step without an end is True everywhere: `flush` needs no program of its own.
+    def _step(self, state: EncoderState, audio: np.ndarray, length: int) -> tuple[EncoderState, jax.Array]:
+        """Step by whole frames, in which the first `length` samples are real."""
+        # Every step gets a mask, so that `flush` does not need a program of its own.
         mask = np.broadcast_to(np.arange(audio.shape[2]) < length, (self.batch_size, audio.shape[2]))
         return _encode_step(self._structure, self._parameters, state, audio, mask, self.num_quantizers)
 
     def _check_audio(self, audio: ArrayLike) -> np.ndarray:
-        """As float32 [batch, channels, samples]."""
+        """The audio as float32 [batch, channels, samples]."""
         array = np.asarray(audio)
         batch, channels = self.batch_size, self.config.audio_channels
         if array.ndim == 1 and batch == channels == 1:
@@ -152,66 +153,64 @@ class StreamingEncoder(_Stream):
                 f"audio must be [batch={batch}, channels={channels}, samples]{short}, got"
                 f" {list(np.shape(audio))}"
             )
-        if not jnp.issubdtype(array.dtype, np.floating):
-            raise ValueError(
-                f"audio must be floating point in [-1, 1], got {array.dtype}; divide int16 by 32768"
-            )
+        check_is_floating(array)
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise ValueError("audio has samples that are NaN or infinite, which the stream would remember")
+            raise ValueError(
+                "audio has samples that are NaN or infinite, which would spoil the state of the stream"
+            )
         return array
 
 
-class StreamingDecoder(_Stream):
-    """Decode a stream that is pushed in pieces of any number of frames.
+class StreamingDecoder(_Stream[DecoderState]):
+    """Decode a stream that arrives in pieces of any number of frames.
 
         decoder = StreamingDecoder(model)
         audio = decoder.push(codes)
 
-    All audio together is that of `decode` on the codes of the whole clip. There is nothing to flush: each
-    frame gives its samples at once.
+    All audio together is that of `decode` on the codes of the whole clip. Each frame gives its samples at
+    once, so there is no `flush`.
 
     Args:
-        model: a codec that can stream and has its decoder.
-        batch_size: streams that are pushed together.
+        model: a model with a decoder, that can stream.
+        batch_size: how many streams are pushed together.
 
     Raises:
-        ValueError: the model cannot stream or has no decoder.
+        ValueError: the model cannot stream, or has no decoder.
     """
 
     def __init__(self, model: Mimi, batch_size: int = 1):
-        self._check_count = model.quantizer.resolve_count
         super().__init__(model, model.init_decoder_state, batch_size)
 
     def warmup(self, num_quantizers: int | None = None) -> None:
-        """Compile all that `push` will run. The stream stays as it is.
+        """Compile everything that `push` runs. The stream does not change.
 
         Args:
-            num_quantizers: how many codebooks the codes will be of; None for all.
+            num_quantizers: how many codebooks the pushed codes will have; None for all.
         """
-        count = self._check_count(self.config.num_quantizers if num_quantizers is None else num_quantizers)
+        count = self._model.quantizer.resolve_count(num_quantizers)
         for frames in STEP_FRAMES:
             state, codes = self._fresh_state(), np.zeros((self.batch_size, count, frames), np.int32)
             for _ in range(2):  # as in the encoder
                 state, _ = _decode_step(self._structure, self._parameters, state, codes)
 
     def push(self, audio_codes: ArrayLike) -> np.ndarray | None:
-        """Go on by some frames: none, or minutes of them.
+        """Continue the streams by any number of frames, from none to minutes.
 
         Args:
-            audio_codes: int [batch, codebooks, frames], of all or the first codebooks; or
-                [codebooks, frames], of one stream.
+            audio_codes: int [batch, codebooks, frames], of all codebooks or the first ones. A single stream
+                may be [codebooks, frames].
 
         Returns:
-            float32 [batch, channels, frames * frame_size]; None for no frames.
+            float32 [batch, channels, frames * frame_size]; None if there are no frames.
 
         Raises:
-            ValueError: codes of another shape or dtype, or codes or codebooks that the model does not
-                have; the stream stays as it was.
-            RuntimeError: after a push that broke off.
+            ValueError: the codes have another shape or dtype, or the model does not have such codes or
+                codebooks. The stream does not change.
+            RuntimeError: the stream broke off in an earlier push.
         """
         self._check_not_stopped()
-        codes = self._check_codes(audio_codes)
+        codes = codes_as_numpy(self._model, audio_codes, self.batch_size)
         start, audio = 0, []
         with self._stepping():
             for frames in _steps(codes.shape[2]):
@@ -221,50 +220,64 @@ class StreamingDecoder(_Stream):
                 start += frames
             return np.concatenate(audio, axis=2) if audio else None
 
-    def _check_codes(self, audio_codes: ArrayLike) -> np.ndarray:
-        """As int32 [batch, codebooks, frames]."""
-        codes = np.asarray(audio_codes)
-        if codes.ndim == 2 and self.batch_size == 1:
-            codes = codes[None]
-        if codes.dtype.kind not in "iu" or codes.ndim != 3 or len(codes) != self.batch_size:
-            short = " or [codebooks, frames]" if self.batch_size == 1 else ""
-            raise ValueError(
-                f"codes must be integers [batch={self.batch_size}, codebooks, frames]{short}, got"
-                f" {codes.dtype} {list(np.shape(audio_codes))}"
-            )
-        self._check_count(codes.shape[1])
-        check_range(codes, self.config.codebook_size)
-        return codes.astype(np.int32)
+
+def codes_as_numpy(model: Mimi, audio_codes: ArrayLike, batch_size: int = 1) -> np.ndarray:
+    """Codes as int32 [batch, codebooks, frames], with their values checked, which compiled functions cannot
+    do.
+
+    Args:
+        model: the model to decode the codes with.
+        audio_codes: int [batch, codebooks, frames]. A single stream may be [codebooks, frames].
+        batch_size: how many streams there must be.
+
+    Raises:
+        ValueError: the codes have another shape or dtype, or the model does not have such codes or codebooks.
+    """
+    codes = np.asarray(audio_codes)
+    if codes.ndim == 2 and batch_size == 1:
+        codes = codes[None]
+    if codes.dtype.kind not in "iu" or codes.ndim != 3 or len(codes) != batch_size:
+        short = " or [codebooks, frames]" if batch_size == 1 else ""
+        raise ValueError(
+            f"codes must be integers [batch={batch_size}, codebooks, frames]{short}, got"
+            f" {codes.dtype} {list(np.shape(audio_codes))}"
+        )
+    model.quantizer.resolve_count(codes.shape[1])
+    check_range(codes, model.config.codebook_size)
+    return codes.astype(np.int32)
 
 
-def fresh_state(init_state: Callable[[int], Any], batch_size: int) -> Any:
-    """The state of fresh streams, which is all zeros, without compiling a program for each array of it."""
+def fresh_state(init_state: Callable[[int], State], batch_size: int) -> State:
+    """The state of fresh streams: zeros, made without compiling a program for each array."""
     shapes = jax.eval_shape(lambda: init_state(batch_size))
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def _steps(num_frames: int) -> Iterator[int]:
-    """The sizes of the steps that make up so many frames."""
+    """The lengths of the steps that make up `num_frames` frames."""
     for size in STEP_FRAMES:
         yield from [size] * (num_frames // size)
         num_frames %= size
 
 
-# All streams of one structure share the compiled programs; the old state's memory becomes the new one's.
+# All streams of models with the same structure share these programs. The new state takes the old one's
+# memory.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
 def _encode_step(
     structure: Any,
     parameters: list,
-    state: Any,
+    state: EncoderState,
     audio: jax.Array,
     padding_mask: jax.Array,
     num_quantizers: int,
-) -> tuple[Any, jax.Array]:
+) -> tuple[EncoderState, jax.Array]:
     return encode_step(jax.tree.unflatten(structure, parameters), state, audio, padding_mask, num_quantizers)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode_step(structure: Any, parameters: list, state: Any, codes: jax.Array) -> tuple[Any, jax.Array]:
+def _decode_step(
+    structure: Any, parameters: list, state: DecoderState, codes: jax.Array
+) -> tuple[DecoderState, jax.Array]:
     return decode_step(jax.tree.unflatten(structure, parameters), state, codes)

@@ -1,7 +1,8 @@
-"""Rows of a batch of streams: start them anew, and move them from batch to batch.
+"""Rows of a batch of streams: reset them, and move them from batch to batch.
 
-Each function is one map over the arrays of a state, whichever layers they belong to, since all of them
-have the batch on their first axis and are zero when fresh. `encode_step` and `decode_step` pause rows.
+Every array of a state has the batch on its first axis, and is zero when the streams are fresh. So each
+function is one map over all arrays, whatever layers they belong to. To pause rows, use the argument `active`
+of `encode_step` and `decode_step`.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from mimi_jax.arguments import check_rows
+from mimi_jax.boundary import check_rows
 from mimi_jax.nn.streaming import State, batch_size, select_rows
 
 
@@ -21,15 +22,15 @@ def reset_rows(state: State, rows: ArrayLike | Sequence[bool]) -> State:
 
     Args:
         state: from `init_encoder_state`, `init_decoder_state` or a step.
-        rows: bool [batch], True for the rows to start anew.
+        rows: bool [batch], True for the rows to reset.
 
     Returns:
-        The state to go on with, the other rows untouched.
+        The state to continue with. The other rows do not change.
 
     Raises:
         ValueError: `rows` is not bool [batch].
     """
-    if not jax.tree.leaves(state):  # of a layer that remembers nothing
+    if not jax.tree.leaves(state):  # the state of a layer that remembers nothing
         return state
     return _reset_rows(state, check_rows("rows", rows, batch_size(state)))
 
@@ -40,18 +41,18 @@ def _reset_rows(state: State, rows: jax.Array) -> State:
 
 
 def take_rows(state: State, rows: ArrayLike | Sequence[int]) -> State:
-    """Copy some streams out of a batch: to move them to another one, or to save them.
+    """Copy some streams out of a batch, to move them to another batch or to save them.
 
     Args:
         state: of a batch of streams.
         rows: int [count], or one integer: the numbers of the rows, from 0.
 
     Returns:
-        The state of these streams, a batch of their own, in the order of `rows`.
+        The state of a batch of these streams, in the order of `rows`.
 
     Raises:
-        ValueError: `rows` are not integers, or not all in [0, batch). Inside `jit` their values are not
-            known, and rows outside the batch give NaN.
+        ValueError: `rows` are not integers in [0, batch). Inside `jit` their values are not known, and a row
+            outside the batch gives NaN.
     """
     return _take_rows(state, _check_numbers(rows, batch_size(state)))
 
@@ -62,7 +63,7 @@ def _take_rows(state: State, rows: jax.Array) -> State:
 
 
 def put_rows(state: State, rows: ArrayLike | Sequence[int], streams: State) -> State:
-    """Put streams from elsewhere into rows of a batch, in place of those that were there.
+    """Replace some rows of a batch by other streams.
 
     Args:
         state: of a batch of streams.
@@ -70,22 +71,24 @@ def put_rows(state: State, rows: ArrayLike | Sequence[int], streams: State) -> S
         streams: the state of `count` streams of the same model, from `take_rows` or `load_state`.
 
     Returns:
-        The state to go on with, the other rows untouched.
+        The state to continue with. The other rows do not change.
 
     Raises:
-        ValueError: `rows` are not different integers in [0, batch), or `streams` do not fit: another
-            number of them, an encoder's state in a decoder's, another model's or another dtype. Inside
-            `jit` the values of `rows` are not known, and streams for rows outside the batch are dropped.
+        ValueError: `rows` are not distinct integers in [0, batch), or `streams` are of another number, model,
+            half or dtype. Inside `jit` the values of `rows` are not known, and a stream for a row outside the
+            batch is dropped.
     """
-    rows = _check_numbers(rows, batch_size(state), different=True)
+    rows = _check_numbers(rows, batch_size(state), distinct=True)
 
     def form(state: State, batch: int):
         return jax.tree.map(lambda leaf: ((batch, *leaf.shape[1:]), leaf.dtype), state)
 
     if form(streams, batch_size(streams)) != form(state, batch_size(streams)):
-        raise ValueError("streams must be a state of the same model, half and dtype as the batch's")
+        raise ValueError("streams must have the same model, half and dtype as the state that takes them")
     if batch_size(streams) != len(rows):
-        raise ValueError(f"there must be a stream for each row, got {batch_size(streams)} for {len(rows)}")
+        raise ValueError(
+            f"there must be one stream for each row, got {batch_size(streams)} streams for {len(rows)} rows"
+        )
     return _put_rows(state, rows, streams)
 
 
@@ -94,18 +97,18 @@ def _put_rows(state: State, rows: jax.Array, streams: State) -> State:
     return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state, streams)
 
 
-def _check_numbers(rows: ArrayLike | Sequence[int], batch: int, different: bool = False) -> jax.Array:
-    """Row numbers as int32 [count]; inside `jit` their values are not known, and not checked."""
+def _check_numbers(rows: ArrayLike | Sequence[int], batch: int, distinct: bool = False) -> jax.Array:
+    """Row numbers as int32 [count]. Inside `jit` their values are not known, so they are not checked."""
     numbers = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     if not jnp.issubdtype(numbers.dtype, jnp.integer) or numbers.ndim > 1:
         raise ValueError(
             f"rows must be the numbers of rows, int [count], got {numbers.dtype} {list(numbers.shape)};"
-            " np.flatnonzero makes them of a mask"
+            " np.flatnonzero turns a mask into numbers"
         )
     with contextlib.suppress(jax.errors.TracerArrayConversionError):
         values = np.atleast_1d(np.asarray(numbers)).tolist()
         if not all(0 <= value < batch for value in values):
             raise ValueError(f"rows must lie in [0, {batch}), got {values}")
-        if different and len(set(values)) < len(values):
-            raise ValueError(f"rows must be different, for each takes one stream, got {values}")
+        if distinct and len(set(values)) < len(values):
+            raise ValueError(f"rows must be distinct, since each takes one stream, got {values}")
     return jnp.atleast_1d(jnp.asarray(numbers, jnp.int32))

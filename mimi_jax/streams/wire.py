@@ -1,27 +1,27 @@
-"""Live audio and codes on pipes: raw PCM, and a stream of codes that gives each frame at once.
+"""Live audio and codes on pipes: raw PCM, and a code stream, which sends each frame at once.
 
-Raw PCM has no header: little-endian samples at the model's rate, its channels interleaved.
+Raw PCM is little-endian samples at the model's rate with interleaved channels. It has no header.
 
-A code stream begins like a safetensors file: with the length of its header (8 bytes, little-endian) and
-the header, one JSON object:
+A code stream begins like a safetensors file, with the length of its header (8 bytes, little-endian) and the
+header, a JSON object:
 
     format         "mimi_jax.code_stream"
     version        "1"
-    model_id       identity of the codebooks that these are codes of
+    model_id       identity of the codebooks that made the codes
     sampling_rate  Hz
-    frame_size     samples a frame
+    frame_size     samples per frame
     codebook_size  codes lie in [0, codebook_size)
-    num_codebooks  codes a frame, semantic first
+    num_codebooks  codes per frame, semantic first
 
-Packets follow, each of them one letter and what belongs to it:
+Packets follow. Each begins with a letter:
 
-    F  a frame: its codes, packed as in a code file, the last byte filled up with zeros
-    L  the last frame, where it is no whole one: its number of samples (4 bytes, little-endian), then its
-       codes; the stream ends with it
-    E  the end, after a whole frame
+    F  a frame: its codes, packed as in a code file, with zeros that fill the last byte
+    L  the last frame, if it is shorter than frame_size: its number of samples (4 bytes, little-endian), then
+       its codes, as in F; the stream ends with this packet
+    E  the end of the stream, after a complete frame
 
-So 8 codebooks of 2048 codes are 12 bytes every 80 ms, each frame can be decoded when it arrives, and a
-stream that was cut short is told from one that has ended.
+So 8 codebooks of 2048 codes take 12 bytes every 80 ms. A frame can be decoded when it arrives, and a reader
+can tell a stream that was cut short from one that has ended.
 """
 
 import dataclasses
@@ -41,23 +41,24 @@ PCM_FORMATS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}  # ffmpeg's n
 FILE_MARKS = (b"RIFF", b"RF64", b"RIFX", b"FORM", b"fLaC", b"OggS", b"ID3\x03", b"ID3\x04")
 
 Write = Callable[[bytes], object]
-# Gives some bytes as soon as there are any, at most as many as it is asked for, and none at the end.
+# Returns bytes as soon as there are any, at most as many as it is asked for, and b"" at the end.
 Read = Callable[[int], bytes]
 
 
 def read_pcm(read: Read, pcm_format: str, channels: int, max_samples: int) -> Iterator[np.ndarray]:
-    """Raw PCM as it arrives. A last sample that is not complete is left out.
+    """Read raw PCM as it arrives. A last sample that is not complete is left out.
 
     Args:
-        read: gives its bytes.
+        read: returns the next bytes.
         pcm_format: a name in `PCM_FORMATS`.
-        max_samples: given at once, where more have arrived.
+        channels: of the audio.
+        max_samples: the most samples to yield at once.
 
     Yields:
         float32 [channels, samples].
 
     Raises:
-        ValueError: it begins like an audio file, whose header would be heard as a click.
+        ValueError: the bytes begin like an audio file, whose header would be heard as a click.
     """
     dtype = PCM_FORMATS[pcm_format]
     size = dtype.itemsize * channels
@@ -66,7 +67,7 @@ def read_pcm(read: Read, pcm_format: str, channels: int, max_samples: int) -> It
         data += more
     if data[:4] in FILE_MARKS:
         raise ValueError(
-            f"raw audio has no header, and this is a file that begins with {data[:4]!r}; name it instead"
+            f"raw audio must have no header, got an audio file that begins with {data[:4]!r}; name the file"
         )
     while True:
         whole = len(data) // size * size
@@ -79,14 +80,19 @@ def read_pcm(read: Read, pcm_format: str, channels: int, max_samples: int) -> It
 
 
 def to_pcm(audio: np.ndarray, pcm_format: str) -> bytes:
-    """Raw PCM of float [channels, samples]; 16-bit is clipped to [-1, 1]."""
+    """Convert float [channels, samples] to raw PCM. 16-bit samples are clipped to [-1, 1]."""
     dtype = PCM_FORMATS[pcm_format]
     samples = to_int16(audio.T) if dtype.kind == "i" else audio.T
     return samples.astype(dtype).tobytes()
 
 
 class CodeStreamWriter:
-    """Writes a code stream, each frame at once."""
+    """Writes a code stream, and sends each frame at once.
+
+    Args:
+        write: takes the next bytes.
+        spec: what the codes mean.
+    """
 
     def __init__(self, write: Write, spec: CodeSpec):
         self._write, self._spec, self._is_open = write, spec, True
@@ -96,7 +102,12 @@ class CodeStreamWriter:
         write(struct.pack("<Q", len(header)) + header)
 
     def write(self, codes: np.ndarray, num_samples: int) -> None:
-        """Append codes [codebooks, frames] of so many samples; a last frame of fewer ends the stream."""
+        """Send codes [codebooks, frames] of `num_samples` samples.
+
+        Raises:
+            ValueError: the codes do not fit the spec, or the frame before them was shorter than a frame,
+                which ended the stream.
+        """
         if not self._is_open:
             raise ValueError(PARTIAL_FRAME)
         self._spec.check(codes, num_samples)
@@ -108,24 +119,25 @@ class CodeStreamWriter:
         self._write(b"".join(packets))
 
     def close(self) -> None:
-        """End the stream, if its last frame has not done so."""
+        """End the stream, unless a short last frame has ended it."""
         if self._is_open:
             self._write(b"E")
             self._is_open = False
 
 
 class CodeStreamReader:
-    """Reads a code stream: `spec` is its header, and a loop over it gives frames as they arrive.
+    """Reads a code stream, whose header is `spec`.
 
-    That is (codes, num_samples) pairs: int32 [codebooks, frames] and the samples that they are of.
+    A loop over it yields frames as they arrive: pairs (codes, num_samples), int32 [codebooks, frames] and how
+    many samples these codes stand for.
 
     Args:
-        read: gives the bytes of the stream.
-        max_frames: given at once, where several have arrived.
+        read: returns the next bytes.
+        max_frames: the most frames to yield at once.
 
     Raises:
-        ValueError: it is no code stream, or is damaged, or ends before its end mark; whole frames before
-            that are given first.
+        ValueError: the bytes are not a code stream, or it is damaged, or it ends before its end mark. The
+            loop yields all complete frames before that.
     """
 
     def __init__(self, read: Read, max_frames: int):
@@ -142,7 +154,7 @@ class CodeStreamReader:
                 try:
                     frames.append(self._unpack(data[1 : self._packet_size]))
                 except ValueError as error:
-                    damage = error  # raised when what came before it is out
+                    damage = error  # raised after the frames before it were yielded
                 data = data[self._packet_size :]
             if frames:
                 yield np.concatenate(frames, axis=1), len(frames) * self.spec.frame_size
@@ -155,39 +167,42 @@ class CodeStreamReader:
                 data = data[3 + self._packet_size :]
                 break
             if data[:1] not in (b"", b"F", b"L"):
-                raise ValueError(f"the code stream is damaged: no packet begins with {data[:1]!r}")
+                raise ValueError(
+                    f"the code stream is damaged: a packet must begin with F, L or E, got {data[:1]!r}"
+                )
             if not (more := self._read(self._read_size)):
                 where = "inside a frame" if data else "without its end mark"
                 raise ValueError(f"the code stream was cut short: it ends {where}")
             data += more
         if data[1:] or self._read(1):
-            raise ValueError("the code stream goes on after its end; pipe one stream, not several")
+            raise ValueError("the code stream goes on after its end; send only one stream through a pipe")
 
     def _last_frame(self, data: bytes) -> tuple[np.ndarray, int]:
         (num_samples,) = struct.unpack("<I", data[:4])
         if not 0 < num_samples < self.spec.frame_size:
             raise ValueError(
-                f"the code stream is damaged: its last frame is said to be {num_samples} samples"
+                f"the code stream is damaged: a short last frame must have 1 to {self.spec.frame_size - 1}"
+                f" samples, got {num_samples}"
             )
         return self._unpack(data[4:]), num_samples
 
     def _unpack(self, data: bytes) -> np.ndarray:
-        """The codes of a frame, int32 [codebooks, 1]."""
+        """Unpack the codes of a frame, int32 [codebooks, 1]."""
         codes = unpack_bits(np.frombuffer(data, np.uint8), self.spec.bits, self.spec.num_codebooks)[:, None]
         check_range(codes, self.spec.codebook_size)
         return codes
 
     def _read_header(self) -> CodeSpec:
         if not (first := self._read(8)):
-            raise ValueError("nothing came in: what comes before in the pipeline has written no code stream")
+            raise ValueError("the input is empty: the program before this one wrote no code stream")
         try:
             (size,) = struct.unpack("<Q", first + self._read_exactly(8 - len(first)))
             fields = json.loads(self._read_exactly(size)) if size <= MAX_HEADER_BYTES else {}
             if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
-                raise ValueError(f"it is not {FORMAT}, version {VERSION}")
+                raise ValueError(f"it must be {FORMAT}, version {VERSION}")
             return CodeSpec(**fields)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError("the input is not a code stream, which `mimi-jax encode -` makes") from error
+            raise ValueError("the input is not a code stream, as `mimi-jax encode -` writes it") from error
 
     def _read_exactly(self, size: int) -> bytes:
         data = b""

@@ -421,7 +421,7 @@ def test_an_audio_file_is_not_raw_audio(run, tmp_path: Path):
         "encode", "-", "-o", "codes.safetensors", stdin=(tmp_path / "in.wav").read_bytes()
     )
     assert (status, stdout, stderr.count("\n")) == (1, b"", 1)
-    assert "raw audio has no header, and this is a file that begins with b'RIFF'" in stderr
+    assert "raw audio must have no header, got an audio file that begins with b'RIFF'" in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.wav"]
 
 
@@ -436,12 +436,12 @@ def test_nan_ends_a_stream(run):
 
 @pytest.mark.parametrize("stdin", [b"RIFF\x24\0\0\0WAVEfmt ", bytes(1000)])
 def test_input_that_is_not_a_code_stream(run, stdin: bytes):
-    error = "mimi-jax decode: error: the input is not a code stream, which `mimi-jax encode -` makes\n"
+    error = "mimi-jax decode: error: the input is not a code stream, as `mimi-jax encode -` writes it\n"
     assert run("decode", "-", stdin=stdin) == (1, b"", error)
 
 
 def test_no_input(run, tmp_path: Path):
-    assert "error: nothing came in: what comes before in the pipeline" in run("decode", "-").stderr
+    assert "error: the input is empty: the program before this one" in run("decode", "-").stderr
     error = "mimi-jax decode: error: cannot write out.wav: there is no audio to write\n"
     assert run("decode", "-", "-o", "out.wav", stdin=make_clip().header + b"E") == (1, b"", error)
     assert not list(tmp_path.iterdir())

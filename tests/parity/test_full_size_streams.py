@@ -11,7 +11,7 @@ import pytest
 
 import mimi_jax
 from mimi_jax import Mimi, StreamingEncoder
-from mimi_jax.streams.chunks import decode_blocks, encode_blocks
+from mimi_jax.streams.chunks import decode_chunks, encode_chunks
 from tests.parity.conftest import SPEECH
 from tests.parity.table import FRAME_SIZE, speech
 
@@ -121,11 +121,11 @@ def test_rows_with_random_coins_and_resets_are_their_clips(model: Mimi, audio: n
 def test_half_an_hour_does_not_drift(model: Mimi):
     """The last minute, against a clip that starts 200 s before it: 20 windows of attention."""
     audio = load_speech(30 * MINUTE)[None]
-    codes = np.concatenate([part for part, _ in encode_blocks(model, [audio])], axis=1)[None]
+    codes = np.concatenate([part for part, _ in encode_chunks(model, [audio])], axis=1)[None]
     first = 26 * MINUTE - MINUTE // 3
     late = np.asarray(mimi_jax.encode(model, audio[None, :, first:]).audio_codes)
     minute = MINUTE // FRAME_SIZE
     check_codes("the last minute of 30", codes[:, :, -minute:], late[:, :, -minute:])
-    decoded = np.concatenate(list(decode_blocks(model, [codes[0]])), axis=1)
+    decoded = np.concatenate(list(decode_chunks(model, [codes[0]])), axis=1)
     late = np.asarray(mimi_jax.decode(model, codes[:, :, first // FRAME_SIZE :]).audio_values)[0]
     check_audio("the last minute of 30", decoded[:, -MINUTE:], late[:, -MINUTE:])

@@ -1,4 +1,4 @@
-"""Blocks give what whole clips give, with one program for every length."""
+"""Chunks give what whole clips give, with one program for every length."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ import pytest
 
 import mimi_jax
 from mimi_jax import Mimi, MimiConfig
-from mimi_jax.streams.chunks import BLOCK_FRAMES, decode_blocks, encode_blocks
+from mimi_jax.streams.chunks import CHUNK_FRAMES, decode_chunks, encode_chunks
 from tests.models import load_fixture, random_module, relative_error
 
-BLOCK = BLOCK_FRAMES * 16  # samples, of the fixtures' 16 samples a frame
-LONGEST = 2 * BLOCK + 107  # no whole number of frames
-LENGTHS = [1, 15, 16, BLOCK - 1, BLOCK, BLOCK + 1, LONGEST]
+CHUNK = CHUNK_FRAMES * 16  # samples; the fixtures have 16 samples per frame
+LONGEST = 2 * CHUNK + 107  # not a multiple of 16
+LENGTHS = [1, 15, 16, CHUNK - 1, CHUNK, CHUNK + 1, LONGEST]
 
 
 def noise(num_samples: int, channels: int = 1) -> np.ndarray:
@@ -29,18 +29,21 @@ def random_codes(model: Mimi, num_frames: int, num_codebooks: int | None = None)
     return np.random.default_rng(0).integers(0, model.config.codebook_size, shape, np.int32)
 
 
-def encode_in_blocks(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
-    """The codes of a clip that comes in two pieces, neither of them as long as a block."""
-    blocks = encode_blocks(model, np.split(audio, [audio.shape[1] // 3], axis=1), num_quantizers)
-    return np.concatenate([codes for codes, _ in blocks], axis=1)
+def encode_in_chunks(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
+    """Encode a clip in two pieces whose lengths have nothing to do with that of a chunk."""
+    chunks = encode_chunks(model, np.split(audio, [audio.shape[1] // 3], axis=1), num_quantizers)
+    return np.concatenate([codes for codes, _ in chunks], axis=1)
 
 
-def decode_in_blocks(model: Mimi, codes: np.ndarray) -> np.ndarray:
-    return np.concatenate(list(decode_blocks(model, np.split(codes, [1], axis=1))), axis=1)
+def decode_in_chunks(model: Mimi, codes: np.ndarray) -> np.ndarray:
+    return np.concatenate(list(decode_chunks(model, np.split(codes, [1], axis=1))), axis=1)
 
 
 def encode_whole(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
-    """Padded to one length and masked, which is exact (tests of `encode`), so that one program serves."""
+    """Encode a clip padded to one length, so that all lengths share a program.
+
+    The mask makes it exact, as the tests of `encode` show.
+    """
     num_samples = audio.shape[1]
     padded = np.pad(audio, [(0, 0), (0, LONGEST - num_samples)])
     out = mimi_jax.encode(model, padded[None], np.arange(LONGEST)[None] < num_samples, num_quantizers)
@@ -51,17 +54,17 @@ def encode_whole(model: Mimi, audio: np.ndarray, num_quantizers: int | None = No
 def test_codes_are_those_of_the_whole_clip(num_samples: int):
     model = load_fixture("base").model
     audio = noise(num_samples)
-    codes = encode_in_blocks(model, audio)
+    codes = encode_in_chunks(model, audio)
     assert codes.dtype == np.int32
     np.testing.assert_array_equal(codes, encode_whole(model, audio))
 
 
-@pytest.mark.parametrize("num_frames", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 2 * BLOCK_FRAMES + 7])
+@pytest.mark.parametrize("num_frames", [1, CHUNK_FRAMES, CHUNK_FRAMES + 1, 2 * CHUNK_FRAMES + 7])
 def test_audio_is_that_of_the_whole_clip(num_frames: int):
     model = load_fixture("base").model
-    codes = random_codes(model, 2 * BLOCK_FRAMES + 7)
+    codes = random_codes(model, 2 * CHUNK_FRAMES + 7)
     whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
-    audio = decode_in_blocks(model, codes[:, :num_frames])
+    audio = decode_in_chunks(model, codes[:, :num_frames])
     assert audio.dtype == np.float32
     assert relative_error(audio, whole[:, : num_frames * 16]) < 1e-6
 
@@ -70,9 +73,9 @@ def test_audio_is_that_of_the_whole_clip(num_frames: int):
 def test_other_models(name: str, channels: int):
     model = load_fixture(name).model
     audio = noise(LONGEST, channels)
-    codes = encode_in_blocks(model, audio)
+    codes = encode_in_chunks(model, audio)
     np.testing.assert_array_equal(codes, mimi_jax.encode(model, audio[None]).audio_codes[0])
-    decoded = decode_in_blocks(model, codes)
+    decoded = decode_in_chunks(model, codes)
     assert decoded.shape == (channels, codes.shape[1] * model.config.frame_size)
     whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
     assert relative_error(decoded, whole) < 1e-6
@@ -80,11 +83,11 @@ def test_other_models(name: str, channels: int):
 
 def test_fewer_codebooks():
     model = load_fixture("base").model
-    audio = noise(BLOCK + 1)
-    codes = encode_in_blocks(model, audio, 2)
-    np.testing.assert_array_equal(codes, encode_in_blocks(model, audio)[:2])
+    audio = noise(CHUNK + 1)
+    codes = encode_in_chunks(model, audio, 2)
+    np.testing.assert_array_equal(codes, encode_in_chunks(model, audio)[:2])
     whole = np.asarray(mimi_jax.decode(model, codes[None]).audio_values[0])
-    assert relative_error(decode_in_blocks(model, codes), whole) < 1e-6
+    assert relative_error(decode_in_chunks(model, codes), whole) < 1e-6
 
 
 def test_ten_minutes_and_one_sample_are_the_same_program(monkeypatch: pytest.MonkeyPatch):
@@ -114,32 +117,32 @@ def test_ten_minutes_and_one_sample_are_the_same_program(monkeypatch: pytest.Mon
 
         monkeypatch.setattr(Mimi, method, count)
     audio = np.resize(noise(2400), (1, 600 * 2400))
-    codes = encode_in_blocks(model, audio)
+    codes = encode_in_chunks(model, audio)
     assert codes.shape == (2, 7500)
-    assert decode_in_blocks(model, codes).shape == audio.shape
-    assert encode_in_blocks(model, audio[:, :1], 2).shape == (2, 1)
+    assert decode_in_chunks(model, codes).shape == audio.shape
+    assert encode_in_chunks(model, audio[:, :1], 2).shape == (2, 1)
     assert traced == ["_encode_latents", "_decode_latents"]
 
 
-@pytest.mark.parametrize("piece", [1, 333, BLOCK, 2 * BLOCK + 1])
-def test_pieces_of_any_length_make_blocks_of_one(piece: int):
+@pytest.mark.parametrize("piece", [1, 333, CHUNK, 2 * CHUNK + 1])
+def test_pieces_of_any_length_make_chunks_of_one_length(piece: int):
     model = load_fixture("base").model
     audio = noise(LONGEST)
     pieces = [audio[:, start : start + piece] for start in range(0, LONGEST, piece)]
-    codes, lengths = zip(*encode_blocks(model, pieces), strict=True)
-    assert lengths == (BLOCK, BLOCK, 107)
-    assert [part.shape[1] for part in codes] == [BLOCK_FRAMES, BLOCK_FRAMES, 7]
+    codes, lengths = zip(*encode_chunks(model, pieces), strict=True)
+    assert lengths == (CHUNK, CHUNK, 107)
+    assert [part.shape[1] for part in codes] == [CHUNK_FRAMES, CHUNK_FRAMES, 7]
     codes = np.concatenate(codes, axis=1)
     np.testing.assert_array_equal(codes, encode_whole(model, audio))
-    decoded = list(decode_blocks(model, [codes[:, start : start + piece] for start in range(0, 107, piece)]))
-    assert [part.shape[1] for part in decoded] == [BLOCK, BLOCK, 7 * 16]
+    decoded = list(decode_chunks(model, [codes[:, start : start + piece] for start in range(0, 107, piece)]))
+    assert [part.shape[1] for part in decoded] == [CHUNK, CHUNK, 7 * 16]
 
 
-def test_the_blocks_of_a_model_that_cannot_stream_are_one():
+def test_a_model_that_cannot_stream_gets_the_whole_clip():
     model = load_fixture("noncausal").model
-    ((codes, length),) = encode_blocks(model, np.split(noise(LONGEST), [100, 200], axis=1))
+    ((codes, length),) = encode_chunks(model, np.split(noise(LONGEST), [100, 200], axis=1))
     assert length == LONGEST
-    (audio,) = decode_blocks(model, np.split(codes, [1], axis=1))
+    (audio,) = decode_chunks(model, np.split(codes, [1], axis=1))
     assert audio.shape[1] == codes.shape[1] * model.config.frame_size
 
 
@@ -147,7 +150,7 @@ def test_the_blocks_of_a_model_that_cannot_stream_are_one():
     ("audio", "num_quantizers", "error"),
     [
         (noise(16)[0], None, r"a piece of a clip must be \[channels, samples\], got \[16\]"),
-        (noise(0), None, "the clip has no samples"),
+        (noise(0), None, "the clip is empty"),
         (noise(16, 2), None, r"audio must be \[batch, channels=1, samples > 0\]"),
         (np.zeros((1, 16), np.int16), None, "audio must be floating point"),
         (noise(16), 0, "num_quantizers must be an integer from 1 to 4"),
@@ -156,15 +159,18 @@ def test_the_blocks_of_a_model_that_cannot_stream_are_one():
 )
 def test_bad_audio(audio: np.ndarray, num_quantizers: int | None, error: str):
     with pytest.raises(ValueError, match=error):
-        list(encode_blocks(load_fixture("base").model, [audio], num_quantizers))
+        list(encode_chunks(load_fixture("base").model, [audio], num_quantizers))
 
 
 @pytest.mark.parametrize(
     ("codes", "error"),
     [
-        (np.zeros((4, 3)), r"codes must be integers \[codebooks, frames\], got float64 \[4, 3\]"),
+        (
+            np.zeros((4, 3)),
+            r"codes must be integers .* or \[codebooks, frames\], got float64 \[4, 3\]",
+        ),
         (np.zeros(4, int), r"codes must be integers .* got int64 \[4\]"),
-        (np.zeros((4, 0), int), "the clip has no samples"),
+        (np.zeros((4, 0), int), "the clip is empty"),
         (np.zeros((5, 3), int), "num_quantizers must be an integer from 1 to 4"),
         (np.full((4, 3), 16), r"codes must lie in \[0, 16\), got 16 to 16"),
         (np.full((4, 3), -1), r"codes must lie in \[0, 16\), got -1 to -1"),
@@ -176,12 +182,12 @@ def test_bad_codes(codes: np.ndarray, error: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("mimi_jax.streams.chunks.decode_step", compute)
     with pytest.raises(ValueError, match=error):
-        list(decode_blocks(load_fixture("base").model, [codes]))
+        list(decode_chunks(load_fixture("base").model, [codes]))
 
 
 @contextlib.contextmanager
 def count_compilations() -> Iterator[list[str]]:
-    """A list that grows by one entry with each program that XLA is asked for."""
+    """A list that gets an entry for each program that XLA is asked to compile."""
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -196,10 +202,10 @@ def count_compilations() -> Iterator[list[str]]:
 
 FRAMES = range(61, 261)
 BUCKETS = len({mimi_jax.bucket_length(frames, 1) for frames in FRAMES})
-SMALL = 5  # programs of a constant or a cast
+SMALL = 5  # programs for constants and casts
 
 
-# A stream has one program for all lengths, in each direction, and one for its fresh state.
+# A stream has one program for all lengths in each direction, and one for its fresh state.
 @pytest.mark.parametrize(("name", "most"), [("base", 4), ("noncausal", 2 * BUCKETS + SMALL)])
 def test_200_lengths_do_not_compile_200_times(name: str, most: int):
     model = load_fixture(name).model
@@ -207,9 +213,9 @@ def test_200_lengths_do_not_compile_200_times(name: str, most: int):
     audio = noise(FRAMES[-1] * frame_size)
     with count_compilations() as compiled:
         for frames in FRAMES:
-            codes = encode_in_blocks(model, audio[:, : frames * frame_size - frames % 7])
+            codes = encode_in_chunks(model, audio[:, : frames * frame_size - frames % 7])
             assert codes.shape[1] == frames
-            assert decode_in_blocks(model, codes).shape == (1, frames * frame_size)
+            assert decode_in_chunks(model, codes).shape == (1, frames * frame_size)
     assert 2 <= len(compiled) <= most
 
 

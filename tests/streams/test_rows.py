@@ -1,6 +1,6 @@
-"""Rows of a state: started anew, copied, moved; and what is no such thing is refused.
+"""Rows of a state are reset, copied and moved, and bad rows and states are refused.
 
-`test_schedules.py` shows that a stream goes on exactly wherever it is moved.
+`test_schedules.py` shows that a stream continues exactly, wherever it is moved.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ MODEL = load_fixture("base").model
 
 
 def random_state(batch: int, seed: int = 0) -> Any:
-    """The state of both halves, no array of it zero."""
+    """A state of both halves without zeros."""
     generator = np.random.default_rng(seed)
 
     def draw(leaf: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ def at(state: Any, index: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[index], state)
 
 
-def test_reset_rows_are_zero_and_the_others_stay():
+def test_reset_rows_are_zero_and_the_others_do_not_change():
     state = random_state(4)
     after = reset_rows(state, [True, False, True, False])
     assert not any(leaf.any() for leaf in jax.tree.leaves(at(after, [0, 2])))
@@ -71,7 +71,7 @@ def test_rows_move_inside_jit():
     assert_equal(after, put_rows(state, 2, streams))
 
 
-def test_rows_outside_the_batch_show_inside_jit():
+def test_rows_outside_the_batch_inside_jit():
     state = random_state(4)
     taken = jax.jit(take_rows)(state, jnp.array([4]))
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(taken) if leaf.dtype == jnp.float32)
@@ -87,7 +87,7 @@ def test_rows_outside_the_batch_show_inside_jit():
         (True, r"rows must be bool \[batch=4\], got bool \[\]"),
     ],
 )
-def test_rows_to_reset_that_are_no_mask(rows: Any, error: str):
+def test_rows_to_reset_must_be_a_mask(rows: Any, error: str):
     with pytest.raises(ValueError, match=error):
         reset_rows(random_state(4), rows)
 
@@ -98,12 +98,15 @@ def test_rows_to_reset_that_are_no_mask(rows: Any, error: str):
         (np.array([2**32]), r"rows must lie in \[0, 4\), got \[4294967296\]"),
         ([4], r"rows must lie in \[0, 4\), got \[4\]"),
         ([0, -1], r"rows must lie in \[0, 4\), got \[0, -1\]"),
-        ([True, False, False, True], r"int \[count\], got bool \[4\]; np.flatnonzero makes them of a mask"),
+        (
+            [True, False, False, True],
+            r"int \[count\], got bool \[4\]; np.flatnonzero turns a mask into numbers",
+        ),
         ([0.0], r"int \[count\], got float64 \[1\]"),
         ([[0]], r"int \[count\], got int64 \[1, 1\]"),
     ],
 )
-def test_numbers_of_rows_that_are_none(rows: Any, error: str):
+def test_rows_to_move_must_be_numbers(rows: Any, error: str):
     state = random_state(4)
     with pytest.raises(ValueError, match=error):
         take_rows(state, rows)
@@ -112,12 +115,12 @@ def test_numbers_of_rows_that_are_none(rows: Any, error: str):
 
 
 def test_two_streams_cannot_take_one_row():
-    with pytest.raises(ValueError, match=r"rows must be different, .* got \[1, 1\]"):
+    with pytest.raises(ValueError, match=r"rows must be distinct, .* got \[1, 1\]"):
         put_rows(random_state(4), [1, 1], random_state(2))
 
 
 def test_there_must_be_a_stream_for_each_row():
-    with pytest.raises(ValueError, match="there must be a stream for each row, got 3 for 2"):
+    with pytest.raises(ValueError, match="there must be one stream for each row, got 3 streams for 2 rows"):
         put_rows(random_state(4), [0, 1], random_state(3))
 
 
@@ -130,10 +133,10 @@ def test_there_must_be_a_stream_for_each_row():
         jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_state(1)),
         (load_fixture("kernels").model.init_encoder_state(1), MODEL.init_decoder_state(1)),
     ],
-    ids=["encoder", "decoder", "wrong way round", "bfloat16", "another model"],
+    ids=["encoder", "decoder", "halves exchanged", "bfloat16", "another model"],
 )
 def test_streams_of_another_form(streams: Any):
-    with pytest.raises(ValueError, match="streams must be a state of the same model, half and dtype"):
+    with pytest.raises(ValueError, match="streams must have the same model, half and dtype"):
         put_rows(random_state(4), 0, streams)
 
 
@@ -179,8 +182,8 @@ def test_a_step_refuses_an_active_mask_of_another_batch():
             decode_step(MODEL, MODEL.init_decoder_state(3), codes, active=active)
 
 
-def test_a_caller_that_gives_its_state_up_can_donate_it():
-    """A fresh state, too: no buffer is in it twice."""
+def test_a_caller_can_donate_a_state_that_it_does_not_need():
+    """So can the owner of a fresh state, in which no buffer occurs twice."""
     audio = np.random.default_rng(0).normal(size=(2, 1, MODEL.config.frame_size)).astype(np.float32)
     expected, codes = encode_step(MODEL, MODEL.init_encoder_state(2), audio)
     state = MODEL.init_encoder_state(2)

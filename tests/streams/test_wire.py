@@ -1,4 +1,4 @@
-"""Audio and codes on pipes: all that is whole comes through at once, and nothing damaged passes."""
+"""Audio and codes on pipes: every complete frame comes through at once, and damage is refused."""
 
 import dataclasses
 import io
@@ -16,11 +16,11 @@ from mimi_jax.streams.wire import CodeStreamReader, CodeStreamWriter, Read, read
 SPEC = CodeSpec(
     "0123456789abcdef", sampling_rate=24_000, frame_size=1920, codebook_size=2048, num_codebooks=8
 )
-READS = [(1,), (3,), (1, 7, 2), (1 << 20,)]  # bytes that a read gives at most, in turn
+READS = [(1,), (3,), (1, 7, 2), (1 << 20,)]  # the most bytes that a read returns, in turn
 
 
 def pipe(data: bytes, *sizes: int) -> Read:
-    """A pipe out of which the data come in bites of these sizes, in turn."""
+    """A pipe whose reads return at most these numbers of bytes, in turn."""
     file, turns = io.BytesIO(data), itertools.cycle(sizes)
     return lambda size: file.read(min(size, next(turns)))
 
@@ -46,7 +46,7 @@ def test_the_bytes_of_pcm(pcm_format: str, data: str, samples: list[float], chan
     assert to_pcm(audio, pcm_format) == bytes.fromhex(data)
 
 
-def test_samples_are_given_before_more_is_read():
+def test_samples_are_yielded_before_more_is_read():
     arrived = [b"\1\0\2\0", b"\3", b"\0"]
     pieces = read_pcm(lambda _: arrived.pop(0), "s16le", 1, max_samples=100)
     assert (next(pieces) * 32768).tolist() == [[1, 2]]
@@ -68,17 +68,17 @@ def test_a_sample_that_is_not_complete_is_left_out(pcm_format: str, channels: in
 
 @pytest.mark.parametrize("sizes", READS)
 @pytest.mark.parametrize("mark", [b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3\x04"])
-def test_a_file_is_no_raw_audio(mark: bytes, sizes: tuple[int, ...]):
-    with pytest.raises(ValueError, match="raw audio has no header, and this is a file that begins with"):
+def test_an_audio_file_is_refused_as_raw_audio(mark: bytes, sizes: tuple[int, ...]):
+    with pytest.raises(ValueError, match="raw audio must have no header, got an audio file that begins with"):
         next(read_pcm(pipe(mark + bytes(100), *sizes), "s16le", 1, max_samples=100))
 
 
-def test_16_bit_pcm_comes_back_bit_for_bit():
+def test_16_bit_pcm_is_written_as_it_was_read():
     data = np.arange(-32768, 32768).astype("<i2").tobytes()
     assert b"".join(to_pcm(piece, "s16le") for piece in read_pcm(pipe(data, 999), "s16le", 1, 4096)) == data
 
 
-def test_what_is_too_loud_is_clipped_to_16_bits():
+def test_loud_audio_is_clipped_to_16_bits():
     audio = np.array([[-2, -1, -0.5, 0, 0.5, 1, 1e6]], np.float32)
     samples = np.frombuffer(to_pcm(audio, "s16le"), "<i2")
     assert samples.tolist() == [-32768, -32768, -16384, 0, 16384, 32767, 32767]
@@ -89,13 +89,13 @@ def test_what_is_too_loud_is_clipped_to_16_bits():
 
 
 def make_codes(spec: CodeSpec, num_samples: int) -> np.ndarray:
-    """[codebooks, frames]; those of a shorter stream are the first of a longer one."""
+    """[codebooks, frames]. The codes of a shorter stream are the first ones of a longer stream."""
     shape = (spec.num_frames(num_samples), spec.num_codebooks)
     return np.random.default_rng(0).integers(spec.codebook_size, size=shape).T
 
 
 def write_stream(spec: CodeSpec, codes: np.ndarray, num_samples: int, frames: int = 1000) -> list[bytes]:
-    """What is written at once: the header, so many frames each time, and perhaps the end."""
+    """What each call writes: the header, the given number of frames at a time, and perhaps the end mark."""
     written: list[bytes] = []
     writer = CodeStreamWriter(written.append, spec)
     size = frames * spec.frame_size
@@ -106,13 +106,13 @@ def write_stream(spec: CodeSpec, codes: np.ndarray, num_samples: int, frames: in
 
 
 def make_stream(num_frames: int, num_last: int = 0) -> bytes:
-    """A stream of so many whole frames, and a last one of so many samples."""
+    """A stream of `num_frames` complete frames, and a last one of `num_last` samples."""
     num_samples = num_frames * SPEC.frame_size + num_last
     return b"".join(write_stream(SPEC, make_codes(SPEC, num_samples), num_samples))
 
 
 def read_stream(read: Read, max_frames: int = 3) -> tuple[list[list[int]], int, str]:
-    """Codes, frame by frame, how many samples they are of, and the error that they end with."""
+    """The codes of each frame, the number of samples, and the error at the end."""
     frames, num_samples, reader = [], 0, CodeStreamReader(read, max_frames)
     try:
         for codes, count in reader:
@@ -131,7 +131,7 @@ def header_end(data: bytes) -> int:
 
 
 def parse(data: bytes) -> tuple[dict, list[list[int]], int]:
-    """The header, the codes of each frame and the number of samples, by the documentation alone."""
+    """Read the header, the codes of each frame and the number of samples, as the documentation says."""
     start = header_end(data)
     header = json.loads(data[8:start])
     count, bits = header["num_codebooks"], len(f"{header['codebook_size'] - 1:b}")
@@ -169,7 +169,7 @@ def test_the_bytes_of_a_stream():
 
 @pytest.mark.parametrize(("frames", "sizes"), [(1, [12, 12, 12, 1]), (2, [24, 12, 1]), (3, [36, 1])])
 def test_a_frame_of_8_codebooks_is_12_bytes(frames: int, sizes: list[int]):
-    """And what is written at once leaves at once."""
+    """What one call writes is sent with one write."""
     _, *written = write_stream(SPEC, make_codes(SPEC, 3 * 1920), 3 * 1920, frames)
     assert [len(data) for data in written] == sizes
 
@@ -185,7 +185,7 @@ def test_a_stream_ends_once():
 @pytest.mark.parametrize("num_samples", [1, 1919, 1920, 1921, 7 * 1920, 7 * 1920 + 300])
 @pytest.mark.parametrize("num_codebooks", [1, 8])
 @pytest.mark.parametrize("codebook_size", [2, 1000, 2048, 65536])
-def test_what_is_written_is_read(codebook_size: int, num_codebooks: int, num_samples: int):
+def test_codes_are_read_as_they_were_written(codebook_size: int, num_codebooks: int, num_samples: int):
     spec = dataclasses.replace(SPEC, codebook_size=codebook_size, num_codebooks=num_codebooks)
     codes = make_codes(spec, num_samples)
     data = b"".join(write_stream(spec, codes, num_samples))
@@ -199,11 +199,11 @@ def test_what_is_written_is_read(codebook_size: int, num_codebooks: int, num_sam
         assert read_stream(pipe(data, *sizes)) == (codes.T.tolist(), num_samples, "")
 
 
-def test_a_stream_of_no_frames():
+def test_a_stream_without_frames():
     assert read_stream(pipe(make_stream(num_frames=0), 1)) == ([], 0, "")
 
 
-def test_each_frame_is_read_with_its_last_byte():
+def test_a_frame_is_yielded_when_its_last_byte_arrives():
     file = io.BytesIO(make_stream(num_frames=5, num_last=700))
     reader = CodeStreamReader(lambda _: file.read(1), max_frames=8)
     start = file.tell()
@@ -212,7 +212,7 @@ def test_each_frame_is_read_with_its_last_byte():
     assert arrivals == [(12, 1920), (24, 1920), (36, 1920), (48, 1920), (60, 1920), (76, 700)]
 
 
-def test_a_frame_that_has_arrived_is_given_before_more_is_read():
+def test_complete_frames_are_yielded_before_more_is_read():
     data = make_stream(num_frames=3)
     file = io.BytesIO(data[: header_end(data) + 30])  # two frames and a half
     reader = CodeStreamReader(lambda size: file.read(size) or pytest.fail("it waits for more"), max_frames=8)
@@ -240,7 +240,7 @@ def test_a_stream_cut_short_at_any_byte(num_last: int, sizes: tuple[int, ...]):
 
 
 def frames_before(error: str, data: bytes, sizes: tuple[int, ...]) -> int:
-    """How many frames damaged data give before that error."""
+    """How many frames are read from damaged data before this error."""
     frames, num_samples, found = read_stream(pipe(data, *sizes))
     assert error in found
     assert frames == make_codes(SPEC, 4 * 1920).T.tolist()[: len(frames)]
@@ -255,14 +255,16 @@ def test_a_damaged_letter(letter: bytes, sizes: tuple[int, ...]):
     for i in range(5):
         start = header_end(data) + 12 * i
         damaged = data[:start] + letter + data[start + 1 :]
-        assert frames_before(f"damaged: no packet begins with {letter!r}", damaged, sizes) == i
+        assert (
+            frames_before(f"damaged: a packet must begin with F, L or E, got {letter!r}", damaged, sizes) == i
+        )
 
 
 @pytest.mark.parametrize("sizes", READS)
 @pytest.mark.parametrize("num_last", [0, 1920, 1921, 2**32 - 1])
-def test_a_last_frame_that_is_none(num_last: int, sizes: tuple[int, ...]):
+def test_a_last_frame_of_an_impossible_length(num_last: int, sizes: tuple[int, ...]):
     data = make_stream(num_frames=2)[:-1] + b"L" + struct.pack("<I", num_last) + bytes(11)
-    assert frames_before(f"its last frame is said to be {num_last} samples", data, sizes) == 2
+    assert frames_before(f"a short last frame must have 1 to 1919 samples, got {num_last}", data, sizes) == 2
 
 
 @pytest.mark.parametrize("sizes", READS)
@@ -270,7 +272,7 @@ def test_a_last_frame_that_is_none(num_last: int, sizes: tuple[int, ...]):
 def test_a_code_out_of_range(is_last: bool, sizes: tuple[int, ...]):
     spec = dataclasses.replace(SPEC, codebook_size=1000, num_codebooks=1)
     header, *_ = write_stream(spec, np.zeros((1, 0), int), 0)
-    good, bad = 999 << 6, 1000 << 6  # 10 bits, and 6 to fill up
+    good, bad = 999 << 6, 1000 << 6  # 10 bits, and 6 zeros that fill the byte
     packets = [struct.pack(">cH", b"F", number) for number in (good, good, bad)] + [b"E"]
     if is_last:
         packets[2:] = [b"L" + struct.pack("<I", 5) + struct.pack(">H", bad)]
@@ -283,7 +285,7 @@ def test_a_code_out_of_range(is_last: bool, sizes: tuple[int, ...]):
 def test_data_after_the_end(num_last: int, sizes: tuple[int, ...]):
     data = make_stream(num_frames=2, num_last=num_last)
     _, frames, num_samples = parse(data)
-    error = "the code stream goes on after its end; pipe one stream, not several"
+    error = "the code stream goes on after its end; send only one stream through a pipe"
     for more in (b"\0", b"E", data):
         assert read_stream(pipe(data + more, *sizes)) == (frames, num_samples, error)
 
@@ -296,8 +298,8 @@ def with_header(header: bytes) -> bytes:
 
 
 def refused(data: bytes) -> str:
-    """The reason why data are no code stream."""
-    with pytest.raises(ValueError, match=r"^the input is not a code stream, .* makes$") as info:
+    """The reason why these bytes are not a code stream."""
+    with pytest.raises(ValueError, match=r"^the input is not a code stream, .* writes it$") as info:
         CodeStreamReader(pipe(data, 100), 1)
     return str(info.value.__cause__)
 
@@ -321,8 +323,10 @@ GARBAGE = {
 }
 
 
-def test_nothing_came_in():
-    with pytest.raises(ValueError, match="nothing came in: what comes before in the pipeline has written no"):
+def test_an_empty_input_is_refused():
+    with pytest.raises(
+        ValueError, match="the input is empty: the program before this one wrote no code stream"
+    ):
         CodeStreamReader(pipe(b"", 1), 1)
 
 
@@ -337,7 +341,7 @@ def test_a_header_with_a_wrong_field(name: str, value: Any):
     assert CodeStreamReader(pipe(with_header(json.dumps(FIELDS).encode()), 1), 1).spec == SPEC
     reason = refused(with_header(json.dumps({**FIELDS, name: value}).encode()))
     if name in ("format", "version"):
-        assert reason == "it is not mimi_jax.code_stream, version 1"
+        assert reason == "it must be mimi_jax.code_stream, version 1"
     else:
         assert reason.startswith(f"{name} must be a ")
 
@@ -351,9 +355,9 @@ def test_a_header_without_a_field(name: str):
 @pytest.mark.parametrize(
     ("field", "reason"),
     [
-        ({"format": "mimi_jax.files.codes"}, "it is not mimi_jax.code_stream, version 1"),
-        ({"version": "2"}, "it is not mimi_jax.code_stream, version 1"),
-        ({"version": 1}, "it is not mimi_jax.code_stream, version 1"),
+        ({"format": "mimi_jax.files.codes"}, "it must be mimi_jax.code_stream, version 1"),
+        ({"version": "2"}, "it must be mimi_jax.code_stream, version 1"),
+        ({"version": 1}, "it must be mimi_jax.code_stream, version 1"),
         ({"loudness": 3}, "unexpected keyword argument 'loudness'"),
         ({"num_codebooks": "8"}, "num_codebooks must be a positive integer, got '8'"),
         ({"num_codebooks": 0}, "num_codebooks must be a positive integer, got 0"),
@@ -375,7 +379,7 @@ def test_huge_numbers_cost_no_memory():
 # the writer
 
 
-def test_nothing_follows_a_last_frame():
+def test_nothing_can_follow_a_short_last_frame():
     written: list[bytes] = []
     writer = CodeStreamWriter(written.append, SPEC)
     writer.write(make_codes(SPEC, 1921), 1921)
@@ -396,7 +400,7 @@ def test_nothing_follows_a_last_frame():
         (np.zeros((8, 1)), "codes must be integers, got float64"),
     ],
 )
-def test_wrong_codes_leave_a_stream_as_it_was(codes: np.ndarray, error: str):
+def test_wrong_codes_do_not_change_a_stream(codes: np.ndarray, error: str):
     written: list[bytes] = []
     writer = CodeStreamWriter(written.append, SPEC)
     for num_samples in (1920, 5):
