@@ -1,8 +1,8 @@
-"""Streams outside the compiled functions: moved, saved, pushed, of hours, on pipes.
+"""Streams, for the code around the compiled functions.
 
-rows      start rows of a batch anew, and move them from batch to batch
-saved     states on disk
+rows      rows of a batch of streams: reset them, and move them between batches
+saved     states of streams in files
 push      `StreamingEncoder` and `StreamingDecoder`, which take pieces of any length
 chunks    clips of any length in constant memory
-wire      raw PCM and streams of codes on pipes
+wire      raw PCM and code streams on pipes
 """

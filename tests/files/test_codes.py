@@ -1,4 +1,4 @@
-"""Code files: what is saved comes back, costs what the codec promises, and nothing else passes."""
+"""Code files are read as they were saved, have the size that the bit rate promises, and are checked."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def numbers_and_bits(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 @given(numbers_and_bits())
-def test_packing_is_the_bits_one_after_the_other(case: tuple[list[int], int]):
+def test_packing_writes_the_bits_one_after_the_other(case: tuple[list[int], int]):
     numbers, bits = case
     packed = pack_bits(np.array(numbers, np.int32), bits)
     text = "".join(f"{number:0{bits}b}" for number in numbers)
@@ -69,12 +69,12 @@ def test_packing_is_the_bits_one_after_the_other(case: tuple[list[int], int]):
         ([0], 17, "bits must be 1 to 16, got 17"),
     ],
 )
-def test_what_does_not_fit_is_not_packed(values: list, bits: int, error: str):
+def test_numbers_that_do_not_fit_are_refused(values: list, bits: int, error: str):
     with pytest.raises(ValueError, match=error):
         pack_bits(np.array(values), bits)
 
 
-def test_unpacking_needs_exactly_the_bytes():
+def test_unpacking_needs_the_exact_number_of_bytes():
     with pytest.raises(ValueError, match=r"8 codes of 11 bits must be uint8 \[11\], got uint8 \[12\]"):
         unpack_bits(np.zeros(12, np.uint8), 11, 8)
 
@@ -82,14 +82,16 @@ def test_unpacking_needs_exactly_the_bytes():
 @pytest.mark.parametrize(
     ("codebook_size", "bits"), [(1, 1), (2, 1), (3, 2), (1024, 10), (1025, 11), (2048, 11), (65536, 16)]
 )
-def test_bits_of_a_code(codebook_size: int, bits: int):
+def test_bits_per_code(codebook_size: int, bits: int):
     assert code_bits(codebook_size) == bits
 
 
 @pytest.mark.parametrize("codebook_size", [1, 2, 1000, 2048, 65536])
 @pytest.mark.parametrize("num_codebooks", [1, 8, 32])
 @pytest.mark.parametrize("num_samples", [1, 1920, 1921, 100_000])
-def test_what_is_saved_comes_back(path: Path, num_codebooks: int, num_samples: int, codebook_size: int):
+def test_codes_are_read_as_they_were_saved(
+    path: Path, num_codebooks: int, num_samples: int, codebook_size: int
+):
     saved = make_codes(num_codebooks, num_samples, codebook_size)
     save_codes(path, saved)
     loaded = load_codes(path)
@@ -211,7 +213,9 @@ def test_every_number_is_checked(path: Path, key: str, text: str | None):
         ({"codebook_size": "65537"}, "codebook_size must be at most 65536, got 65537"),
     ],
 )
-def test_metadata_that_do_not_fit_are_refused(path: Path, changes: dict[str, str | None], error: str):
+def test_metadata_that_contradict_the_codes_are_refused(
+    path: Path, changes: dict[str, str | None], error: str
+):
     rewrite(path, **changes)
     with pytest.raises(ValueError, match=error) as info:
         load_codes(path)

@@ -1,4 +1,4 @@
-"""Streams that are pushed: any pieces give the codes and the audio of the whole clip."""
+"""Pieces of any length give the codes and the audio of the whole clip."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 
 import mimi_jax
 from mimi_jax import Mimi, StreamingDecoder, StreamingEncoder
-from mimi_jax.streams import push as sessions
+from mimi_jax.streams import push as push_module
 from tests.models import load_fixture, noise, relative_error
 
 MODEL = load_fixture("base").model
@@ -21,7 +21,7 @@ STEREO = load_fixture("stereo").model
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """What XLA compiles, or loads from its cache, meanwhile."""
+    """A list that gets an entry for each program that XLA compiles, or loads from its cache."""
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -36,7 +36,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def push_all(encoder: StreamingEncoder, audio: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The codes of [..., samples], pushed in random pieces, some of them empty, and flushed."""
+    """Push audio [..., samples] in random pieces, some of them empty, flush, and return all codes."""
     generator, codes, start = np.random.default_rng(seed), [], 0
     while start < audio.shape[-1]:
         size = int(generator.choice([0, 1, FRAME - 1, FRAME, 5 * FRAME + 3, 20 * FRAME]))
@@ -47,7 +47,7 @@ def push_all(encoder: StreamingEncoder, audio: np.ndarray, seed: int = 0) -> np.
 
 
 @pytest.mark.parametrize("num_samples", [1, FRAME - 1, FRAME, FRAME + 1, 421, 2407, 100 * FRAME])
-def test_pushed_in_pieces_and_flushed_is_the_whole_clip(num_samples: int):
+def test_pieces_give_the_codes_of_the_whole_clip(num_samples: int):
     audio = noise(num_samples, seed=num_samples)
     whole = mimi_jax.encode(MODEL, audio[None, None]).audio_codes
     encoder = StreamingEncoder(MODEL)
@@ -66,7 +66,7 @@ def test_a_batch_of_stereo_streams_with_fewer_codebooks(dtype: Any):
     np.testing.assert_array_equal(codes, expected)
 
 
-def test_a_frame_comes_out_with_its_last_sample():
+def test_a_frame_is_returned_with_its_last_sample():
     encoder, audio = StreamingEncoder(MODEL), noise(2 * FRAME)
     assert encoder.push(audio[:0]) is None
     assert encoder.push(audio[: FRAME - 1]) is None
@@ -77,7 +77,7 @@ def test_a_frame_comes_out_with_its_last_sample():
     assert encoder.flush() is None
 
 
-def test_what_was_pushed_may_change_afterwards():
+def test_pushed_audio_may_be_changed_afterwards():
     encoder, audio = StreamingEncoder(MODEL), noise(FRAME)
     piece = audio[:10].copy()
     encoder.push(piece)
@@ -89,7 +89,7 @@ def test_what_was_pushed_may_change_afterwards():
 
 @pytest.mark.parametrize("pieces", [[1] * 23, [23], [0, 8, 1, 0, 14]])
 @pytest.mark.parametrize("name", ["base", "stereo"])
-def test_pushed_codes_give_the_audio_of_the_clip(name: str, pieces: list[int]):
+def test_pieces_of_codes_give_the_audio_of_the_whole_clip(name: str, pieces: list[int]):
     model = load_fixture(name).model
     codes = np.random.default_rng(0).integers(0, 16, (1, 3, 23))
     whole = mimi_jax.decode(model, codes).audio_values
@@ -106,7 +106,7 @@ def test_pushed_codes_give_the_audio_of_the_clip(name: str, pieces: list[int]):
     assert relative_error(again, whole) < 1e-5
 
 
-def test_a_batch_is_decoded_at_once():
+def test_a_batch_of_streams_is_decoded():
     codes = np.random.default_rng(0).integers(0, 16, (3, CODEBOOKS, 9), np.int32)
     audio = StreamingDecoder(MODEL, batch_size=3).push(codes)
     assert audio is not None
@@ -120,7 +120,7 @@ def test_audio_of_a_bfloat16_model_is_float32():
 
 
 def on_a_device(model: Mimi) -> Mimi:
-    """Committed to one device, unlike a model as it is loaded by default."""
+    """Committed to one device, which a loaded model is not."""
     return jax.device_put(model, jax.devices()[1])
 
 
@@ -140,7 +140,7 @@ def test_after_a_warmup_nothing_compiles(place: Any):
     assert compiled == []
 
 
-def test_a_warmup_leaves_the_stream_as_it_is():
+def test_a_warmup_does_not_change_the_stream():
     audio, encoder = noise(421), StreamingEncoder(MODEL)
     codes = [encoder.push(audio[:100])]
     encoder.warmup()
@@ -151,7 +151,7 @@ def test_a_warmup_leaves_the_stream_as_it_is():
     )
 
 
-def test_streams_of_equal_models_share_what_is_compiled():
+def test_streams_of_equal_models_share_programs():
     first, second = load_fixture("base").model, jax.tree.map(jnp.array, load_fixture("base").model)
     StreamingEncoder(first).warmup()
     with compilations() as compiled:
@@ -220,7 +220,7 @@ def test_bad_codes_are_refused_and_the_stream_goes_on(codes: Any, error: str):
     assert relative_error(np.concatenate([first, second], axis=2), whole) < 1e-5
 
 
-def test_nothing_follows_a_flush_but_a_reset():
+def test_a_flushed_stream_must_be_reset():
     encoder, audio = StreamingEncoder(MODEL), noise(20)
     encoder.push(audio)
     encoder.flush()
@@ -233,14 +233,14 @@ def test_nothing_follows_a_flush_but_a_reset():
     )
 
 
-def test_a_stream_that_broke_off_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_a_stream_that_broke_off_must_be_reset(monkeypatch: pytest.MonkeyPatch):
     encoder, decoder = StreamingEncoder(MODEL), StreamingDecoder(MODEL)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     for name in ("_encode_step", "_decode_step"):
-        monkeypatch.setattr(sessions, name, interrupt)
+        monkeypatch.setattr(push_module, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         encoder.push(noise(20))
     with pytest.raises(KeyboardInterrupt):
@@ -257,8 +257,8 @@ def test_a_stream_that_broke_off_says_so(monkeypatch: pytest.MonkeyPatch):
     assert encoder.push(noise(20)) is not None
 
 
-def test_an_interrupt_after_the_last_step_is_no_less_one(monkeypatch: pytest.MonkeyPatch):
-    """The state has moved on, and the codes are lost: going on would give wrong frames."""
+def test_an_interrupt_after_the_last_step_stops_the_stream_too(monkeypatch: pytest.MonkeyPatch):
+    """The state has changed, but the codes are lost. To continue would give wrong frames."""
     encoder = StreamingEncoder(MODEL)
     encoder.push(noise(5))
     step = encoder._step
@@ -271,7 +271,7 @@ def test_an_interrupt_after_the_last_step_is_no_less_one(monkeypatch: pytest.Mon
 
 
 class Interrupting:
-    """Codes on their way, when the user loses patience."""
+    """Codes that raise KeyboardInterrupt when they are converted to NumPy."""
 
     def __array__(self, *_, **__):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What is found in folders, patterns, archives and manifests, and what is said of what is broken."""
+"""Clips are found in folders, patterns, archives and manifests, and damage is reported."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_equal_names_in_an_archive_are_told_apart(tmp_path: Path):
     assert ids(list(shard.read())) == ["x.wav", "x.wav#2", "x.wav#3"]
 
 
-def test_a_manifest_names_stretches(tmp_path: Path):
+def test_a_manifest_can_name_stretches_of_files(tmp_path: Path):
     (tmp_path / "x.wav").write_bytes(WAV)
     lines = [
         {"path": "x.wav"},
@@ -86,7 +86,7 @@ def test_a_manifest_names_stretches(tmp_path: Path):
         (2048, ["1.wav", "2.wav"], "has no end mark"),
     ],
 )
-def test_a_tar_that_is_cut_gives_what_is_whole_and_the_damage(
+def test_a_tar_cut_short_gives_its_whole_clips_and_the_damage(
     tmp_path: Path, cut: int, good: list[str], reason: str
 ):
     write_tar(tmp_path / "a.tar", {"1.wav": WAV, "2.wav": WAV})
@@ -98,7 +98,7 @@ def test_a_tar_that_is_cut_gives_what_is_whole_and_the_damage(
     assert reason in items[-1].problem
 
 
-def test_damage_inside_a_tar_is_told(tmp_path: Path):
+def test_damage_inside_a_tar_is_reported(tmp_path: Path):
     write_tar(tmp_path / "a.tar", {"1.wav": WAV, "2.wav": WAV})
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[1024 : 1024 + 512] = b"x" * 512  # the second header
@@ -109,7 +109,7 @@ def test_damage_inside_a_tar_is_told(tmp_path: Path):
     assert "damaged after byte 1024" in second.problem
 
 
-def test_rows_without_audio_and_broken_parquet_are_told(tmp_path: Path):
+def test_rows_without_audio_and_broken_parquet_are_reported(tmp_path: Path):
     write_parquet(tmp_path / "a.parquet", [{"bytes": WAV, "path": "x"}, None, {"bytes": None, "path": "no"}])
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     rows, broken = find_shards([tmp_path])
@@ -121,7 +121,7 @@ def test_rows_without_audio_and_broken_parquet_are_told(tmp_path: Path):
     assert "cannot be read from row 0 on" in item.problem
 
 
-def test_a_parquet_file_of_something_else_is_told(tmp_path: Path):
+def test_a_parquet_file_without_audio_is_reported(tmp_path: Path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -131,7 +131,7 @@ def test_a_parquet_file_of_something_else_is_told(tmp_path: Path):
     assert "needs a column audio of {bytes, path}, got text" in item.problem
 
 
-def test_names_of_any_bytes_can_be_written(tmp_path: Path):
+def test_names_of_any_bytes_give_printable_ids(tmp_path: Path):
     path = os.path.join(os.fsencode(tmp_path), b"bad\xff name.wav")
     with open(path, "wb") as file:
         file.write(WAV)
@@ -158,7 +158,7 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path: Path, name: str, erro
         find_shards([tmp_path / name])
 
 
-def test_a_compressed_archive_in_a_folder_is_not_left_out_without_a_word(tmp_path: Path):
+def test_a_compressed_archive_in_a_folder_is_refused(tmp_path: Path):
     (tmp_path / "x.wav").write_bytes(WAV)
     (tmp_path / "a.tar.gz").write_bytes(b"")
     with pytest.raises(ValueError, match="is a compressed archive"):
@@ -166,7 +166,7 @@ def test_a_compressed_archive_in_a_folder_is_not_left_out_without_a_word(tmp_pat
 
 
 @pytest.mark.parametrize("second", [".", "a.tar", "x.wav", "*.wav", "sub", "sub/y.wav"])
-def test_what_is_named_twice_is_refused(tmp_path: Path, second: str):
+def test_a_file_that_is_named_twice_is_refused(tmp_path: Path, second: str):
     write_tar(tmp_path / "a.tar", {"1.wav": WAV})
     (tmp_path / "sub").mkdir()
     for name in ("x.wav", "sub/y.wav"):
@@ -175,7 +175,7 @@ def test_what_is_named_twice_is_refused(tmp_path: Path, second: str):
         find_shards([tmp_path, tmp_path / second])
 
 
-def test_the_output_is_no_input(tmp_path: Path):
+def test_the_output_is_not_an_input(tmp_path: Path):
     write_parquet(tmp_path / "tokens" / "codes" / "a.parquet", [{"bytes": WAV, "path": "x"}])
     (tmp_path / "x.wav").write_bytes(WAV)
     (shard,) = find_shards([tmp_path], without=tmp_path / "tokens")
@@ -199,7 +199,7 @@ def test_a_pattern_may_match_folders(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ids(list(shard.read())) == ["speaker 0/clip_000.wav", "speaker 1/clip_000.wav"]
 
 
-def test_what_is_no_file_is_told(tmp_path: Path):
+def test_pipes_and_broken_links_are_reported(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.wav")
     (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
     (shard,) = find_shards([tmp_path])
@@ -207,7 +207,7 @@ def test_what_is_no_file_is_told(tmp_path: Path):
     assert len(list(shard.read())) == 2
 
 
-def test_odd_members_of_a_tar_are_told(tmp_path: Path):
+def test_links_in_a_tar_are_reported(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, kind in (("hard.wav", tarfile.LNKTYPE), ("soft.wav", tarfile.SYMTYPE)):
             member = tarfile.TarInfo(name)
@@ -220,7 +220,7 @@ def test_odd_members_of_a_tar_are_told(tmp_path: Path):
     ]
 
 
-def test_a_second_archive_behind_the_first_is_told(tmp_path: Path):
+def test_a_second_archive_after_the_first_is_reported(tmp_path: Path):
     write_tar(tmp_path / "a.tar", {"1.wav": WAV})
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data + data)
@@ -230,7 +230,7 @@ def test_a_second_archive_behind_the_first_is_told(tmp_path: Path):
     assert "such as a second archive" in second.problem
 
 
-def test_a_tar_with_a_negative_size_ends(tmp_path: Path):
+def test_a_negative_size_in_a_tar_does_not_loop_for_ever(tmp_path: Path):
     header = bytearray(tarfile.TarInfo("2.wav").tobuf())
     header[124:136] = b"\xff" * 10 + b"\xf0\x00"  # -4096 in base 256
     header[148:156] = b" " * 8
@@ -244,7 +244,7 @@ def test_a_tar_with_a_negative_size_ends(tmp_path: Path):
     assert "cannot be read after byte 1024" in second.problem
 
 
-def test_ids_of_a_manifest_can_always_be_written(tmp_path: Path):
+def test_ids_of_a_manifest_are_printable(tmp_path: Path):
     lines = [{"path": "x.wav", "id": None}, {"path": "x.wav", "id": 0}, {"path": "bad\udcff.wav"}]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "x.wav").write_bytes(WAV)
@@ -260,7 +260,7 @@ def test_ids_are_distinct_across_shards_and_beside_names_like_them(tmp_path: Pat
     assert [ids(list(shard.read())) for shard in shards] == [["a"], ["a#2"], ["a#3"], ["a#4"]]
 
 
-def test_the_fingerprint_is_of_the_clips_and_not_of_their_place(tmp_path: Path):
+def test_the_fingerprint_depends_on_the_clips_and_not_on_their_folder(tmp_path: Path):
     for name in ("here", "there"):
         write_folder(tmp_path / name, [100, 200])
     here, there = (fingerprint(find_shards([tmp_path / name])) for name in ("here", "there"))
