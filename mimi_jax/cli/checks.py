@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 
 class UsageError(ValueError):
-    """The arguments make no sense, whatever the input holds."""
+    """The arguments do not make sense, so the exit status is 2."""
 
 
 def code_output(source: Path, output: Path | None) -> Path:
     """Return where codes go: `output`, or a code file beside `source`, or a pipe if the source is one.
 
     Raises:
-        UsageError: the default output exists and is not a code file, or as in `_check_ends`.
+        UsageError: the default output exists and is not a code file, the output is the source, or a terminal
+            is in the place of a pipe.
         OSError: the source cannot be read or the output cannot be written.
     """
     from mimi_jax.files.codes import is_code_file
@@ -37,7 +38,8 @@ def audio_output(source: Path, output: Path | None) -> Path:
     """Return where audio goes: `output`, or a WAV file beside `source`, or a pipe if the source is one.
 
     Raises:
-        UsageError: the suffix names no audio format, or as in `_check_ends`.
+        UsageError: the suffix is not that of an audio format, the output is the source, or a terminal is in
+            the place of a pipe.
         OSError: the source cannot be read or the output cannot be written.
     """
     output = _beside(source, ".decoded.wav") if output is None else output
@@ -52,6 +54,7 @@ def _beside(source: Path, suffix: str) -> Path:
 
 
 def _check_ends(source: Path, output: Path) -> None:
+    """Check that the source can be read and the output be written, and that a pipe is not a terminal."""
     if source != PIPE:
         check_input(source)
     elif os.isatty(STDIN):
@@ -63,11 +66,12 @@ def _check_ends(source: Path, output: Path) -> None:
 
 
 def check_input(path: Path) -> None:
+    """Raise OSError if the file cannot be read."""
     path.open("rb").close()
 
 
 def check_output(path: Path, source: Path) -> None:
-    """Fail early if writing `path` would fail later, or would overwrite the input."""
+    """Fail early if `path` is the input, which would be overwritten, or if it could not be written later."""
     if path.exists() and source != PIPE and path.samefile(source):
         raise UsageError(f"{path} is the input and would be overwritten; name another output with -o")
     if path.exists() and not path.is_file():

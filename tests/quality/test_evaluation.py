@@ -1,4 +1,4 @@
-"""Quality of a model on clips: the numbers, the table and the command around them."""
+"""The quality of a model on clips: the numbers, the table and `mimi-jax evaluate`."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from mimi_jax import Mimi, cli, save_audio
+from mimi_jax.files.corpus import find_clips
 from mimi_jax.quality import evaluation, picture
 from mimi_jax.quality.evaluation import Evaluation, Quality
 from mimi_jax.quality.metrics import si_sdr
-from mimi_jax.files.corpus import find_clips
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "mimi_jax" / "samples" / "speech.flac"
@@ -52,14 +52,14 @@ def test_numbers_are_means_over_clips(result: Evaluation, clips: Path):
     np.testing.assert_allclose(result.perplexities, np.exp(entropy), rtol=1e-6)
 
 
-def test_stretches_of_files_are_what_is_heard(clips: Path, tmp_path: Path):
+def test_only_the_clips_of_a_manifest_count(clips: Path, tmp_path: Path):
     entries = [{"path": str(clips / "0.flac"), "start": start, "end": start + 0.75} for start in (0.25, 0.5)]
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, entries)))
     result = evaluation.evaluate(Mimi.from_pretrained("mini"), find_clips(tmp_path / "two.jsonl"), [1])
     assert (result.num_clips, result.seconds) == (2, pytest.approx(1.5))
 
 
-def test_measures_know_good_from_bad():
+def test_measures_tell_good_from_bad():
     from mimi_jax import load_audio
 
     speech, visqol = load_audio(SAMPLE)[:, :72_000], evaluation._make_visqol()

@@ -1,4 +1,4 @@
-"""The picture is drawn for clips of any length, and its spectrograms show what is in them."""
+"""Pictures of clips of any length, and the spectrograms in them."""
 
 import struct
 

@@ -15,7 +15,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("window", [64, 1024])
-def test_stft_is_the_transform_of_windows(window: int):
+def test_stft_transforms_overlapping_windows(window: int):
     x, hop = noise(2, 1, 3000), window // 4
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
     windows = [x[..., i : i + window] * hann for i in range(0, 3000 // hop * hop - window + 1, hop)]
@@ -30,20 +30,20 @@ def test_mel_filters_are_triangles():
     assert filters[:, hertz <= 64].max() == 0
     peaks = hertz[filters.argmax(axis=1)]
     assert np.all(np.diff(peaks) > 0)
-    # Where two triangles overlap they add up to 1, until the last one falls.
+    # Two triangles that overlap add up to 1. The last one has no neighbour where it falls.
     inside = (hertz > peaks[0]) & (hertz < peaks[-1])
     np.testing.assert_allclose(filters.sum(axis=0)[inside], 1, atol=1e-5)
 
 
 def test_mel_distance_of_equal_audio_is_zero():
     x = jnp.asarray(noise(1, 1, 2400))
-    # Not exactly: a compiler may fuse the two sides differently.
+    # Not exactly zero, since the compiler may fuse the two sides differently.
     assert mel_distance(x, x, RATE) < 1e-6
 
 
 def test_mel_distance_of_half_the_amplitude_is_six_decibels():
     x = jnp.asarray(noise(1, 1, 24_000))
-    # Where a band is empty its logarithm is the floor, whatever the loudness: one in six of the five scales.
+    # One band in six, over the five scales, is empty: its logarithm is the floor at any loudness.
     assert 4 < float(mel_distance(x, x / 2, RATE)) < 6.03
 
 
