@@ -1,6 +1,7 @@
 # The public names, each listed once. `__init__.py` imports a name when it is first used.
 
 # The codec
+from .boundary import pad_to_frame as pad_to_frame
 from .config import MimiConfig as MimiConfig
 
 # Files
@@ -20,7 +21,6 @@ from .model import EncoderState as EncoderState
 from .model import decode_step as decode_step
 from .model import encode as encode
 from .model import encode_step as encode_step
-from .model import pad_to_frame as pad_to_frame
 from .streams.push import StreamingDecoder as StreamingDecoder
 from .streams.push import StreamingEncoder as StreamingEncoder
 from .streams.rows import put_rows as put_rows

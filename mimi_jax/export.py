@@ -30,7 +30,7 @@ from flax import nnx
 from jax import export as jax_export
 from jax.typing import ArrayLike
 
-from mimi_jax.arguments import check_audio, check_mask, check_rows
+from mimi_jax.boundary import check_audio, check_mask, check_rows
 from mimi_jax.checkpoint import model_id
 from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.files.arrays import named_leaves

@@ -1,24 +1,35 @@
 """Mimi: waveform -> latents -> codes -> latents -> waveform, of whole clips and of streams.
 
-The codec of Moshi (arXiv 2410.00037, section 3.3). The oracle for every number is
-`transformers.MimiModel` 5.23; on whole frames it agrees with Kyutai's own `moshi`.
+This is the codec of Moshi (arXiv 2410.00037, section 3.3). Every number is compared with that of
+`transformers.MimiModel` 5.23, which agrees with Kyutai's own `moshi` on whole frames.
 
-Inside, arrays are channels last. Here, at the boundary, they are as everywhere in this field: audio
+Layers have channels last. At this boundary, arrays have the axes that are usual in this field: audio
 [batch, channels, samples] and codes [batch, codebooks, frames].
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from mimi_jax.arguments import check_audio, check_codes, check_mask, check_state, lengths_of_active
+from mimi_jax.boundary import (
+    DecoderOutput,
+    EncoderOutput,
+    MimiOutput,
+    check_audio,
+    check_codes,
+    check_mask,
+    check_state,
+    check_streamable,
+    lengths_of_active,
+    pad_to_frame,
+    with_model_settings,
+)
 from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.nn.attention import AttentionState
 from mimi_jax.nn.conv import Conv1d, ConvState, ConvTranspose1d, ConvTransposeState
@@ -34,54 +45,13 @@ HALVES = {
     "decoder": ("upsample", "decoder_transformer", "decoder"),
 }
 
-
 # What a stream remembers: the states of the parts of its half. Every array has the batch on axis 0.
 EncoderState: TypeAlias = tuple[tuple, tuple[AttentionState, ...], ConvState]
 DecoderState: TypeAlias = tuple[ConvTransposeState, tuple[AttentionState, ...], tuple]
 
 
-class EncoderOutput(NamedTuple):
-    audio_codes: jax.Array  # int32 [batch, codebooks, frames], semantic first, 0 outside the mask
-    audio_codes_mask: jax.Array  # bool [batch, frames]
-
-
-class DecoderOutput(NamedTuple):
-    audio_values: jax.Array  # [batch, channels, samples]
-
-
-class MimiOutput(NamedTuple):
-    audio_codes: jax.Array  # int32 [batch, codebooks, frames]
-    audio_codes_mask: jax.Array  # bool [batch, frames]
-    audio_values: jax.Array  # [batch, channels, samples], as long as the input
-
-
-def _computing(method):
-    """Run a method of `Mimi` at `self.precision`, and let XLA choose how values inside it are sharded.
-
-    Without the first, float32 means TF32 on NVIDIA GPUs and bfloat16 passes on TPUs, and codes change.
-    Without the second, a mesh with explicit axes would ask for the sharding of every lookup in a codebook.
-    The method's first argument and all its results have the batch on axis 0, and are sharded alike.
-    """
-
-    @functools.wraps(method)
-    def wrapped(self: "Mimi", x: ArrayLike, *args, **kwargs):
-        if isinstance(x, list | tuple):
-            hint = "pad_batch joins clips, and out.audio_codes are the codes of an output"
-            raise TypeError(f"expected an array, got {type(x).__name__}; {hint}")
-        sharding = jax.typeof(x).sharding
-        with jax.default_matmul_precision(self.precision), policy.computing(self.compute):
-            if not (axes := sharding.mesh.explicit_axes):
-                return method(self, x, *args, **kwargs)
-            batch = PartitionSpec(*sharding.spec[:1])
-            with jax.sharding.use_abstract_mesh(sharding.mesh):
-                compute: Callable = jax.sharding.auto_axes(method, axes=axes, out_sharding=batch)
-                return compute(self, x, *args, **kwargs)
-
-    return wrapped
-
-
 class Mimi(nnx.Module):
-    """The Mimi codec: parameters and nothing else, a JAX pytree like any other.
+    """The Mimi codec. It holds parameters and no state, and is a JAX pytree like any other.
 
     Args:
         config: the architecture.
@@ -91,6 +61,9 @@ class Mimi(nnx.Module):
         compute: "auto" for the fastest implementations on this machine; "portable" for those in plain XLA;
             or implementations by operation, such as {"attention": "banded"}, see `mimi_jax.ops.policy`.
         encoder, decoder: False leaves out that half. The quantizer is always there.
+
+    Raises:
+        ValueError: both halves are left out, or `compute` names something that does not exist.
     """
 
     def __init__(
@@ -111,13 +84,11 @@ class Mimi(nnx.Module):
         resampling = {"stride": stride, "causal": causal, "use_bias": False, "rngs": rngs}
         self.encoder = Encoder(config, rngs=rngs) if encoder else None
         self.encoder_transformer = transformer() if encoder else None
-        self.downsample = (
-            Conv1d(size, size, 2 * stride, pad_mode="replicate", **resampling) if encoder else None
-        )
+        downsample = functools.partial(Conv1d, size, size, 2 * stride, pad_mode="replicate", **resampling)
+        self.downsample = downsample() if encoder else None
         self.quantizer = SplitResidualQuantizer(config, rngs=rngs)
-        upsample = functools.partial(ConvTranspose1d, groups=config.upsample_groups, **resampling)
-        ratio = config.trim_right_ratio
-        self.upsample = upsample(size, size, trim_right_ratio=ratio) if decoder else None
+        trim = {"trim_right_ratio": config.trim_right_ratio, "groups": config.upsample_groups}
+        self.upsample = ConvTranspose1d(size, size, **trim, **resampling) if decoder else None
         self.decoder_transformer = transformer() if decoder else None
         self.decoder = Decoder(config, rngs=rngs) if decoder else None
 
@@ -149,10 +120,10 @@ class Mimi(nnx.Module):
             sharding: where to put every parameter; None for the default device.
 
         Raises:
-            FileNotFoundError: no such model, or the Hub cannot be reached.
+            FileNotFoundError: there is no such model, or the Hub cannot be reached.
             ImportError: int8 weights are to be made, and `qwix` is not installed.
-            ValueError: naming every tensor that is missing, unexpected or of another shape, and every unknown
-                or unsupported field of the configuration; for `num_quantizers` that the model has not.
+            ValueError: naming every tensor that is missing, unexpected or of another shape, and every field
+                of the configuration that is unknown or not supported; or naming a wrong argument.
         """
         from mimi_jax import checkpoint  # which builds on this module
 
@@ -169,17 +140,17 @@ class Mimi(nnx.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, which `transformers` loads too, unless it is int8."""
-        from mimi_jax import checkpoint  # which builds on this module
+        """Write `config.json` and `model.safetensors`. `transformers` loads them too, unless they are int8."""
+        from mimi_jax import checkpoint
 
         checkpoint.save(self, folder)
 
     def __repr__(self) -> str:
         """The parts and their sizes. `nnx.tabulate(model, audio)` shows the layers in them."""
         config = self.config
-        rate = f"{config.sampling_rate / config.frame_size:g} frames a second"
         codes = f"{config.num_quantizers} codebooks of {config.codebook_size} codes"
-        lines = [f"Mimi: {config.sampling_rate} Hz, {rate}, {codes}, {self.dtype}"]
+        rate = f"{config.sampling_rate} Hz, {config.sampling_rate / config.frame_size:g} frames a second"
+        lines = [f"Mimi: {rate}, {codes}, {self.dtype}"]
         for name in (*HALVES["encoder"], "quantizer", *HALVES["decoder"]):
             if (part := getattr(self, name)) is not None:
                 leaves = jax.tree.leaves(nnx.state(part, nnx.Not(nnx.OfType(Codebook))))
@@ -190,13 +161,13 @@ class Mimi(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What activations are computed in; the quantizer always uses float32."""
+        """The dtype of weights and activations. The quantizer always uses float32."""
         layer = self.downsample if self.upsample is None else self.upsample
         assert layer is not None
         return layer.kernel.dtype
 
     def astype(self, dtype: DTypeLike) -> "Mimi":
-        """The same model in another dtype, such as bfloat16; the quantizer stays float32."""
+        """The same model in another dtype, such as bfloat16. The quantizer stays float32."""
 
         def cast(x: jax.Array) -> jax.Array:
             return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -205,22 +176,16 @@ class Mimi(nnx.Module):
         return nnx.merge(graph, quantizer, jax.tree.map(cast, rest))
 
     def encoded_length(self, num_samples):
-        """How many frames a clip of `num_samples` (an integer, or an array of them) has."""
+        """How many frames a clip of `num_samples` has; an integer, or an array of integers."""
         return ceil_div(num_samples, self.config.frame_size)
 
-    def _half(self, name: str, *layers: StreamingLayer | None) -> list[StreamingLayer]:
-        present = [layer for layer in layers if layer is not None]
-        if len(present) < len(layers):
-            raise ValueError(f"this model has no {name}; load it without {name}=False")
-        return present
+    def _layers(self, half: str) -> list[StreamingLayer]:
+        layers = [getattr(self, part) for part in HALVES[half]]
+        if None in layers:
+            raise ValueError(f"this model has no {half}; load it without {half}=False")
+        return layers
 
-    def _encoder_layers(self) -> list[StreamingLayer]:
-        return self._half("encoder", self.encoder, self.encoder_transformer, self.downsample)
-
-    def _decoder_layers(self) -> list[StreamingLayer]:
-        return self._half("decoder", self.upsample, self.decoder_transformer, self.decoder)
-
-    @_computing
+    @with_model_settings
     def _encode_latents(
         self,
         audio: ArrayLike,
@@ -228,7 +193,7 @@ class Mimi(nnx.Module):
         state: Any = None,
         active: ArrayLike | None = None,
     ) -> tuple[Any, jax.Array, jax.Array | None]:
-        """Step the encoder half; also returns how many frames of each row are real, None for all."""
+        """Step the encoder half. Also returns how many frames of each row are real; None for all."""
         audio, lengths = check_audio(self.config, audio, padding_mask)
         num_samples = audio.shape[2]
         audio = pad_to_frame(audio, self.config)
@@ -238,52 +203,41 @@ class Mimi(nnx.Module):
         if state is not None:
             check_state(state, jax.eval_shape(lambda: self.init_encoder_state(len(audio))))
         x = jnp.swapaxes(audio, 1, 2).astype(self.dtype)
-        state, latents = step_all(self._encoder_layers(), state, x, lengths)
+        state, latents = step_all(self._layers("encoder"), state, x, lengths)
         return state, latents, None if lengths is None else ceil_div(lengths, self.config.frame_size)
 
     @jax.jit
     def encode_latents(self, audio: ArrayLike, padding_mask: ArrayLike | None = None) -> jax.Array:
-        """The latents before quantization: `encode` without its last part, and differentiable.
-
-        Args:
-            audio: float [batch, channels, samples] in [-1, 1], at `config.sampling_rate`.
-            padding_mask: bool or int [batch, samples] or [batch, 1, samples], 1 where a sample is real.
+        """Compute the latents before quantization, which are differentiable. Arguments are as for `encode`.
 
         Returns:
-            [batch, frames, hidden_size]; frames outside the mask mean nothing.
+            Float [batch, frames, hidden_size]. Frames outside the mask have no meaning.
         """
         return self._encode_latents(audio, padding_mask)[1]
 
     @functools.partial(jax.jit, static_argnames="num_quantizers")
     def quantize(self, latents: ArrayLike, num_quantizers: int | None = None) -> jax.Array:
-        """Latents [batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames].
-
-        Args:
-            num_quantizers: how many codebooks to use, the first ones; None for all.
-        """
+        """Latents [batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames], as for `encode`."""
         return self._quantize(latents, num_quantizers=num_quantizers)
 
-    @_computing
+    @with_model_settings
     def _quantize(self, latents: ArrayLike, *, num_quantizers: int | None) -> jax.Array:
         return self.quantizer.encode(jnp.asarray(latents), num_quantizers)
 
     @jax.jit
-    @_computing
+    @with_model_settings
     def dequantize(self, codes: ArrayLike) -> jax.Array:
-        """Codes [batch, codebooks, frames], of all or the first codebooks -> [batch, frames, hidden_size].
-
-        A code outside [0, codebook_size) gives NaN.
-        """
+        """Codes [batch, codebooks, frames] -> latents [batch, frames, hidden_size], as for `decode`."""
         return self.quantizer.decode(check_codes(codes))
 
-    @_computing
+    @with_model_settings
     def _decode_latents(
         self, latents: ArrayLike, lengths: jax.Array | None = None, state: Any = None
     ) -> tuple[Any, jax.Array]:
         x = jnp.asarray(latents).astype(self.dtype)
         if state is not None:
             check_state(state, jax.eval_shape(lambda: self.init_decoder_state(len(x))))
-        state, x = step_all(self._decoder_layers(), state, x, lengths)
+        state, x = step_all(self._layers("decoder"), state, x, lengths)
         return state, jnp.swapaxes(x, 1, 2)
 
     @jax.jit
@@ -293,39 +247,24 @@ class Mimi(nnx.Module):
 
     def init_encoder_state(self, batch_size: int) -> EncoderState:
         """The state of `batch_size` fresh streams, for `encode_step`."""
-        return self._init_state(self._encoder_layers(), batch_size)
+        return self._init_state("encoder", batch_size)
 
     def init_decoder_state(self, batch_size: int) -> DecoderState:
         """The state of `batch_size` fresh streams, for `decode_step`."""
-        return self._init_state(self._decoder_layers(), batch_size)
+        return self._init_state("decoder", batch_size)
 
-    def _init_state(self, layers: list[StreamingLayer], batch_size: int) -> Any:
-        if not self.config.is_streamable:
-            raise ValueError(
-                "a model with use_causal_conv=False or trim_right_ratio other than 1 looks ahead and cannot"
-                " stream; use encode and decode on whole clips"
-            )
-        return tuple(layer.init_state(batch_size, self.dtype) for layer in layers)
+    def _init_state(self, half: str, batch_size: int) -> Any:
+        check_streamable(self.config)
+        return tuple(layer.init_state(batch_size, self.dtype) for layer in self._layers(half))
 
     def __call__(
         self, audio: ArrayLike, padding_mask: ArrayLike | None = None, num_quantizers: int | None = None
     ) -> MimiOutput:
-        """Encode and decode; arguments as in `encode`, the audio that comes back as long as the input."""
+        """Encode and decode. Arguments are those of `encode`. The audio is as long as the input."""
         codes, codes_mask = encode(self, audio, padding_mask, num_quantizers)
         if padding_mask is None:
             padding_mask = jnp.ones((codes.shape[0], jnp.shape(audio)[2]), bool)
         return MimiOutput(codes, codes_mask, decode(self, codes, padding_mask).audio_values)
-
-
-def pad_to_frame(audio: ArrayLike, config: MimiConfig) -> jax.Array:
-    """Append zeros to audio [..., samples] up to a whole number of frames, as Kyutai's codec does.
-
-    `encode` needs no such help: by itself it pads each convolution, as `transformers` does, which gives
-    other codes in the last frame of a clip that is no whole number of frames.
-    """
-    audio = jnp.asarray(audio)
-    missing = -audio.shape[-1] % config.frame_size
-    return jnp.pad(audio, [(0, 0)] * (audio.ndim - 1) + [(0, missing)]) if missing else audio
 
 
 @functools.partial(jax.jit, static_argnames="num_quantizers")
@@ -337,13 +276,13 @@ def encode(
 ) -> EncoderOutput:
     """Encode clips.
 
-    The codes of a row do not depend on the other rows or on what stands in its padding, NaN included: it
-    gets the codes it would get alone, which `transformers` (5.23) gives for the clip alone.
+    Each row gets the codes that it would get alone. Other rows and the values in its padding do not matter,
+    even if they are NaN. `transformers` (5.23) gives the same codes for the clip alone.
 
     Args:
         audio: float [batch, channels, samples] in [-1, 1], at `config.sampling_rate`, of any length.
         padding_mask: bool or int [batch, samples] or [batch, 1, samples], 1 where a sample is real. A row
-            ends with its last real sample; what is masked before that counts as silence.
+            ends with its last real sample. Samples that are masked before that count as silence.
         num_quantizers: how many codebooks to use, the first ones; None for all.
 
     Returns:
@@ -351,7 +290,8 @@ def encode(
         `audio_codes_mask` bool [batch, frames], with frames = ceil(samples / frame_size).
 
     Raises:
-        ValueError: for other shapes or dtypes, and for codebooks the model does not have.
+        ValueError: another shape or dtype, more codebooks than the model has, or no encoder.
+        TypeError: a list.
     """
     _, latents, lengths = model._encode_latents(audio, padding_mask)
     codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
@@ -374,13 +314,17 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
     """Decode codes to audio.
 
     Args:
-        audio_codes: int [batch, codebooks, frames], of all or the first codebooks. A code outside
+        audio_codes: int [batch, codebooks, frames], of all codebooks or of the first ones. A code outside
             [0, codebook_size) turns the audio of its row into NaN.
-        padding_mask: of the audio that was encoded, as for `encode`. The audio is cut to its width, is
-            zero beyond the end of each row, and codes beyond it are ignored.
+        padding_mask: that of the audio that was encoded, as for `encode`. The audio is cut to the length of
+            the mask. Codes after the end of a row are ignored, and its audio is zero there.
 
     Returns:
-        `audio_values` [batch, channels, samples], frame_size samples a frame.
+        `audio_values` float [batch, channels, samples], with `config.frame_size` samples for each frame.
+
+    Raises:
+        ValueError: another shape or dtype, more codebooks than the model has, or no decoder.
+        TypeError: a list.
     """
     if padding_mask is None:
         return DecoderOutput(model.decode_latents(model.dequantize(audio_codes)))
@@ -403,19 +347,22 @@ def encode_step(
 ) -> tuple[EncoderState, jax.Array]:
     """Encode the next whole frames of a batch of streams.
 
-    Whatever the sizes of the steps, the codes are those of `encode` on the whole clip.
+    The codes are those of `encode` on the whole clip, whatever the sizes of the steps.
 
     Args:
         state: from `init_encoder_state`, then from the step before.
-        audio: float [batch, channels, samples]; samples a positive multiple of `config.frame_size`.
-        padding_mask: as for `encode`. A row whose mask ends inside the step ends its stream there, with
-            exactly `encode`'s last frame; reset the row before it is used again.
+        audio: float [batch, channels, samples]. `samples` is a positive multiple of `config.frame_size`.
+        padding_mask: as for `encode`. If the mask of a row ends inside the step, the stream ends there, with
+            the last frame that `encode` would give. Reset the row before it is used again.
         num_quantizers: how many codebooks to use, the first ones; None for all.
-        active: bool [batch]; rows that are False, or that have no real sample in this step, keep their
-            state, and their codes are 0.
+        active: bool [batch]. Rows that are False, or that have no real sample in this step, keep their
+            state, and their codes are 0. None for all rows.
 
     Returns:
         The state for the next step, and int32 codes [batch, codebooks, samples / frame_size].
+
+    Raises:
+        ValueError: another shape or dtype, a state of something else, or a model that cannot stream.
     """
     num_samples, frame_size = jnp.shape(audio)[-1], model.config.frame_size
     if num_samples % frame_size:
@@ -433,15 +380,18 @@ def decode_step(
 ) -> tuple[DecoderState, jax.Array]:
     """Decode the next frames of a batch of streams.
 
-    Whatever the sizes of the steps, the audio is that of `decode` on the whole clip.
+    The audio is that of `decode` on the whole clip, whatever the sizes of the steps.
 
     Args:
         state: from `init_decoder_state`, then from the step before.
-        audio_codes: int [batch, codebooks, frames], of all or the first codebooks.
-        active: bool [batch]; rows that are False keep their state, and their audio is 0.
+        audio_codes: int [batch, codebooks, frames], of all codebooks or of the first ones.
+        active: bool [batch]. Rows that are False keep their state, and their audio is 0. None for all rows.
 
     Returns:
-        The state for the next step, and audio [batch, channels, frames * frame_size].
+        The state for the next step, and float audio [batch, channels, frames * frame_size].
+
+    Raises:
+        ValueError: another shape or dtype, a state of something else, or a model that cannot stream.
     """
     latents = model.dequantize(audio_codes)
     lengths = lengths_of_active(active, None, *latents.shape[:2])
