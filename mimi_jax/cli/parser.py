@@ -10,12 +10,13 @@ from mimi_jax.cli.corpora import run_evaluate, run_tokenize, run_train
 from mimi_jax.cli.models import run_convert, run_info
 from mimi_jax.cli.pipes import PCM_FORMATS
 from mimi_jax.cli.roundtrip import run_roundtrip
-from mimi_jax.tokenization.settings import DEFAULTS, DTYPES
 
 MODEL_HELP = "a bundled model (mini), a folder, a .safetensors file or a Hugging Face repository"
 AUDIO_HELP = "WAV, FLAC, OGG or MP3 file, of any sampling rate"
 DATA_HELP = "a folder of audio, or a JSONL manifest"
+# Repeated here, since the modules that own them are slow to import.
 LAYOUTS = ("flax", "transformers", "kyutai")  # those of mimi_jax.checkpoint that hold float weights
+DTYPES = ("float32", "bfloat16")  # those of mimi_jax.tokenization.settings
 
 # Adds a command: takes its name, the function that runs it, and its help.
 AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
@@ -129,11 +130,11 @@ def _add_tokenize(command: AddCommand) -> None:
     text = "keep the first N codebooks (default: all)"
     add("--num-quantizers", type=_positive, metavar="N", help=text)
     text = "of weights and activations; bfloat16 is faster and changes some codes (default: %(default)s)"
-    add("--dtype", choices=DTYPES, default=DEFAULTS.dtype, help=text)
+    add("--dtype", choices=DTYPES, default="float32", help=text)
     text = "how many audio files make one shard (default: %(default)s)"
-    add("--clips-per-shard", type=_positive, metavar="N", default=DEFAULTS.clips_per_shard, help=text)
+    add("--clips-per-shard", type=_positive, metavar="N", default=1000, help=text)
     text = "a longer clip counts as an error (default: a day)"
-    add("--max-seconds", type=float, metavar="S", default=DEFAULTS.max_seconds, help=text)
+    add("--max-seconds", type=float, metavar="S", default=86_400.0, help=text)
     text = "clips at once, fewer if they are long (default: 8 per device on CPUs, else 64)"
     add("--batch-size", type=_positive, metavar="N", help=text)
     text = "processes that read audio (default: one less than the number of CPUs, at most 16)"

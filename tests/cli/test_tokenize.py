@@ -1,10 +1,13 @@
 """`mimi-jax tokenize`: its table, its exit status, and which process it is."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from mimi_jax import cli
+from mimi_jax.cli.parser import DTYPES, make_parser
+from mimi_jax.tokenization import Settings, settings
 from tests.models import load_fixture
 from tests.tokenization.corpora import write_folder
 
@@ -67,3 +70,10 @@ def test_the_process_is_named_by_options_or_variables(
     status = cli.main(["tokenize", str(tmp_path / "data"), "-o", str(tmp_path / "out"), *words])
     assert status == 2
     assert error in capsys.readouterr().err
+
+
+def test_the_defaults_are_those_of_settings():
+    arguments = vars(make_parser().parse_args(["tokenize", "in", "-o", "out"]))
+    for field in dataclasses.fields(Settings):
+        assert arguments[field.name] == field.default
+    assert DTYPES == settings.DTYPES
