@@ -1,18 +1,18 @@
-"""The codec in one file that runs without this package's layers, on every platform it was made for.
+"""The codec in one file, which runs without this package's layers on every platform that it was made for.
 
     export.save(model, "mimi.zip", batch_size=1, seconds=10.0)
     codec = export.load("mimi.zip")
     codes = codec.encode(audio).audio_codes
 
-Shapes are fixed when the file is made: the layers choose how to compute by the sizes of their inputs, so
-that none can stay open. The file is a zip, uncompressed, of
+Shapes are fixed when the file is made, since layers choose how to compute by the sizes of their inputs. The
+file is an uncompressed zip of
 
     metadata.json          the fields of `Metadata`
     weights.safetensors    the parameters, once: each function takes them as an argument
     encode.bin, ...        the functions, in the serialization of `jax.export`
 
-JAX promises to read that for about six months: such a file is a cache, to be made anew from a checkpoint,
-and no archive. Both directions need the package `flatbuffers`.
+JAX promises to read that serialization for about six months. So keep the checkpoint, and make such a file
+again when JAX is updated. To write and to read one needs the package `flatbuffers`.
 """
 
 import json
@@ -48,31 +48,31 @@ from mimi_jax.nn.quantizer import CodebookStatistic
 from mimi_jax.ops.policy import resolve
 
 FORMAT = "mimi_jax.export.1"
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PLATFORMS = ("cpu", "cuda", "tpu")
 DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "I8": jnp.int8}
 
 Weights = dict[str, Any]  # arrays, or their shapes, by place in the model, such as "decoder.first.kernel"
-# By name: a function of the weights and more, and the shapes of what comes after the weights.
+# By name: a function whose first argument is the weights, and the shapes of its other arguments.
 Functions = dict[str, tuple[Callable, tuple]]
 
 
 class Metadata(NamedTuple):
-    """What an exported file says of itself."""
+    """What an exported file says about itself."""
 
     config: MimiConfig
     platforms: tuple[str, ...]  # of `PLATFORMS`
-    jax_version: str  # that made it
-    model_id: str  # what its codes mean, as in files of codes
+    jax_version: str  # the one that made the file
+    model_id: str  # what its codes mean, as in code files
     batch_size: int
     num_quantizers: int  # codebooks of all codes, in and out
-    frames: int  # of the longest clip
+    frames: int  # frames of the longest clip
 
 
 class ExportedMimi:
-    """What `load` returns: the codec as functions of fixed shapes, which work inside `jit` too.
+    """What `load` returns: the codec as functions of fixed shapes. They work inside `jit` too.
 
-    A state is a list of arrays, with the batch on their first axis and zero when fresh, as everywhere in
-    this package: `take_rows`, `put_rows`, `reset_rows`, `save_state` and `load_state` work on it.
+    A state is a list of arrays. As everywhere in this package, they have the batch on axis 0 and are zero
+    when the stream is fresh. So `take_rows`, `put_rows`, `reset_rows`, `save_state` and `load_state` take it.
     """
 
     def __init__(self, metadata: Metadata, weights: Weights, functions: dict[str, jax_export.Exported]):
@@ -162,8 +162,8 @@ class ExportedMimi:
     def _check_has(self, name: str) -> None:
         if name not in self._functions:
             raise ValueError(
-                f"this file has no {name}, only {', '.join(self._functions)}: the model that it was made of"
-                " had not both halves, or cannot stream"
+                f"this file has no {name}, only {', '.join(self._functions)}; export a model that has both"
+                " halves and can stream"
             )
 
     def _init_state(self, name: str) -> list[jax.Array]:
@@ -175,7 +175,11 @@ class ExportedMimi:
     def _check_audio(
         self, audio: ArrayLike, padding_mask: ArrayLike | None, frames: int
     ) -> tuple[jax.Array, jax.Array]:
-        """As float32 [batch, channels, samples], of at most so many frames, and a bool [batch, samples]."""
+        """Check audio of at most so many frames.
+
+        Returns:
+            float32 [batch, channels, samples], and its mask, bool [batch, samples].
+        """
         audio, _ = check_audio(self.config, audio, padding_mask)
         batch, _, num_samples = audio.shape
         self._check_batch(batch)
@@ -214,22 +218,22 @@ def save(
     num_quantizers: int | None = None,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> None:
-    """Write what `load` reads, whole or not at all.
+    """Write the file that `load` reads, whole or not at all.
 
-    It holds whichever of encode, decode, encode_step and decode_step the model can do, for every platform,
-    whatever machine this is. Attention is computed in the way that works on all of them, so not by the
-    kernels that the model may use on a GPU or a TPU.
+    It holds those of encode, decode, encode_step and decode_step that the model can do, for all `platforms`,
+    on whichever machine it is made. It computes as a model with `compute="portable"` does, so it does not use
+    the device kernels of one platform.
 
     Args:
-        path: the file; its folder must exist.
-        batch_size: clips or streams that go together; no other number of them can.
-        seconds: how long a clip may be at most, rounded up to whole frames. Each takes as long as the
-            longest. A step is of one frame.
-        num_quantizers: how many codebooks codes are of, the first ones; None for all.
-        platforms: of "cpu", "cuda", "rocm" and "tpu".
+        path: the file. Its folder must exist.
+        batch_size: how many clips or streams each call takes.
+        seconds: the longest clip, rounded up to whole frames. Shorter ones take as much time as it does. A
+            step always takes one frame.
+        num_quantizers: how many codebooks to use, the first ones; None for all.
+        platforms: some of "cpu", "cuda" and "tpu".
 
     Raises:
-        ValueError: naming the argument that is not as it must be.
+        ValueError: naming the argument that is wrong.
         ImportError: `flatbuffers` is not installed.
         OSError: the file cannot be written.
     """
@@ -263,12 +267,12 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> ExportedMimi:
-    """Read what `save` wrote; the weights go to the default device.
+    """Read what `save` wrote. The weights go to the default device.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file, or a damaged one; it was not made for JAX's default platform here;
-            or by a JAX too old or too new for the one here.
+        ValueError: the file is something else or damaged, or was not made for JAX's default platform here, or
+            was made by a version of JAX that this one cannot read.
         ImportError: `flatbuffers` is not installed.
     """
     name = os.fspath(path)
@@ -287,8 +291,8 @@ def load(path: str | os.PathLike[str]) -> ExportedMimi:
         }
     except (ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"{name}: made by jax {metadata.jax_version}, which jax {jax.__version__} cannot read; export"
-            f" the model anew ({error})"
+            f"{name}: jax {jax.__version__} cannot read what jax {metadata.jax_version} wrote; export the"
+            f" model again ({error})"
         ) from None
     return ExportedMimi(metadata, jax.device_put(weights), functions)
 
@@ -303,7 +307,7 @@ def _read_metadata(text: bytes) -> Metadata:
 
 
 def _read_weights(data: bytes) -> Weights:
-    """What `safetensors.numpy.load` would read if it knew bfloat16."""
+    """Do what `safetensors.numpy.load` does, which does not know bfloat16."""
     return {
         name: np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
         for name, tensor in safetensors.deserialize(data)
@@ -313,13 +317,13 @@ def _read_weights(data: bytes) -> Weights:
 def _check_platform(name: str, metadata: Metadata) -> None:
     if (platform := jax_export.default_export_platform()) not in metadata.platforms:
         raise ValueError(
-            f"{name}: made for {', '.join(metadata.platforms)}, and this is {platform}; name it in platforms"
-            " when you export"
+            f"{name}: made for {', '.join(metadata.platforms)}, and this is {platform}; name that in"
+            " platforms when you export"
         )
 
 
 def _portable(model: Mimi) -> Mimi:
-    """The same model, computed by nothing that only this machine has."""
+    """The same model, but without the device kernels of this machine."""
     model = nnx.merge(*nnx.split(model))  # a copy, to be changed
     model.compute = resolve("portable")
     return model
@@ -328,7 +332,7 @@ def _portable(model: Mimi) -> Mimi:
 def _split(model: Mimi) -> tuple[Weights, Callable[[Weights], Mimi]]:
     """The parameters that are used, and the function that makes them the model again.
 
-    What only training reads, as large as all codebooks, is left out.
+    The statistics of codebooks are left out. They are large, and only training reads them.
     """
     graph, statistics, parameters = nnx.split(model, CodebookStatistic, ...)
     structure = jax.tree.structure(parameters)

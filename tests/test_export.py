@@ -172,7 +172,7 @@ def test_a_model_that_looks_ahead_has_no_steps(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"platforms": ("cpu", "gpu")}, "platforms must be some of cpu, cuda, rocm, tpu, got ['cpu', 'gpu']"),
+        ({"platforms": ("cpu", "gpu")}, "platforms must be some of cpu, cuda, tpu, got ['cpu', 'gpu']"),
         ({"platforms": ()}, "platforms must be some of"),
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"seconds": 0.0}, "seconds must be positive, got 0.0"),
@@ -244,7 +244,7 @@ def test_load_refuses_other_files(path: Path, tmp_path: Path):
 
 def test_load_refuses_another_platform(tmp_path: Path):
     save(MODEL, tmp_path / "tpu.zip", platforms=("tpu",))
-    with pytest.raises(ValueError, match=r"tpu\.zip: made for tpu, and this is cpu; name it in platforms"):
+    with pytest.raises(ValueError, match=r"tpu\.zip: made for tpu, and this is cpu; name that in platforms"):
         export.load(tmp_path / "tpu.zip")
 
 
@@ -256,7 +256,5 @@ def test_load_refuses_another_version_of_the_serialization(
 
     monkeypatch.setattr(jax.export, "deserialize", refuse)
     other = changed(path, tmp_path / "other.zip", jax_version="0.99")
-    with pytest.raises(
-        ValueError, match=r"made by jax 0\.99, which jax .* cannot read; export the model anew"
-    ):
+    with pytest.raises(ValueError, match=r"jax .* cannot read what jax 0\.99 wrote; export the model again"):
         export.load(other)

@@ -3,7 +3,7 @@
     find          where a model is: bundled, a folder, a file, the Hugging Face Hub
     parameters    the parameters of a model by name; models without values, to be filled in
     int8          int8 weights in memory
-    layouts/      the ways to store a model: a table with one row for each; a new layout goes there
+    layouts       the ways to store a model: a table with one row for each; a new layout goes there
     pretrained    load and save
     identity      what the codes of a model mean, and which bundled model made them
 

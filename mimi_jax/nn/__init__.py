@@ -1,5 +1,6 @@
 """The layers: pure functions of their parameters, a state and an input.
 
+    module        the base of all layers
     streaming     what a layer is: `init_state`, `step(state, x)`, `__call__`
     conv          convolutions and transposed convolutions
     attention     windowed attention with rotary positions

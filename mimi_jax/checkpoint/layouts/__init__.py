@@ -4,8 +4,8 @@ To add a layout, write a module like `flax` with three functions, `recognizes`, 
 (`files.Layout` says what each does), and add it to the table `LAYOUTS`.
 
     files       the files of a model, and the type `Layout`
-    pytorch     model.safetensors as `transformers` or as Kyutai's `moshi` name the tensors
-    names       the table of these names, and of the order of axes
+    names       the names of tensors in `transformers` and in Kyutai's `moshi`, and the order of their axes
+    pytorch     model.safetensors with these names
     flax        the Orbax folder params/ with this package's own names
     int8        model.safetensors with this package's own names and int8 kernels
 """
