@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint parity slow notebooks docs tpu cuda clean
+.PHONY: help demo test newest lint parity slow notebooks docs tpu cuda clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ demo: .venv/with-plot  ## encode and decode the bundled speech: a table, demo.wa
 # Two files at a time: one alone, most of which is compiling, leaves a core half idle.
 test: .venv/with-dev lint  ## lint, then run the tests (no torch, no network, no GPU)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+newest:  ## run a part of the tests on the newest Python of this machine, with the newest JAX
+	.ci/newest
 
 lint: .venv/with-dev  ## check format, style and types
 	$(BIN)/ruff format --check
@@ -40,13 +43,13 @@ docs: .venv/with-dev .venv/with-docs  ## the API from its docstrings, in build/d
 
 # What compiles for devices stays out of .venv: where it is installed, JAX looks for them in every process.
 tpu: .venv/with-dev .venv/with-libtpu  ## compile for a TPU of eight chips, on any Linux machine
-	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_ahead.py
+	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -m "slow or not slow" -rs tests/benchmarks/test_ahead.py
 
 cuda: .venv/with-dev .venv/with-cuda-compiler  ## compile for eight NVIDIA GPUs, on any Linux machine
-	PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_ahead.py
+	PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -m "slow or not slow" -rs tests/benchmarks/test_ahead.py
 
 clean:  ## remove .venv, caches and what the demo wrote
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist demo.wav demo.png
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis build dist demo.wav demo.png
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/created:
