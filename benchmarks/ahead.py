@@ -1,20 +1,19 @@
-"""What XLA makes of the codec for TPUs and NVIDIA GPUs, without one: memory, work, and the speed these
-cannot exceed.
+"""Compile the codec for TPUs and NVIDIA GPUs without having one: memory, work, and a bound on the speed.
 
     python -m benchmarks.ahead [--device v5e] [--batch 8] [--seconds 10] [--step 0.08] ...
 
-Full size, compiled ahead of time for 8 chips, the batch sharded over them and the weights on each; nothing
-runs. The numbers are for one chip. It needs libtpu, or JAX's plugin for CUDA and the libraries that this
-brings, and takes a few minutes. Install them apart from your environment for work, as `make tpu` and
-`make cuda` do: where JAX finds them on a machine without such a device, each start complains on stderr.
+The model has full size. It is compiled ahead of time for 8 chips, with the batch sharded over them and the
+weights on each; nothing runs. The numbers are for one chip. This needs libtpu, or JAX's plugin for CUDA with
+its libraries, and takes a few minutes. Install them outside your usual environment, as `make tpu` and
+`make cuda` do: if JAX finds them on a machine without such a device, it complains on stderr at every start.
 
-For TPUs the operations and bytes are the compiler's. For GPUs it counts none, so operations are those of the
-matrix products that a case needs, and bytes are counted from the program (`benchmarks/hlo.py`). There no
-kernel was tried against another either, as XLA does where it finds a GPU, and those of Triton are left out:
-on a GPU the program may move fewer bytes.
+For TPUs, the compiler counts operations and bytes. For GPUs it does not. There the operations are those of
+the matrix products that a case needs, and the bytes are counted from the program (`benchmarks/hlo.py`).
+Without a GPU, XLA can also not try out which device kernels are fastest, and Triton's are left out, so on a
+real GPU the program may move fewer bytes.
 
-Rows in bfloat16 are of precision "default", which on a TPU takes one pass for everything, the quantizer
-included.
+Rows in bfloat16 have the precision "default". On a TPU, this computes everything in one pass, including the
+quantizer.
 """
 
 import argparse
@@ -42,7 +41,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "coll
 
 
 class Device(NamedTuple):
-    """One chip, by its data sheet."""
+    """One chip, according to its data sheet."""
 
     platform: str
     memory: int  # bytes
@@ -50,8 +49,8 @@ class Device(NamedTuple):
     flops_per_second: dict[tuple[str, str], float]  # by dtype and precision
 
 
-# With "highest", a product of float32 takes six passes of bfloat16 on a TPU; on a GPU it is plain float32,
-# and "default" TF32.
+# For float32, "highest" takes six passes of bfloat16 on a TPU. On a GPU it is ordinary float32, and "default"
+# is TF32.
 TPU_SPEED = {
     ("bfloat16", "default"): 197e12,
     ("float32", "default"): 197e12,
@@ -63,12 +62,12 @@ DEVICES = {
     "h100": Device("cuda", 80_000_000_000, 3.35e12, GPU_SPEED),
     "h200": Device("cuda", 141_000_000_000, 4.8e12, GPU_SPEED),
 }
-# Without a GPU to time its kernels on, XLA takes sizes for Triton's that do not compile.
+# Without a GPU on which to time device kernels, XLA chooses sizes for Triton's that do not compile.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "tpu": {},
     "cuda": {"xla_gpu_enable_triton_gemm": False},
 }
-# As XLA describes an NVIDIA GPU of compute capability 9.0 to itself.
+# XLA's own description of an NVIDIA GPU of compute capability 9.0.
 GPU_DESCRIPTION = """
 platform_name: "CUDA"
 device_description_str: "{name}"
@@ -97,30 +96,32 @@ gpu_device_info {{
 """
 
 
-class Report(NamedTuple):
-    """What is known of one program, for one chip."""
+class Program(NamedTuple):
+    """What is known about one compiled program, for one chip."""
 
-    memory: int  # bytes of arguments, results and what lies between
+    memory: int  # bytes of arguments, results and everything between them
     flops: float
     bytes_accessed: float
-    collectives: list[str]  # the names of those the program has
-    text: str
+    collectives: list[str]  # see `collectives`
+    text: str  # of the compiled program
     kernels: list[DeviceKernel]  # for GPUs
 
 
 def make_mesh(name: str) -> Mesh:
-    """Eight chips that are only described, on one axis, "data". For GPUs, JAX in this process uses no others.
+    """Eight chips on one axis, "data". They are only described and need not exist.
+
+    For GPUs, JAX can use no other GPUs in this process afterwards.
 
     Raises:
-        RuntimeError, NotImplementedError: what compiles for them is not installed.
+        RuntimeError, NotImplementedError: the compiler for these chips is not installed.
     """
     device = DEVICES[name]
     if device.platform == "tpu":
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened, so none need be locked
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to wait for
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it opens no chip, so it needs no lock
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not wait for a metadata server
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x4")
     else:
-        jax.config.update("jax_platforms", "cpu")  # or the plugin asks for a driver
+        jax.config.update("jax_platforms", "cpu")  # otherwise the plugin asks for a driver
         description = GPU_DESCRIPTION.format(
             name=name, bandwidth=device.bytes_per_second, memory=device.memory
         )
@@ -130,7 +131,7 @@ def make_mesh(name: str) -> Mesh:
 
 @functools.cache
 def make_model(dtype: DTypeLike, precision: str, attention: str | None = None) -> mimi_jax.Mimi:
-    """A model of full size that has shapes and no values."""
+    """A model of full size that has shapes but no values."""
     compute = "portable" if attention is None else {"attention": attention}
     model = abstract_model(mimi_jax.MimiConfig(), precision=precision, compute=compute)
     return jax.eval_shape(lambda model: model.astype(dtype), model)
@@ -139,7 +140,7 @@ def make_model(dtype: DTypeLike, precision: str, attention: str | None = None) -
 def make_program(
     model: mimi_jax.Mimi, function: str, batch: int, seconds: float
 ) -> tuple[Callable, tuple[Any, ...]]:
-    """One of `FUNCTIONS`, and the shapes of all its arguments but the model."""
+    """One of `FUNCTIONS`, and the shapes of its arguments after the model."""
     config = model.config
     frame_size, codebooks = config.frame_size, config.num_quantizers
     frames = model.encoded_length(round(seconds * config.sampling_rate))
@@ -155,8 +156,8 @@ def make_program(
 
 def compile_for(
     mesh: Mesh, model: mimi_jax.Mimi, function: str, batch: int, seconds: float, attention: str | None = None
-) -> Report:
-    """Compile for the chips of `mesh`, `batch` rows on each, and say what came out.
+) -> Program:
+    """Compile a function for the chips of `mesh`, with `batch` rows on each.
 
     Args:
         function: one of `FUNCTIONS`.
@@ -166,12 +167,12 @@ def compile_for(
     program, shapes = make_program(model, function, batch * mesh.size, seconds)
     weights, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     shardings = (weights, *[rows] * len(shapes))
-    # As in a server, a step writes its state into the memory of the one before.
+    # As in a server, a step writes its state into the memory of the previous state.
     donated = (1,) if function == "encode_step" else ()
     if attention == "splash":
-        # The compiler cannot partition a Pallas kernel, so each chip gets a program for its own rows.
+        # The compiler cannot partition a Pallas device kernel, so each chip gets a program for its own rows.
         specs = (PartitionSpec(), *[PartitionSpec("data")] * len(shapes))
-        # Nor does the kernel say over which axes its results differ, so that is not checked.
+        # The device kernel does not say over which axes its results differ, so that is not checked.
         program = jax.shard_map(
             program, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
         )
@@ -188,20 +189,19 @@ def compile_for(
             * count_flops(model.config, seconds, model.config.num_quantizers)[function.removesuffix("_step")]
         )
         cost = {"flops": flops, "bytes accessed": sum(kernel.bytes for kernel in counted)}
-    return Report(taken, cost["flops"], cost["bytes accessed"], collectives(text), text, counted)
+    return Program(taken, cost["flops"], cost["bytes accessed"], collectives(text), text, counted)
 
 
 def collectives(text: str) -> list[str]:
-    """The operations in a compiled program in which devices talk to each other."""
+    """The operations of a compiled program in which devices exchange data."""
     return [name for name in COLLECTIVES if name in text]
 
 
-def bound(report: Report, seconds: float, device: Device, kind: tuple[str, str]) -> float:
-    """How many seconds of audio a chip can do in one second at most: neither its products nor its memory
-    can be faster.
+def bound(report: Program, seconds: float, device: Device, kind: tuple[str, str]) -> float:
+    """The most seconds of audio that a chip can process in a second, given its products and its memory.
 
     Args:
-        seconds: of audio, in all rows of one chip.
+        seconds: of audio, in all rows on one chip.
         kind: dtype and precision of the products.
     """
     compute = report.flops / device.flops_per_second[kind]
@@ -222,13 +222,13 @@ class Case(NamedTuple):
     seconds: float  # of audio in a row
 
 
-def compile_case(mesh: Mesh, name: str, case: Case) -> Report:
+def compile_case(mesh: Mesh, name: str, case: Case) -> Program:
     attention = fused_attention(name, case.kind[0])
     model = make_model(*case.kind, attention)
     return compile_for(mesh, model, case.function, case.batch, case.seconds, attention)
 
 
-def table_row(name: str, case: Case, report: Report) -> str:
+def table_row(name: str, case: Case, report: Program) -> str:
     speed = bound(report, case.batch * case.seconds, DEVICES[name], case.kind)
     cells = [case.function, *case.kind, str(case.batch), f"{case.seconds:g}", f"{report.memory / 1e6:.0f}"]
     cells += [f"{report.flops / 1e9:.1f}", f"{report.bytes_accessed / 1e9:.2f}", f"{speed:,.0f}"]
@@ -236,13 +236,13 @@ def table_row(name: str, case: Case, report: Report) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def print_largest(case: Case, report: Report, count: int) -> None:
-    """Which kernels move most bytes, by the operations that they end with."""
+def print_largest(case: Case, report: Program, count: int) -> None:
+    """The device kernels that move most bytes, grouped by their last operation."""
     moved, numbers = collections.Counter(), collections.Counter()
     for kernel in report.kernels:
         moved[kernel.source] += kernel.bytes
         numbers[kernel.source] += 1
-    print(f"\n{case.function}, {case.kind[0]}\n\n| last operation | kernels | GB |\n|---|---|---|")
+    print(f"\n{case.function}, {case.kind[0]}\n\n| last operation | device kernels | GB |\n|---|---|---|")
     for source, size in moved.most_common(count):
         print(f"| {source} | {numbers[source]} | {size / 1e9:.2f} |")
 
@@ -255,22 +255,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8], help="rows on each chip")
     parser.add_argument("--seconds", type=float, default=10.0, help="of audio in a clip")
     parser.add_argument(
-        "--precision", choices=["default", "highest"], default="highest", help="of the rows in float32"
+        "--precision", choices=["default", "highest"], default="highest", help="of float32 products"
     )
     parser.add_argument(
-        "--step", type=float, default=0.08, help="seconds of audio in a step; 1.28 in tokenize"
+        "--step", type=float, default=0.08, help="seconds of audio in a step; tokenize uses 1.28"
     )
     parser.add_argument("--functions", choices=FUNCTIONS, nargs="+", default=FUNCTIONS)
     parser.add_argument(
         "--largest",
         type=int,
         default=0,
-        help="list so many kinds of kernels that move most bytes; of GPUs only",
+        help="for GPUs, list this many kinds of device kernels, those that move most bytes",
     )
     options = parser.parse_args(arguments)
     platform = DEVICES[options.device].platform
     if options.largest and platform == "tpu":
-        parser.error("--largest needs a GPU as its --device: of a TPU's program no kernels are counted")
+        parser.error("--largest needs a GPU as --device; device kernels of TPUs are not counted")
     mesh = make_mesh(options.device)
     columns = ["function", "dtype", "precision", "batch per chip", "seconds of audio", "MB per chip", "GFLOP"]
     columns += ["GB accessed", f"{'' if platform == 'tpu' else 'about '}at most x realtime", "collectives"]

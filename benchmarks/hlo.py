@@ -1,9 +1,10 @@
-"""How many bytes the kernels of a compiled program move, from its text: XLA counts none for NVIDIA GPUs.
+"""Count the bytes that the device kernels of a compiled program move, from the text of the program.
 
-Every operation of a scheduled program is a kernel or a call of a library, which reads its operands and writes
-its result once. Of an operand that a kernel takes slices or rows of, only those count; of a result that it
-writes into an operand, only what it writes. Caches make it less, libraries that want scratch make it more.
-Programs whose kernels run conditionally, or beside each other, are refused.
+XLA does not count them for NVIDIA GPUs. Every operation of a scheduled program is a device kernel or a call
+of a library, which reads its operands once and writes its result once. If a device kernel reads only slices
+or rows of an operand, only these count. If it writes its result into an operand, only the part that it writes
+counts. Caches make the true number smaller, and libraries that need scratch memory make it larger. Programs
+whose device kernels run conditionally or at the same time are refused.
 """
 
 import math
@@ -16,34 +17,40 @@ OPERATION = re.compile(
     r"\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<result>\(.*?\)|\S+) (?P<kind>[a-z0-9-]+)\((?P<operands>[^)]*)\)"
 )
 ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
-FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")  # they only name what is there
-PARTS = ("bitcast", "slice", "dynamic-slice", "gather")  # they take a part of their first operand
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write this operand into their first
+FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")  # they move nothing
+PARTS = ("bitcast", "slice", "dynamic-slice", "gather")  # they read a part of their first operand
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write this operand into their first one
 
 
 class Operation(NamedTuple):
+    """One line of a program."""
+
     name: str
     kind: str
-    size: int  # bytes of its result
+    size: int  # bytes of the result
     operands: list[str]
     text: str
 
     def called(self, role: str) -> str:
-        """The name of the computation that it "calls", or that is its "body"."""
+        """The name of the computation in this role: "calls" or "body"."""
         return re.findall(rf" {role}=%([^\s,]+)", self.text)[0]
 
 
 class DeviceKernel(NamedTuple):
-    source: str  # its last operation, as it was called in JAX
+    """A device kernel, or a call of a library."""
+
+    source: str  # the JAX name of its last operation
     bytes: int  # read and written, in all its runs
 
 
 class Computation(NamedTuple):
+    """A function of a program: the program itself, the body of a loop, or a device kernel."""
+
     operations: dict[str, Operation]
     root: Operation
 
     def bytes_read(self, operation: Operation) -> int:
-        """How much of an operation's result the others read."""
+        """How many bytes of an operation's result the other operations read."""
         users = [user for user in self.operations.values() if operation.name in user.operands]
         parts = [
             user for user in users if user.kind in (*PARTS, *UPDATES) and user.operands[0] == operation.name
@@ -53,7 +60,7 @@ class Computation(NamedTuple):
         return min(operation.size, sum(self.bytes_read(part) for part in parts if part.kind in PARTS))
 
     def bytes_written(self, result: Operation) -> int:
-        """How much of a result is new."""
+        """How many bytes of a result are new."""
         operands = [self.operations[name] for name in result.operands]
         if result.kind in ("tuple", "bitcast"):
             return sum(map(self.bytes_written, operands))
@@ -61,20 +68,20 @@ class Computation(NamedTuple):
 
 
 def device_kernels(text: str) -> list[DeviceKernel]:
-    """All that moves bytes between kernels and memory.
+    """Everything in a program that moves bytes to or from memory.
 
     Args:
-        text: of an executable, as `jax.stages.Compiled.as_text` gives it.
+        text: of an executable, from `jax.stages.Compiled.as_text`.
 
     Raises:
-        ValueError: for loops of unknown length, and for what does not run one after the other.
+        ValueError: a loop has an unknown number of rounds, or operations are conditional or asynchronous.
     """
     computations, entry = parse(text)
     return list(_kernels(computations, entry, times=1))
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by their names, and the name of the one that is the program."""
+    """All computations by name, and the name of the one that is the whole program."""
     computations, entry, operations, name = {}, "", {}, ""
     for line in text.splitlines():
         if start := COMPUTATION.match(line):
@@ -102,7 +109,7 @@ def _kernels(computations: dict[str, Computation], name: str, times: int) -> Ite
         if operation.kind == "while":
             trips = re.findall(r'"known_trip_count":\{"n":"(\d+)"', operation.text)
             if not trips:
-                raise ValueError(f"cannot count a loop whose number of rounds is not known: {operation.name}")
+                raise ValueError(f"cannot count a loop with an unknown number of rounds: {operation.name}")
             yield from _kernels(computations, operation.called("body"), times * int(trips[0]))
         elif operation.kind in ("call", "conditional") or operation.kind.endswith(("-start", "-done")):
             raise ValueError(f"cannot count an operation of the kind {operation.kind}: {operation.name}")
@@ -112,7 +119,7 @@ def _kernels(computations: dict[str, Computation], name: str, times: int) -> Ite
 
 
 def _moved(computations: dict[str, Computation], name: str, operation: Operation) -> int:
-    """What one kernel, an operation of the computation `name`, reads and writes."""
+    """The bytes that one operation of the computation `name` reads and writes."""
     if operation.kind == "fusion":
         kernel = computations[operation.called("calls")]
         parameters = [inner for inner in kernel.operations.values() if inner.kind == "parameter"]

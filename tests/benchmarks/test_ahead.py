@@ -1,4 +1,7 @@
-"""The codec of full size compiles for TPUs and NVIDIA GPUs, fits, and needs no communication: without one."""
+"""The codec of full size compiles for TPUs and NVIDIA GPUs, fits in memory and needs no communication.
+
+No such device is needed, only their compilers.
+"""
 
 import math
 import re
@@ -30,7 +33,7 @@ def gpus() -> Mesh:
 
 def check_program(
     mesh: Mesh, device: str, function: str, kind: tuple[str, str], attention: str | None = None
-) -> ahead.Report:
+) -> ahead.Program:
     model = ahead.make_model(*kind, attention)
     seconds = SECONDS
     if function == "encode_step":
@@ -55,8 +58,8 @@ def test_compiles_for_eight_tpus(tpus: Mesh, function: str, kind: tuple[str, str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("function", ["encode", "decode"])
-def test_compiles_for_eight_tpus_with_the_splash_kernel(tpus: Mesh, function: str):
-    """In bfloat16, each chip with a program of its own."""
+def test_compiles_for_eight_tpus_with_splash_attention(tpus: Mesh, function: str):
+    """In bfloat16, with a separate program for each chip."""
     check_program(tpus, "v5e", function, KINDS[0], "splash")
 
 
@@ -73,7 +76,7 @@ def test_compiles_for_eight_gpus(gpus: Mesh, function: str, kind: tuple[str, str
 
 @pytest.mark.slow
 def test_a_training_step_compiles_for_gpus(gpus: Mesh):
-    """Forward and back through both halves, cuDNN's attention too."""
+    """Forward and backward through both halves, with cuDNN's attention."""
     model = ahead.make_model(*KINDS[0], "cudnn")
     everywhere, rows = (jax.NamedSharding(gpus, jax.P(*axes)) for axes in ((), ("data",)))
     audio = jax.ShapeDtypeStruct((gpus.size * BATCH, 1, 48_000), jnp.float32)
@@ -89,8 +92,8 @@ def test_a_training_step_compiles_for_gpus(gpus: Mesh):
 
 @pytest.mark.parametrize("function", ["encode", "decode"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_large_batches_go_in_pieces_on_gpus(function: str, kind: tuple[str, str]):
-    """Whole, 64 clips of 30 s make arrays of more than 2**31 elements."""
+def test_large_batches_are_computed_in_parts_on_gpus(function: str, kind: tuple[str, str]):
+    """At once, 64 clips of 30 s would make arrays of more than 2**31 elements."""
     model = ahead.make_model(*kind)
     program, shapes = ahead.make_program(model, function, 64, 30.0)
     text = jax.jit(program).trace(model, *shapes).lower(lowering_platforms=("cuda",)).as_text()
@@ -99,8 +102,8 @@ def test_large_batches_go_in_pieces_on_gpus(function: str, kind: tuple[str, str]
     assert 2**28 < largest < 2**31
 
 
-def test_collectives_would_be_seen():
-    """On any platform: a sum over the batch makes the devices talk."""
+def test_collectives_are_found():
+    """On any platform: a sum over the batch makes the devices exchange data."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     lowered = jax.jit(lambda x: x.sum(), in_shardings=rows).lower(jax.ShapeDtypeStruct((8, 3), "float32"))
@@ -118,8 +121,8 @@ def test_collectives_would_be_seen():
         ("h200", KINDS[1], 67e12, 2 * 4.8e12, 5.0),
     ],
 )
-def test_the_bound_is_that_of_the_slower(
+def test_the_slower_of_products_and_memory_is_the_bound(
     device: str, kind: tuple[str, str], flops: float, bytes_accessed: float, expected: float
 ):
-    report = ahead.Report(0, flops, bytes_accessed, [], "", [])
+    report = ahead.Program(0, flops, bytes_accessed, [], "", [])
     assert ahead.bound(report, 10.0, ahead.DEVICES[device], kind) == pytest.approx(expected)

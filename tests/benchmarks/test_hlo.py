@@ -1,4 +1,4 @@
-"""What a kernel reads and writes, by the rules of `benchmarks.hlo`, in programs small enough to add up."""
+"""The bytes that device kernels move, in programs so small that they can be added up by hand."""
 
 import pytest
 
@@ -117,11 +117,11 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
     ],
     ids=["operands", "rows", "all", "in place", "several in place", "alone", "loop", "library"],
 )
-def test_counts_what_is_read_and_written(text: str, expected: int):
+def test_bytes_read_and_written_are_counted(text: str, expected: int):
     assert sum(kernel.bytes for kernel in device_kernels(text)) == expected
 
 
-def test_names_kernels_by_their_sources():
+def test_device_kernels_are_named_after_their_sources():
     assert device_kernels(ADD) == [DeviceKernel("add(f32[99])", 100)]
     assert device_kernels(CALL) == [DeviceKernel("custom-call", 64)]
 
@@ -129,11 +129,11 @@ def test_names_kernels_by_their_sources():
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        (', config={"known_trip_count":{"n":"7"}}', "", "number of rounds is not known: loop"),
+        (', config={"known_trip_count":{"n":"7"}}', "", "a loop with an unknown number of rounds: loop"),
         ("negate(", "call(", "an operation of the kind call: y"),
         ("negate(", "copy-start(", "an operation of the kind copy-start: y"),
     ],
 )
-def test_refuses_what_it_cannot_count(old: str, new: str, error: str):
+def test_programs_that_cannot_be_counted_are_refused(old: str, new: str, error: str):
     with pytest.raises(ValueError, match=error):
         device_kernels(LOOP.replace(old, new))
