@@ -21,8 +21,7 @@ from mimi_jax.files.atomic import atomic_path
 from mimi_jax.files.batches import as_channels
 from mimi_jax.files.truncation import MAX_TRAILING, is_cut_short
 
-# The formats that can be written, by the suffix of the file: libsndfile's names of the format and the
-# subtype.
+# The formats that can be written, by suffix: libsndfile's names of the format and the subtype.
 FORMATS = {
     ".flac": ("FLAC", "PCM_16"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),

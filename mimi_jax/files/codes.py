@@ -89,7 +89,7 @@ class CodeSpec:
 
     @property
     def kbits(self) -> float:
-        """The bit rate of the codec, in kbit per second; without the bits that a packed code may waste."""
+        """The bit rate in kbit per second. If codebook_size is not a power of 2, a file takes a little more."""
         return self.num_codebooks * math.log2(self.codebook_size) * self.frame_rate / 1000
 
     def num_frames(self, num_samples: int) -> int:
@@ -132,7 +132,7 @@ class CodeFile:
 
 
 def is_code_file(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a file that calls itself a code file. False if there is no such file."""
+    """Whether the metadata of a file say that it is a code file. False if there is no such file."""
     try:
         with safe_open(path, framework="numpy") as file:
             return (file.metadata() or {}).get("format") == FORMAT

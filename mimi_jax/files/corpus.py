@@ -34,7 +34,7 @@ MARGIN = 64  # samples around a crop, for the filter of the resampler
 
 
 class Entry(NamedTuple):
-    """A clip as a manifest or a folder names it. Nobody has looked yet whether its file is there."""
+    """A clip as a manifest or a folder names it. Its file may be missing."""
 
     name: str  # the path as the manifest has it, or relative to the folder
     path: str  # to open the file with
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """A stretch of an audio file that is there and whose header has been read."""
+    """A stretch of an audio file, with what the header of the file says about it."""
 
     path: Path
     source: str
