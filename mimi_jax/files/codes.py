@@ -89,7 +89,7 @@ class CodeSpec:
 
     @property
     def kbits(self) -> float:
-        """The bit rate in kbit per second. If codebook_size is not a power of 2, a file takes a little more."""
+        """The bit rate in kbit/s. If codebook_size is not a power of 2, a file takes a little more."""
         return self.num_codebooks * math.log2(self.codebook_size) * self.frame_rate / 1000
 
     def num_frames(self, num_samples: int) -> int:
