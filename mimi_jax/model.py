@@ -222,7 +222,7 @@ class Mimi(nnx.Module):
 
     @with_model_settings
     def _quantize(self, latents: ArrayLike, *, num_quantizers: int | None) -> jax.Array:
-        return self.quantizer.encode(jnp.asarray(latents), num_quantizers)
+        return self.quantizer.encode(jnp.asarray(latents), self.quantizer.resolve_count(num_quantizers))
 
     @jax.jit
     @with_model_settings

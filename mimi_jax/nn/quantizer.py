@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.module import Module
@@ -70,7 +70,7 @@ class ResidualQuantizer(Module):
 
         return jnp.moveaxis(lax.scan(step, residual, jnp.arange(num_levels))[1], 0, 1)
 
-    def decode(self, codes: Int[Array, "batch levels frames"]) -> Float[Array, "batch frames hidden"]:
+    def decode(self, codes: Integer[Array, "batch levels frames"]) -> Float[Array, "batch frames hidden"]:
         """Add up the embeddings of the codes."""
         batch, num_levels, frames = codes.shape
         _, size, dim = self.embedding.shape
@@ -100,7 +100,7 @@ class SplitResidualQuantizer(Module):
         self.semantic.derive()
         self.acoustic.derive()
 
-    def resolve_count(self, num_quantizers: int | None) -> int:
+    def resolve_count(self, num_quantizers: object) -> int:
         """The number of codebooks to use, the first ones; None means all of them.
 
         Raises:
@@ -128,7 +128,7 @@ class SplitResidualQuantizer(Module):
                 return codes
             return jnp.concatenate([codes, self.acoustic.encode(latents, num_acoustic)], axis=1)
 
-    def decode(self, codes: Int[Array, "batch codebooks frames"]) -> Float[Array, "batch frames hidden"]:
+    def decode(self, codes: Integer[Array, "batch codebooks frames"]) -> Float[Array, "batch frames hidden"]:
         """The latents of codes of all codebooks, or of the first ones."""
         self.resolve_count(codes.shape[1])
         with jax.default_matmul_precision("highest"):
