@@ -280,3 +280,22 @@ def test_half_a_model():
 def test_a_model_has_at_least_one_half():
     with pytest.raises(ValueError, match="a model needs its encoder, its decoder or both, got neither"):
         checkpoint.abstract_model(MODEL.config, encoder=False, decoder=False)
+
+
+def test_a_model_prints_on_one_page():
+    model = Mimi.from_pretrained("mini")
+    text = str(model)
+    assert text == repr(model)
+    assert text.splitlines()[0] == "Mimi: 24000 Hz, 12.5 frames a second, 32 codebooks of 256 codes, float32"
+    assert len(text.splitlines()) == 8
+    total = sum(int(line.split()[1].replace(",", "")) for line in text.splitlines()[1:])
+    assert total == checkpoint.num_parameters(model)
+    assert "decoder" not in str(Mimi.from_pretrained("mini", decoder=False))
+
+
+def test_a_model_can_be_tabulated():
+    model = load_fixture("base").model
+    audio = jnp.zeros((1, 1, model.config.frame_size))
+    table = nnx.tabulate(model, audio, console_kwargs={"force_terminal": False, "width": 200})
+    for row in ("encoder_transformer/blocks/0", "quantizer", "Decoder"):
+        assert row in table
