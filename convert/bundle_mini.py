@@ -1,9 +1,10 @@
-"""Bundle what a training run made as the model `mini`.
+"""Bundle the model of a training run as `mini`.
 
-    python -m convert.bundle_mini runs/mini runs/mini_finish
+    python -m convert.bundle_mini runs/mini runs/mini_finish runs/mini_loud
 
-Weights are rounded to float16, half the size; they are computed with in float32, here and in `transformers`.
-The log goes to docs/mini/, with a picture of it; several runs, each begun from the one before, make one log.
+The model of the last run is bundled. Its weights are rounded to float16, which is half the size; computations
+are in float32, here and in `transformers`. Each run began from the model of the one before. Their logs are
+joined into docs/mini/log.jsonl and drawn as docs/mini/log.png.
 """
 
 import argparse
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from matplotlib.figure import Figure
 
 from mimi_jax.checkpoint import BUNDLED
 from mimi_jax.files.arrays import write_safetensors
@@ -24,18 +24,18 @@ CURVES = {
     "loss/commitment": "commitment loss",
     "gradient_norm": "norm of the gradient",
     "perplexity/semantic": "perplexity of the semantic codebook",
-    "perplexity/acoustic": "mean perplexity of the acoustic ones",
+    "perplexity/acoustic": "mean perplexity of the acoustic codebooks",
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Bundle what a training run made as the model `mini`.")
+    parser = argparse.ArgumentParser(description="Bundle the model of a training run as `mini`.")
     parser.add_argument(
         "runs",
         metavar="RUN",
         nargs="+",
         type=Path,
-        help="folders that `mimi-jax train` wrote; the last one ships",
+        help="folders that `mimi-jax train` wrote; the model of the last one is bundled",
     )
     runs = parser.parse_args().runs
     run = runs[-1]
@@ -43,10 +43,10 @@ def main() -> None:
     rounded = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     for name, tensor in rounded.items():
         if not np.isfinite(tensor).all():
-            raise ValueError(f"{name} holds numbers that float16 cannot")
+            raise ValueError(f"{name} holds numbers that are too large for float16")
     folder = BUNDLED / "mini"
     write_safetensors(folder / "model.safetensors", rounded, {"format": "pt"})
-    # Without it transformers would compute in the dtype that the weights are stored in.
+    # Without this field, transformers would compute in the dtype of the stored weights.
     fields = json.loads((run / "model" / "config.json").read_text()) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     DOCS.mkdir(exist_ok=True)
@@ -55,6 +55,7 @@ def main() -> None:
 
 
 def join_logs(logs: list[Path], joined: Path) -> None:
+    """Write one log for several runs, with steps that count on from run to run."""
     lines, done = [], 0
     for log in logs:
         part = [json.loads(line) for line in log.read_text().splitlines()]
@@ -64,7 +65,9 @@ def join_logs(logs: list[Path], joined: Path) -> None:
 
 
 def draw_log(log: Path, picture: Path) -> None:
-    """Each curve, and its mean over about a fiftieth of the run."""
+    """Draw each curve, and its moving average over about a fiftieth of the run."""
+    from matplotlib.figure import Figure
+
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     steps = np.array([line["step"] for line in lines])
     width = max(1, len(lines) // 50)

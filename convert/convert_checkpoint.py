@@ -2,8 +2,8 @@
 
     python convert/convert_checkpoint.py SRC DST --to flax|transformers|kyutai
 
-This is `mimi-jax convert`, preceded by what needs torch: SRC may also be a PyTorch file (.bin, .pt, .pth,
-.ckpt) with a `config.json` beside it, unless it is of the published architecture.
+This is `mimi-jax convert` for one more kind of source, which needs torch: SRC may also be a PyTorch file
+(.bin, .pt, .pth, .ckpt). A `config.json` must be beside it, unless it has the published architecture.
 """
 
 import shutil
@@ -16,12 +16,12 @@ from mimi_jax.cli.models import PYTORCH_SUFFIXES
 
 
 def unpickle(source: Path, folder: Path) -> None:
-    """Rewrite a PyTorch file as a model folder, its tensors as they are."""
+    """Rewrite a PyTorch file as a model folder. The tensors do not change."""
     import torch
     from safetensors.torch import save_file
 
     tensors = torch.load(source, map_location="cpu", weights_only=True)
-    for wrapper in ("model", "best_state", "state_dict"):  # what training loops keep beside it stays behind
+    for wrapper in ("model", "best_state", "state_dict"):  # a training loop may have wrapped the model
         tensors = tensors.get(wrapper, tensors)
     tensors = {name: value.clone().contiguous() for name, value in tensors.items() if torch.is_tensor(value)}
     save_file(tensors, folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Each notebook says what its source says, shows what it should, and runs from top to bottom."""
+"""Each notebook has the cells of its source, shows the outputs it should, and runs from top to bottom."""
 
 import tomllib
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 MAX_BYTES = 1_000_000
-# Of the code cells of each notebook: players, pictures.
+# The number of audio players and of pictures in the outputs of each notebook.
 SHOWN = {
     "quickstart": (7, 2),
     "speech_lm": (3, 2),
@@ -29,13 +29,13 @@ def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def test_there_are_no_others():
+def test_all_notebooks_are_listed_here():
     assert [path.stem for path in SOURCES] == sorted(SHOWN)
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == sorted(SHOWN)
 
 
 @notebooks
-def test_outputs_are_what_a_reader_wants_to_see(source: Path):
+def test_outputs_are_complete_and_in_order(source: Path):
     notebook = committed(source)
     assert source.with_suffix(".ipynb").stat().st_size < MAX_BYTES
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
@@ -51,7 +51,7 @@ def test_outputs_are_what_a_reader_wants_to_see(source: Path):
 
 
 @notebooks
-def test_the_badge_leads_to_the_project(source: Path):
+def test_the_colab_badge_links_to_the_project(source: Path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     address = project["urls"]["Source"].replace("https://github.com/", "")
     badge = f"https://colab.research.google.com/github/{address}/blob/main/notebooks/{source.stem}.ipynb"
@@ -62,7 +62,7 @@ def test_the_badge_leads_to_the_project(source: Path):
 
 @pytest.mark.notebooks
 @notebooks
-def test_it_says_what_its_source_says(source: Path):
+def test_the_cells_are_those_of_the_source(source: Path):
     from notebooks.tools.run import read
 
     expected = read(source)

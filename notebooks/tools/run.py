@@ -1,9 +1,10 @@
-"""Run the notebooks and keep what they print, draw and play: notebooks/*.py to notebooks/*.ipynb.
+"""Run the notebooks, notebooks/*.py, and store them with their outputs as notebooks/*.ipynb.
 
     python -m notebooks.tools.run [quickstart ...]
 
-A notebook is written and reviewed as `.py` (jupytext's percent format), and shown as `.ipynb`, on GitHub and
-in Colab. Progress bars and warnings are left out, and nothing in the file changes where nothing else did.
+A notebook is written and reviewed as `.py` (jupytext's percent format) and shown as `.ipynb`, on GitHub and
+in Colab. Progress bars and warnings are left out. The file has no times or random ids, so it changes only if
+the source or its outputs change.
 """
 
 import argparse
@@ -18,12 +19,12 @@ from nbclient import NotebookClient
 from PIL import Image
 
 NOTEBOOKS = Path(__file__).parents[1]
-SECONDS = 300  # that a cell may take, anywhere
-PIXELS = 900  # of a picture's longer side, as wide as a page shows it
+SECONDS = 300  # the most that a cell may take
+PIXELS = 900  # of a picture's longer side, which is as wide as a page shows it
 
 
 def read(source: Path) -> nbformat.NotebookNode:
-    """A notebook from its `.py`, without outputs."""
+    """Read a notebook from its `.py`, without outputs."""
     notebook = jupytext.read(source)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
@@ -32,7 +33,11 @@ def read(source: Path) -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode) -> None:
-    """Fill in the outputs; the first cell that fails raises what it raised."""
+    """Run all cells and fill in their outputs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook, timeout=SECONDS, record_timing=False, resources={"metadata": {"path": folder}}
@@ -48,14 +53,14 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 
 
 def _is_noise(output: nbformat.NotebookNode) -> bool:
-    """Progress bars, warnings, and what %pip always says."""
+    """Whether an output is a progress bar, a warning, or the line that %pip always prints."""
     return output.get("name") == "stderr" or output.get("text", "").startswith(
         "Note: you may need to restart"
     )
 
 
 def _smaller(png: str) -> str:
-    """The same picture for a page, in 256 colours: a quarter of a spectrogram's bytes."""
+    """The picture at the size of a page and in 256 colours, which takes a quarter of the bytes."""
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     image.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)

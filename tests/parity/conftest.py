@@ -1,4 +1,4 @@
-"""The full-size models that every parity test compares; they take some seconds to make."""
+"""The full-size models that the parity tests compare; making them takes some seconds."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from mimi_jax import Mimi
 
-# Without torch these files cannot even be read: then `pytest -m parity` finds no test, and fails.
+# Without torch these files cannot be imported. Then `pytest -m parity` finds no test, and fails.
 collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["test_*.py"]
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ SPEECH = Path(os.environ.get("MIMI_JAX_SPEECH", ROOT.parent / "shared" / "speech
 
 @pytest.fixture(scope="session")
 def reference() -> Any:
-    """`transformers.MimiModel`, default architecture, random weights."""
+    """`transformers.MimiModel` in the default architecture, with random weights."""
     from tests.parity.references import random_transformers_model
 
     return random_transformers_model({}, seed=0)
@@ -26,7 +26,7 @@ def reference() -> Any:
 
 @pytest.fixture(scope="session")
 def checkpoint(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `transformers` saves it to."""
+    """A folder to which `transformers` saved the reference."""
     folder = tmp_path_factory.mktemp("reference")
     reference.save_pretrained(folder)
     return folder

@@ -1,8 +1,8 @@
 """Random, well-conditioned reference models in PyTorch, for parity tests without a download.
 
-A freshly initialised `transformers.MimiModel` is a poor oracle: its codebooks are all zeros, its
-layer scales hide the Transformers, its norms are the identity. Here every parameter is random
-and matters, and the codebooks are scaled to the latents, so that each level reduces the residual.
+A freshly initialised `transformers.MimiModel` is a poor reference: its codebooks are all zeros, its
+LayerScales hide the Transformers, and its norms are the identity. Here every parameter is random and
+has an effect, and the codebooks fit the latents, so that each level reduces the residual.
 `moshi_model_from` puts the same weights into Kyutai's own implementation.
 """
 
@@ -17,7 +17,7 @@ from transformers import MimiConfig, MimiModel
 from transformers.activations import ACT2FN
 
 CALIBRATION_FRAMES = 640
-LEVEL_FRAMES = 50  # enough to measure how loud the decoder is
+LEVEL_FRAMES = 50  # enough to measure the decoder's loudness
 AUDIO_STD = 0.1
 SHRINKS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
@@ -52,14 +52,14 @@ KYUTAI_NAMES = (
 def speech_like(
     num_samples: int, frame_size: int, seed: int, *, batch_size: int = 1, channels: int = 1
 ) -> torch.Tensor:
-    """Voiced sound of gliding pitch and moving loudness plus noise, different in each row.
+    """A voiced sound with a gliding pitch and a changing loudness, plus noise; different in each row.
 
-    The pitch is given in samples (96 to 300 Hz at 24 kHz) and the loudness in frames, so that
-    full-size and tiny models both see a signal that changes from frame to frame.
+    The pitch changes in units of samples (96 to 300 Hz at 24 kHz) and the loudness in units of frames,
+    so that full-size and tiny models both see a signal that changes from frame to frame.
 
     Args:
         num_samples: length of each row.
-        frame_size: samples a frame of the model.
+        frame_size: samples in a frame of the model.
         seed: of all random numbers.
         batch_size: rows.
         channels: of each row.
@@ -122,7 +122,7 @@ def random_transformers_model(config: dict, seed: int, audio: torch.Tensor | Non
 
 
 def samples_per_frame(config: MimiConfig) -> int:
-    """Samples a frame of codes; unlike `config.frame_size`, right for an explicit frame rate."""
+    """Samples in a frame. Unlike `config.frame_size`, this is right for an explicit frame rate."""
     return math.prod(config.upsampling_ratios or ()) * config.latent_stride
 
 
@@ -133,13 +133,13 @@ def encode_latents(model: MimiModel, audio: torch.Tensor) -> torch.Tensor:
 
 
 def code_gaps(model: MimiModel, latents: torch.Tensor) -> torch.Tensor:
-    """How clearly each code was chosen: second-best minus best distance to the codebook.
+    """How clearly each code was chosen: the second smallest distance to the codebook minus the smallest.
 
-    The unit is the norm of the vector that enters the residual quantizer, for rounding errors of
-    every level are relative to it. A code whose gap is within rounding may differ by platform.
+    The unit is the norm of the vector that enters the residual quantizer, because the rounding errors
+    of every level are relative to it. A code whose gap is within rounding may differ between platforms.
 
     Args:
-        model: whose codes are judged.
+        model: gives the codebooks.
         latents: float32 [batch, hidden_size, frames], from `encode_latents`.
 
     Returns:
@@ -165,7 +165,7 @@ def _split_quantizers(model: MimiModel) -> list[Any]:
 
 
 def _randomize(model: MimiModel) -> None:
-    """Replace what transformers initialises to constants, or too small for the model's width."""
+    """Replace what transformers initialises to constants, or to values that are too small for its width."""
     for name, parameter in model.named_parameters():
         if "layer_scale" in name:
             parameter.uniform_(0.1, 0.4)
@@ -178,10 +178,10 @@ def _randomize(model: MimiModel) -> None:
 
 
 def _fit_codebooks(quantizer: Any, latents: torch.Tensor) -> None:
-    """Give each level of a residual quantizer a random codebook that suits its residual.
+    """Give each level of a residual quantizer a random codebook that fits its residual.
 
-    Entries are random mixtures of half of the residual vectors, which have their mean and
-    covariance, drawn in towards the mean by the factor that fits the other half best.
+    The entries are random mixtures of half of the residual vectors, so they have the same mean and
+    covariance. They are moved towards the mean by the factor that fits the other half best.
     """
     if quantizer.input_proj is not None:
         latents = quantizer.input_proj(latents)
@@ -207,7 +207,7 @@ def flat_state(model: MimiModel) -> dict[str, torch.Tensor]:
 def kyutai_state(model: MimiModel) -> dict[str, torch.Tensor]:
     """A model's tensors in the layout of Kyutai's released file.
 
-    q, k and v are fused, and the rows of q and k are put in the order of interleaved rotary pairs.
+    There q, k and v are one tensor, and the rows of q and k are in the order of interleaved rotary pairs.
     """
     decoder: Any = model.decoder
     last = len(decoder.decoder_seanet.layers) - 1
@@ -230,14 +230,14 @@ def moshi_model_from(model: MimiModel) -> MoshiModel:
     """Build Kyutai's implementation with the weights of a transformers model.
 
     Args:
-        model: causal, with as many key-value heads as heads, norm_eps 1e-5 and trim_right_ratio 1;
-            moshi has nothing else.
+        model: causal, with as many key-value heads as heads, norm_eps 1e-5 and trim_right_ratio 1.
+            moshi supports nothing else.
 
     Returns:
         A float32 model in evaluation mode, all codebooks active.
 
     Raises:
-        RuntimeError: if names or shapes of the weights do not fit moshi's model.
+        RuntimeError: names or shapes of the weights do not fit moshi's model.
     """
     config = model.config
     moshi = get_mimi(None, _moshi_config(config), num_codebooks=config.num_quantizers)

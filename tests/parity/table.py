@@ -2,8 +2,8 @@
 
     python -m tests.parity.table [SPEECH_FOLDER]
 
-The default architecture, 96 million well-conditioned random weights, float32. Speech is read from
-SPEECH_FOLDER (FLAC or WAV files, joined), else a synthetic signal stands in.
+The model has the default architecture, 96 million well-conditioned random weights, and computes in float32.
+Speech comes from SPEECH_FOLDER (FLAC or WAV files, joined); without it, a synthetic signal is used.
 """
 
 import sys
@@ -15,24 +15,24 @@ import numpy as np
 import torch
 
 import mimi_jax
-from mimi_jax import Mimi
+from mimi_jax import Mimi, MimiConfig
 from tests.parity.references import code_gaps, encode_latents, speech_like
 
-SAMPLING_RATE, FRAME_SIZE = 24_000, 1920
+SAMPLING_RATE, FRAME_SIZE = MimiConfig().sampling_rate, MimiConfig().frame_size
 
-# Whole frames, also past the 250-step (10 s) window of attention; then lengths that are none.
+# Samples: multiples of a frame, one of them beyond the window of attention (250 steps, 10 s); other lengths.
 WHOLE_LENGTHS = (FRAME_SIZE, 25 * FRAME_SIZE, 200 * FRAME_SIZE)
 OTHER_LENGTHS = (1, 1919, 1921, 50_000, 360_777)
 
 
 class Parity(NamedTuple):
-    """How far this package is from an oracle on one clip."""
+    """How close this package comes to a reference implementation on one clip."""
 
-    oracle: str
+    reference: str
     num_samples: int
-    codes: np.ndarray  # bool [batch, codebooks, frames], whether each code is equal
-    gaps: np.ndarray  # float [differing codes], how much farther the oracle's second choice lay
-    audio_error: float  # relative L2 error of the audio decoded from the oracle's codes
+    codes: np.ndarray  # bool [batch, codebooks, frames], which codes are equal
+    gaps: np.ndarray  # float [differing codes], see `code_gaps`
+    audio_error: float  # relative L2 error of the audio decoded from the reference's codes
 
     @property
     def agreement(self) -> float:
@@ -46,13 +46,13 @@ class Parity(NamedTuple):
         """A line of the Markdown table."""
         frames = self.codes.shape[2]
         return (
-            f"| {self.oracle} | {self.num_samples:,} | {frames} | {self.codes.sum()} / {self.codes.size}"
+            f"| {self.reference} | {self.num_samples:,} | {frames} | {self.codes.sum()} / {self.codes.size}"
             f" | {self.codes[:, 0].sum()} / {frames} | {self.audio_error:.1e} |"
         )
 
 
 def speech(folder: Path | None, num_samples: int) -> np.ndarray:
-    """float32 [1, 1, num_samples] of speech: the clips of a folder joined, or a synthetic signal."""
+    """Speech, float32 [1, 1, num_samples]: the clips of a folder joined, or a synthetic signal."""
     clips, length = [], 0
     paths = sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".wav")) if folder else []
     for path in paths:
@@ -65,12 +65,13 @@ def speech(folder: Path | None, num_samples: int) -> np.ndarray:
 
 @torch.no_grad()
 def compare(model: Mimi, reference: Any, audio: np.ndarray, moshi: Any = None) -> Parity:
-    """Encode `audio`, and decode the oracle's codes, here and there.
+    """Encode `audio` and decode the reference's codes, with this package and with the reference.
 
     Args:
+        model: of this package.
         reference: the `transformers.MimiModel` with the same weights.
         audio: float32 [1, 1, samples].
-        moshi: Kyutai's model with the same weights, to be the oracle in the place of `reference`.
+        moshi: Kyutai's model with the same weights. If it is given, it is the one to compare with.
     """
     wave = torch.from_numpy(audio)
     if moshi is None:
@@ -102,11 +103,11 @@ def main() -> None:
     moshi = moshi_model_from(reference)
     audio = speech(folder, max(WHOLE_LENGTHS + OTHER_LENGTHS))
     print(f"on {jax.devices()[0].device_kind}, float32\n")
-    print("| oracle | samples | frames | equal codes | equal semantic codes | audio error |")
+    print("| reference | samples | frames | equal codes | equal semantic codes | audio error |")
     print("|---|---|---|---|---|---|")
     for length in sorted(WHOLE_LENGTHS + OTHER_LENGTHS):
-        for oracle in [None, moshi] if length in WHOLE_LENGTHS else [None]:
-            parity = compare(model, reference, audio[:, :, :length], oracle)
+        for other in [None, moshi] if length in WHOLE_LENGTHS else [None]:
+            parity = compare(model, reference, audio[:, :, :length], other)
             print(parity.row(), flush=True)
             for gap in parity.gaps:
                 print(f"differing code, relative distance gap {gap:.1e}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Full size, live: codes and audio of `transformers` and `moshi`, on real speech where it is there."""
+"""At full size, codes and audio equal those of `transformers` and `moshi` (real speech, if there is some)."""
 
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_pad_to_frame_gives_kyutais_tail(model: Mimi, moshi: Any, audio: np.ndar
 
 
 def test_batched_equals_alone(model: Mimi, audio: np.ndarray):
-    """Rows of a ragged batch with NaN in their padding get every code that they get alone."""
+    """Rows of a ragged batch, with NaN in their padding, get exactly the codes that they get alone."""
     lengths = (48_000, 30_001, 1, 47_999)
     clips = [audio[0, 0, 10_000 * i : 10_000 * i + length] for i, length in enumerate(lengths)]
     batch, mask = mimi_jax.pad_batch(clips)
@@ -76,7 +76,7 @@ def test_batched_equals_alone(model: Mimi, audio: np.ndarray):
 
 
 def test_steps_equal_whole_beyond_two_windows(model: Mimi, audio: np.ndarray):
-    """21 s, in steps of 1 frame: past the window, where Kyutai's own stream drifts."""
+    """21 s in steps of one frame, which is beyond the window. There Kyutai's own stream drifts."""
     clip = np.tile(audio, (1, 1, 2))[:, :, : 264 * 1920]
     codes = mimi_jax.encode(model, clip).audio_codes
     state, stepped = model.init_encoder_state(1), []
@@ -122,7 +122,7 @@ def test_the_first_codebooks_load_in_transformers(
 
 
 def test_kyutai_layout_bit_for_bit(model: Mimi, reference: Any, tmp_path: Path):
-    """The native file, with nothing beside it, loads as the same model; and is written as the same file."""
+    """Kyutai's file, without a config.json, loads as the same model and is written as the same file."""
     import safetensors.torch
 
     expected = kyutai_state(reference)

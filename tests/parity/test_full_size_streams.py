@@ -1,4 +1,4 @@
-"""Streams at full size on real speech: pieces, chunks, coins and half an hour give what whole clips give.
+"""Streams at full size give what whole clips give: in pieces and chunks, with pauses, and for half an hour.
 
 The model is the one that `test_full_size.py` compares with the references.
 """
@@ -49,7 +49,7 @@ def audio() -> np.ndarray:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("num_samples", LENGTHS)
-def test_pushed_in_random_pieces_and_flushed_is_encode(model: Mimi, audio: np.ndarray, num_samples: int):
+def test_random_pieces_give_the_codes_of_encode(model: Mimi, audio: np.ndarray, num_samples: int):
     clip = audio[:num_samples]
     encoder, generator = StreamingEncoder(model), np.random.default_rng(num_samples)
     cuts = np.sort(generator.integers(0, num_samples, 1 + num_samples // 4000))
@@ -60,7 +60,7 @@ def test_pushed_in_random_pieces_and_flushed_is_encode(model: Mimi, audio: np.nd
 
 
 @pytest.mark.parity
-def test_random_chunks_are_the_whole_beyond_two_windows(model: Mimi, audio: np.ndarray):
+def test_random_chunks_give_the_whole_beyond_two_windows(model: Mimi, audio: np.ndarray):
     clip = audio[None, None]
     codes = np.asarray(mimi_jax.encode(model, clip).audio_codes)
     whole = np.asarray(mimi_jax.decode(model, codes).audio_values)
@@ -83,8 +83,8 @@ def test_random_chunks_are_the_whole_beyond_two_windows(model: Mimi, audio: np.n
 
 
 @pytest.mark.parity
-def test_rows_with_random_coins_and_resets_are_their_clips(model: Mimi, audio: np.ndarray):
-    """Four rows; those whose coin says no are fed NaN, and codes that are none."""
+def test_rows_with_random_pauses_and_resets_give_their_clips(model: Mimi, audio: np.ndarray):
+    """Four rows; a row that is not active gets NaN, or codes that are not valid."""
     batch, generator = 4, np.random.default_rng(1)
     encoder, decoder = model.init_encoder_state(batch), model.init_decoder_state(batch)
     speech, codes, decoded = ([[[]] for _ in range(batch)] for _ in range(3))  # of each stream of each row
@@ -119,7 +119,7 @@ def test_rows_with_random_coins_and_resets_are_their_clips(model: Mimi, audio: n
 
 @pytest.mark.slow
 def test_half_an_hour_does_not_drift(model: Mimi):
-    """The last minute, against a clip that starts 200 s before it: 20 windows of attention."""
+    """The last minute equals that of a clip that starts 200 s before it, which is 20 windows of attention."""
     audio = load_speech(30 * MINUTE)[None]
     codes = np.concatenate([part for part, _ in encode_chunks(model, [audio])], axis=1)[None]
     first = 26 * MINUTE - MINUTE // 3

@@ -1,4 +1,4 @@
-"""Tokenization beside others: a Ray cluster that loses a machine, and the libraries that read its files."""
+"""Tokenization on a Ray cluster that loses a machine, and other libraries reading its files."""
 
 import threading
 import time
@@ -41,14 +41,14 @@ def tokens(tiny: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-# Ray starts its processes with a fork, of which JAX warns, and leaves files to the garbage collector.
+# Ray forks its processes, which JAX warns about, and leaves open files to the garbage collector.
 @pytest.mark.filterwarnings("ignore")
 def test_a_cluster_that_loses_a_machine_codes_each_clip_once(
     tiny: Path, corpus: Path, tmp_path: Path, tokens: Path
 ):
     from ray.cluster_utils import Cluster
 
-    # Room for one actor on each of two machines.
+    # Each of the two machines has room for one actor.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"seat": 1}})
     node = cluster.add_node(num_cpus=1, resources={"seat": 1})
     out, summaries = tmp_path / "out", []

@@ -1,4 +1,4 @@
-"""Transforms, losses and the discriminator against torch, and a model trained here in transformers."""
+"""Losses and the discriminator equal torch's, and a model trained here gives the same in transformers."""
 
 import dataclasses
 from pathlib import Path
@@ -30,14 +30,14 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def torch_stft(x: torch.Tensor, window: int) -> torch.Tensor:
-    """[batch, samples] -> complex [batch, frames, bins], as torchaudio's `normalized=True`."""
+    """[batch, samples] -> complex [batch, columns, bins], as in torchaudio with `normalized=True`."""
     hann = torch.hann_window(window, dtype=x.dtype)
     out = torch.stft(x, window, window // 4, window=hann, center=False, return_complex=True)
     return out.transpose(1, 2) / hann.pow(2).sum().sqrt()
 
 
 def torch_mel_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """audiocraft's `msspec` by its definition."""
+    """audiocraft's `msspec` loss, from its definition."""
     total = torch.zeros((), dtype=x.dtype)
     for window in losses.WINDOWS:
         bank = torch.from_numpy(
@@ -71,7 +71,7 @@ def test_mel_filters():
 def test_mel_loss_and_its_gradient():
     x, y = noise(2, 1, 4800), noise(2, 1, 4800, seed=1)
     ours, gradient = jax.value_and_grad(losses.mel_loss, argnums=1)(jnp.asarray(x), jnp.asarray(y), RATE)
-    # In float64, in which torch's own rounding does not count.
+    # In float64, so that torch's own rounding is negligible.
     fake = torch.from_numpy(y.astype(np.float64)).requires_grad_()
     theirs = torch_mel_loss(torch.from_numpy(x.astype(np.float64)), fake)
     theirs.backward()
@@ -82,7 +82,7 @@ def test_mel_loss_and_its_gradient():
 
 
 def torch_judge(judge: Discriminator, audio: torch.Tensor) -> tuple[list, list]:
-    """audiocraft's discriminator with our weights: [batch, channels, frames, bins] inside."""
+    """audiocraft's discriminator with our weights; its arrays are [batch, channels, columns, bins]."""
     logits, features = [], []
     for scale in judge.scales:
         spectrum = torch_stft(audio[:, 0], scale.window)
@@ -119,7 +119,7 @@ def test_discriminator():
 
 def test_a_trained_model_is_the_same_in_transformers(tmp_path: Path):
     recipe = tiny_recipe()
-    # transformers derives other rates from the ratios than a codec at 2.4 kHz has.
+    # transformers derives the rates from the ratios, and a codec of 2.4 kHz has other rates.
     model = dataclasses.replace(
         recipe.model, frame_rate=None, sampling_rate=24_000, upsampling_ratios=(8, 6, 5, 4)
     )
