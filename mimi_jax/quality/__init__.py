@@ -1,7 +1,9 @@
 """How good decoded audio is, in numbers and in pictures.
 
-metrics      SI-SDR
-spectrum     the mel scale, spectrograms, and the mel distance between two clips
-evaluation   all measures for each number of codebooks
-picture      pictures of a clip before and after the codec, and of an evaluation
+The measures compare decoded audio with the original. No module here needs training code.
+
+    metrics      SI-SDR
+    spectrum     the mel scale, spectrograms, and the mel distance between two clips
+    evaluation   all measures for each number of codebooks
+    picture      pictures of a clip before and after the codec, and of an evaluation
 """
