@@ -1,4 +1,4 @@
-"""A recipe small enough for a test to run hundreds of steps of."""
+"""A recipe so small that a test can run hundreds of its steps."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ TINY = MimiConfig(
 
 
 def tiny_recipe(**changes: Any) -> Recipe:
-    """Fields of the recipe's parts are given as `part__field`."""
+    """The tiny recipe with changes. `part__field` changes a field of a part, such as `losses__mel`."""
     fields: dict[str, Any] = {
         "model": TINY,
         "data": DataRecipe(seconds=0.96, batch_size=2, gain=(0.0, 0.0)),

@@ -35,7 +35,7 @@ def run(quantizer, num_quantizers=4, is_quantized=ALL, latents=LATENTS) -> vq.Qu
 
 
 @pytest.mark.parametrize("num_quantizers", [2, 3, 4])
-def test_it_is_what_the_codec_computes(quantizer, num_quantizers: int):
+def test_training_quantizes_as_the_codec_does(quantizer, num_quantizers: int):
     out = run(quantizer, num_quantizers)
     codes = quantizer.encode(LATENTS, num_quantizers)
     np.testing.assert_array_equal(out.codes[:, :num_quantizers], codes)
@@ -54,7 +54,7 @@ def test_rows_that_are_not_quantized_keep_their_latents(quantizer):
     np.testing.assert_allclose(out.latents[1], plain["semantic"][1] + plain["acoustic"][1], atol=1e-5)
     acoustic = whole.latents[2] - whole.semantic[2]
     np.testing.assert_allclose(out.latents[2], plain["semantic"][2] + acoustic, atol=1e-5)
-    # Codebooks learn from all rows.
+    # Codebooks learn from all rows, also from those that are not quantized.
     for name in vq.PARTS:
         np.testing.assert_array_equal(out.assigned[name].counts, whole.assigned[name].counts)
 
@@ -73,7 +73,7 @@ def test_gradients_pass_straight_through(quantizer):
     )
 
 
-def test_commitment_pulls_towards_the_codes(quantizer):
+def test_commitment_draws_latents_towards_the_codes(quantizer):
     commitment = jax.value_and_grad(lambda latents: run(quantizer, 2, latents=latents).commitment)
     value, gradient = commitment(LATENTS)
     distances = []
@@ -87,7 +87,7 @@ def test_commitment_pulls_towards_the_codes(quantizer):
     assert closer < value
 
 
-def test_statistics_are_running_means_of_what_is_assigned(quantizer):
+def test_statistics_are_running_means_of_the_assigned_vectors(quantizer):
     old, out = vq.codebooks_of(quantizer), run(quantizer, 2)
     new = vq.update(old, out.assigned, 2, jnp.array(1))
     vectors = np.asarray(quantizer.acoustic.input_proj(LATENTS)).reshape(-1, 4)
@@ -106,7 +106,7 @@ def test_statistics_are_running_means_of_what_is_assigned(quantizer):
     np.testing.assert_array_equal(new["acoustic"].sums[1:], old["acoustic"].sums[1:])
 
 
-def test_the_semantic_codebook_learns_whatever_the_order_of_keys(quantizer):
+def test_the_order_of_keys_does_not_matter(quantizer):
     old, out = vq.codebooks_of(quantizer), run(quantizer, 2)
     for order in (vq.PARTS, vq.PARTS[::-1]):
         new = jax.jit(vq.update)({name: old[name] for name in order}, out.assigned, 2, jnp.array(1))
@@ -133,7 +133,7 @@ def test_kmeans_finds_the_clusters():
     centres = 10 * jax.random.normal(jax.random.key(1), (16, 4))
     vectors = jnp.repeat(centres, 50, axis=0) + 0.01 * jax.random.normal(jax.random.key(2), (800, 4))
     found, counts, rest = vq._kmeans(vectors, 16, KEY)
-    # A start in one cluster twice may stay there; most are found.
+    # If two centres start in one cluster they may stay there, so not every cluster is found.
     nearest = jnp.min(jnp.linalg.norm(centres[:, None] - found[None], axis=-1), axis=1)
     assert float(jnp.mean(nearest < 0.1)) > 0.7
     assert float(jnp.linalg.norm(rest)) < 0.5 * float(jnp.linalg.norm(vectors))
@@ -152,7 +152,7 @@ def test_fitted_codebooks_leave_less_at_every_level(quantizer):
         plain = sum(part.output_proj(part.input_proj(latents)) for part in parts)
         errors.append(float(jnp.mean((out.latents[0] - plain) ** 2)))
     assert errors[0] > errors[1] > errors[2]
-    # As many vectors as one step has, about.
+    # The running means start as if they had seen one step.
     assert float(fitted["acoustic"].usage[0].sum()) == pytest.approx(40, rel=0.1)
 
 

@@ -1,4 +1,4 @@
-"""Each loss against an oracle in NumPy, and its gradient against finite differences."""
+"""Each loss equals an oracle in NumPy, and its gradient equals finite differences."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave in their folder, and that a run that was killed goes on to the same numbers."""
+"""Whole runs: what they write, and that a killed run continues with the same numbers."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_what_a_run_leaves(whole: Path):
+def test_what_a_run_writes(whole: Path):
     lines = trace(whole)
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert "loss/mel" in lines[0]
@@ -63,7 +63,7 @@ class Killed(Exception):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, how: type[BaseException] = Killed) -> None:
-    """The log is written once more, then the process is gone."""
+    """The process dies after it logs this step, in the middle of the next line."""
     write = Log.write
 
     def last_words(self, done: int, means: dict) -> None:
@@ -76,7 +76,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, how: type[BaseException]
 
 
 @pytest.mark.parametrize(("step", "kept"), [(3, "at step 5; .* begins anew$"), (8, "continues from step 5$")])
-def test_an_interrupt_says_what_is_kept(data: Path, tmp_path: Path, monkeypatch, step: int, kept: str):
+def test_an_interrupt_says_what_resume_will_do(data: Path, tmp_path: Path, monkeypatch, step: int, kept: str):
     kill_at(monkeypatch, step, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt, match=kept):
         train(RECIPE, data, tmp_path / "run", devices=ONE)
@@ -96,7 +96,7 @@ def test_a_resumed_run_gives_the_same_numbers(
 
 
 @SLOW
-def test_a_longer_run_goes_on(whole: Path, data: Path, tmp_path: Path):
+def test_a_run_can_be_made_longer(whole: Path, data: Path, tmp_path: Path):
     shutil.copytree(whole, tmp_path / "run")
     train(dataclasses.replace(RECIPE, steps=12), data, tmp_path / "run", devices=ONE, resume=True)
     assert [line["step"] for line in trace(tmp_path / "run")][-3:] == [10, 11, 12]
@@ -126,7 +126,7 @@ def test_tensorboard_has_every_loss(whole: Path):
 
 
 def test_a_run_on_eight_devices_has_the_same_losses(data: Path, tmp_path: Path):
-    # With the lowest floor, logarithms of near silence show how the order of a sum rounds it.
+    # With the lowest floor, logarithms of near silence would show the rounding of sums.
     recipe = tiny_recipe(steps=3, data__batch_size=8, losses__mel_floor=1e-2)
     for name, devices in (("one", ONE), ("eight", None)):
         train(recipe, data, tmp_path / name, devices=devices)
@@ -136,7 +136,7 @@ def test_a_run_on_eight_devices_has_the_same_losses(data: Path, tmp_path: Path):
         assert eight["loss/waveform"] == pytest.approx(one["loss/waveform"], rel=2e-3)
 
 
-def test_a_run_that_is_going_on_is_left_alone(whole: Path, data: Path):
+def test_a_run_in_progress_is_not_disturbed(whole: Path, data: Path):
     before = (whole / "log.jsonl").read_bytes()
     with (
         file_lock(whole / "lock"),
@@ -146,14 +146,14 @@ def test_a_run_that_is_going_on_is_left_alone(whole: Path, data: Path):
     assert (whole / "log.jsonl").read_bytes() == before
 
 
-def test_files_that_are_no_run_are_left_alone(data: Path, tmp_path: Path):
+def test_other_files_are_not_overwritten(data: Path, tmp_path: Path):
     (tmp_path / "log.jsonl").write_text("mine")
     with pytest.raises(ValueError, match="holds files but not a training run; name another folder"):
         train(RECIPE, data, tmp_path, resume=True)
     assert (tmp_path / "log.jsonl").read_text() == "mine"
 
 
-def test_a_run_that_is_done_gives_its_model_again(whole: Path, data: Path, tmp_path: Path):
+def test_resuming_a_finished_run_writes_its_model_again(whole: Path, data: Path, tmp_path: Path):
     """It may have been killed after its last checkpoint, before its model was written."""
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
@@ -165,7 +165,7 @@ def test_a_run_that_is_done_gives_its_model_again(whole: Path, data: Path, tmp_p
 
 
 @SLOW
-def test_a_model_is_tuned_on(whole: Path, data: Path, tmp_path: Path):
+def test_a_run_can_start_from_a_model(whole: Path, data: Path, tmp_path: Path):
     recipe = dataclasses.replace(RECIPE, init=str(whole / "model"), steps=2, checkpoint_every=2)
     train(recipe, data, tmp_path / "run", devices=ONE)
     first = trace(tmp_path / "run")[0]["loss/mel"]
@@ -192,7 +192,7 @@ def test_a_teacher_may_be_a_function(data: Path, tmp_path: Path):
 
     def teacher(audio: np.ndarray) -> np.ndarray:
         seen.append(audio.shape)
-        # Teachers drop a step at the end.
+        # Teachers leave out a vector at the end.
         return np.ones((len(audio), audio.shape[2] // TINY.frame_size * 4 - 1, 6), np.float32)
 
     recipe = tiny_recipe(steps=2, losses__distillation=1.0, teacher_dim=6, log_every=1, checkpoint_every=2)
@@ -282,7 +282,7 @@ SLOW_RECIPE = tiny_recipe(
 
 @SLOW
 def test_killed_at_any_moment(data: Path, tmp_path: Path):
-    """SIGKILL at random moments, until one run comes through: its trace is that of a run nobody killed."""
+    """After SIGKILL at random moments, the run ends with the log of a run that was not killed."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
     def start(out: Path) -> subprocess.Popen:
@@ -294,7 +294,7 @@ def test_killed_at_any_moment(data: Path, tmp_path: Path):
     while kills < 8:
         process = start(tmp_path / "run")
         reached = len(complete_lines(tmp_path / "run"))
-        # From the start of the process for some, from its first step for others.
+        # Wait either from the start of the process or from its first step.
         wait = rng.choice([rng.uniform(0, 10), None])
         if wait is None:
             while process.poll() is None and len(complete_lines(tmp_path / "run")) <= reached:

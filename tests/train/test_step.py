@@ -1,4 +1,4 @@
-"""Steps of training on a tiny codec: that it learns, what it may change, what devices share."""
+"""Steps of training on a tiny codec: it learns, changes only what it may, and devices share a batch."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from tests.train.recipes import TINY, tiny_recipe
 
 
 def speechlike(batch: int, samples: int, seed: int = 0) -> np.ndarray:
-    """Harmonics that glide, in bursts."""
+    """Harmonics with a gliding pitch, in bursts."""
     rng = np.random.default_rng(seed)
     time = np.arange(samples) / TINY.sampling_rate
     clips = []
@@ -75,8 +75,8 @@ def test_two_clips_are_learned_by_heart(part: str):
     spectrum = np.abs(np.fft.rfft(audio))
     phases = np.exp(2j * np.pi * np.random.default_rng(0).random(spectrum.shape))
     stationary = np.fft.irfft(spectrum * phases, n=audio.shape[-1])
-    # A loss that does not see when something happens can reach a noise with the spectrum of each clip, and
-    # one that does not see whose audio it is, the other clip.
+    # Without learning when something happens, the model can reach noise with the spectrum of each clip.
+    # Without learning which clip it is, it can reach the other clip.
     bounds = {"spectrum": stationary.astype(np.float32), "other clip": audio[::-1]}
     bounds = {name: float(mel_distance(audio, fake, TINY.sampling_rate)) for name, fake in bounds.items()}
     assert end < bounds["spectrum"]
@@ -89,20 +89,23 @@ def test_the_discriminator_learns_too():
     recipe = tiny_recipe(losses__adversarial=4.0, losses__features=4.0, losses__adversarial_start=3)
     trainer, state, logs = run(recipe, 200)
     assert "loss/discriminator" not in logs[2] and "loss/adversarial" not in logs[2]
-    assert logs[3]["loss/discriminator"] == pytest.approx(2, abs=0.5)  # it cannot tell yet
+    assert logs[3]["loss/discriminator"] == pytest.approx(
+        2, abs=0.5
+    )  # it cannot tell real from generated audio yet
     assert min(log["loss/discriminator"] for log in logs[3:]) < 1.5
-    # The means of the norms are as old as the run, and the features' gradient grows as it learns to tell.
+    # The running means of norms include early steps, and the features' gradient grows as the discriminator
+    # learns.
     shares = {name: np.mean([log[f"share/{name}"] for log in logs[100:]]) for name in trainer.balanced(True)}
     for name, weight in trainer.balanced(True).items():
         assert weight / 10.1 / 2 < shares[name] < weight / 10.1 * 2
-    # All of its weights move.
+    # All weights of the discriminator change.
     before = Trainer(recipe, start_model(recipe)).init().discriminator
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.discriminator)
     assert all(jax.tree.leaves(moved))
 
 
 @SLOW
-def test_shares_are_as_configured_where_gradients_stay_as_they_are():
+def test_shares_are_as_configured_where_gradients_do_not_change():
     recipe = tiny_recipe(
         losses__adversarial=4.0, losses__features=4.0, quantizer__rate=0.0, optimizer__learning_rate=0.0
     )
@@ -126,7 +129,7 @@ def test_everything_is_trained_and_nothing_shares_memory():
 
 
 def test_a_step_is_compiled_once():
-    """What comes out of it is of the types that go in; weak ones would make JAX compile it again."""
+    """Its outputs have the types of its inputs. Weak types would make JAX compile it again."""
     recipe = tiny_recipe(losses__adversarial=4.0, losses__features=4.0)
     trainer = Trainer(recipe, start_model(recipe))
     state, batch = trainer.init(), batch_of(recipe)
@@ -162,7 +165,7 @@ def test_only_transformers_decay():
 @pytest.mark.parametrize("adversarial", [0.0, pytest.param(4.0, marks=SLOW)])
 def test_devices_share_a_batch(adversarial: float):
     recipe = tiny_recipe(data__batch_size=8, losses__adversarial=adversarial, losses__features=adversarial)
-    # With the lowest floor, logarithms of near silence show how the order of a sum rounds it.
+    # With the lowest floor, logarithms of near silence would show the rounding of sums.
     recipe = dataclasses.replace(recipe, losses=dataclasses.replace(recipe.losses, mel_floor=1e-2))
     trainer = Trainer(recipe, start_model(recipe))
     batch = batch_of(recipe)
@@ -198,7 +201,7 @@ def test_the_average_is_not_biased_by_its_start():
     np.testing.assert_allclose(state.average.weights["upsample.kernel"], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_tuning_the_decoder_changes_no_code(tmp_path):
+def test_training_the_decoder_changes_no_code(tmp_path):
     trainer, state, _ = run(tiny_recipe(), 5)
     trainer.export(state).save_pretrained(tmp_path / "model")
     before = Mimi.from_pretrained(tmp_path / "model")
@@ -229,12 +232,12 @@ def test_distillation_teaches_the_semantic_codebook():
     recipe = tiny_recipe(losses__distillation=1.0, teacher_dim=6)
     steps = recipe.num_samples // TINY.frame_size * 4
     rng = np.random.default_rng(0)
-    # The centred average over two strides, of which each frame's loss is the cosine distance.
+    # The features are constant over each frame.
     features = np.repeat(rng.standard_normal((2, steps // 4, 6)), 4, axis=1).astype(np.float32)
     batch = batch_of(recipe) | {"features": jnp.asarray(features)}
     trainer, state, logs = run(recipe, 150, batch)
     assert logs[-1]["loss/distillation"] < 0.6 * logs[0]["loss/distillation"]
-    # The projection stays with the trainer: the model is an ordinary one.
+    # The projection belongs to the trainer and is not exported.
     assert not any(name.startswith("teacher") for name in weights_of(trainer.export(state)))
 
 
@@ -250,7 +253,7 @@ def drawn(**changes) -> tuple[list[int], np.ndarray]:
     return counts, np.array(rows)
 
 
-def test_quantizer_dropout_spares_the_semantic_codebook():
+def test_quantizer_dropout_keeps_the_semantic_codebook():
     counts, rows = drawn()
     assert set(counts) == {2, 3, 4}
     assert set(drawn(quantizer__dropout=False)[0]) == {4}

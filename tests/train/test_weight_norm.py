@@ -10,7 +10,7 @@ SHAPES = {"conv": (3, 4, 6), "conv2d": (3, 9, 2, 5), "conv_transpose": (2, 1, 6,
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_pair_is_its_kernel(shape: tuple[int, ...]):
+def test_folding_gives_the_kernel(shape: tuple[int, ...]):
     kernel = jax.random.normal(jax.random.key(0), shape)
     np.testing.assert_allclose(fold(normalize(kernel)), kernel, rtol=1e-6)
     pair = normalize(kernel)
@@ -25,7 +25,7 @@ def test_a_pair_is_its_kernel(shape: tuple[int, ...]):
     ids=["conv", "conv_transpose"],
 )
 def test_lengths_are_those_of_torch(name: str, layout):
-    """torch takes the norm over all but the first axis of its own order of axes."""
+    """torch takes the norm over all axes but the first, in its own order of axes."""
     kernel = np.asarray(jax.random.normal(jax.random.key(1), SHAPES[name]))
     theirs = np.ascontiguousarray(layout.save(kernel))
     length = np.linalg.norm(theirs.reshape(len(theirs), -1), axis=1)
@@ -35,7 +35,7 @@ def test_lengths_are_those_of_torch(name: str, layout):
     np.testing.assert_allclose(fold(pair), layout.load(fold_weight_norm(g, theirs)), rtol=1e-5)
 
 
-def test_the_gradient_turns_the_direction_only():
+def test_the_gradient_does_not_lengthen_the_direction():
     kernel = jax.random.normal(jax.random.key(2), (3, 4, 6))
     pair = normalize(kernel)
     gradient = jax.grad(lambda pair: jnp.sum(jnp.sin(fold(pair))))(pair)
@@ -44,6 +44,6 @@ def test_the_gradient_turns_the_direction_only():
     assert float(jnp.abs(gradient.length).min()) > 0
 
 
-def test_other_weights_stay():
+def test_other_weights_do_not_change():
     bias = jnp.ones(3)
     assert fold(bias) is bias
