@@ -1,4 +1,4 @@
-"""Every snippet of the README and of docs/ runs, in order, as one reader would run them."""
+"""The README and the pages in docs/: every snippet runs, in the order of a page, and every link works."""
 
 import re
 import shlex
@@ -10,7 +10,14 @@ import pytest
 from mimi_jax import cli
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CLIP = Path("mimi_jax", "samples", "speech.flac")
+MAX_ROWS = 6  # of a table in the README
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def snippets(page: Path, language: str) -> list[str]:
@@ -19,27 +26,67 @@ def snippets(page: Path, language: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def beside_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    shutil.copy(ROOT / "mimi_jax" / "samples" / "speech.flac", tmp_path)
+    """A folder with the clip that the pages name, and where the README's reader has it."""
+    for path in (tmp_path / "speech.flac", tmp_path / CLIP):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / CLIP, path)
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
-def test_python(page: Path):
-    code = "\n".join(snippets(page, "python"))
-    assert "mimi_jax" in code
-    exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "python")], ids=name)
+def test_python(page: Path, capsys: pytest.CaptureFixture):
+    exec(compile("\n".join(snippets(page, "python")), page.name, "exec"), {"__name__": "__main__"})
+    if page == README:
+        assert snippets(page, "text") == [capsys.readouterr().out]
 
 
-@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links(page: Path):
     links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
+    links += re.findall(r'(?:src|href)="(?!https?://)([^"]+)', page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_to_sections(page: Path):
+    for link, section in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", page.read_text()):
+        titles = re.findall(r"^#+ (.*)", (page.parent / link if link else page).read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert section in anchors, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_and_modules_exist(page: Path):
+    """Paths of this repository, and modules that are run with `python -m`."""
+    text = page.read_text()
+    paths = re.findall(r"`((?:mimi_jax|benchmarks|tests|notebooks|configs|convert|docs)/[\w/.]*)`", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    modules = re.findall(r"python -m ((?:benchmarks|tests|notebooks)[\w.]*)", text)
+    files = [ROOT / module.replace(".", "/") for module in modules]
+    assert [file for file in files if not (file.is_dir() or file.with_suffix(".py").exists())] == []
+
+
+def test_claims_stand_in_the_measurements():
+    """Each number that the README puts forward is in the table that it links to."""
+    claims = re.findall(
+        r"^- (.*?)(?=^[-\n])", README.read_text().partition("## Streams")[0], re.MULTILINE | re.DOTALL
+    )
+    assert len(claims) == 4
+    for claim in claims:
+        (number,) = re.findall(r"\*\*(\d[^*]*)\*\*", claim)
+        (table,) = re.findall(r"\[Table\]\(([^)#]+)", claim)
+        assert number in (ROOT / table).read_text(), claim
+
+
+def test_tables_of_the_readme_are_short():
+    tables = re.findall(r"(?:^\|.*\n)+", README.read_text(), re.MULTILINE)
+    assert all(table.count("\n") - 2 <= MAX_ROWS for table in tables)
+
+
 def test_command_line():
-    lines = "".join(snippets(README, "sh")).splitlines()
+    lines = "".join(snippets(GUIDE, "sh")).splitlines()
     commands = [line for line in lines if line.startswith("mimi-jax")]
-    # Training has tests of its own: the README's recipe and corpus are the reader's.
+    # Training has tests of its own, and here the recipe and the corpus are the reader's.
     commands = [line for line in commands if not line.startswith(("mimi-jax train", "mimi-jax evaluate"))]
     assert len(commands) == 6
     for command in commands:
@@ -48,7 +95,8 @@ def test_command_line():
 
 
 def test_make_targets():
-    targets = re.findall(r"^make (\w+)", "\n".join(snippets(README, "sh")), re.MULTILINE)
-    assert targets == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text()
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    found = [re.findall(r"\bmake ([a-z]+)", "\n".join(snippets(page, "sh"))) for page in PAGES]
+    assert re.findall(r"^make (\w+)", "\n".join(snippets(README, "sh")), re.MULTILINE) == ["demo", "test"]
+    targets = {target for targets in found for target in targets}
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
