@@ -42,7 +42,7 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 def listed(docstring: str) -> list[str]:
     """The modules that a docstring lists, one an indented line: its name, and what it is."""
-    return re.findall(r"^    (\w+)  +\S", docstring, flags=re.MULTILINE)
+    return re.findall(r"^(?:    )?(\w+)  +\S", docstring, flags=re.MULTILINE)
 
 
 FACES = {

@@ -1,11 +1,11 @@
 """What the package reads from disk and writes there.
 
-    atomic        files that appear whole or not at all, and locks between processes
-    arrays        named arrays: in safetensors files and Orbax folders, compared with what is expected
-    truncation    audio files that were cut short
-    batches       clips of different lengths in one array
-    audio         audio files, whole or in pieces
-    codes         code files
-    corpus        corpora of audio: folders and manifests
-    changes       recorded settings of a run, compared with new ones
+atomic        files that appear whole or not at all, and locks between processes
+arrays        named arrays: in safetensors files and Orbax folders, compared with what is expected
+truncation    audio files that were cut short
+batches       clips of different lengths in one array
+audio         audio files, whole or in pieces
+codes         code files
+corpus        corpora of audio: folders and manifests
+changes       recorded settings of a run, compared with new ones
 """

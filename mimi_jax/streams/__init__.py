@@ -1,8 +1,8 @@
 """Streams, for the code around the compiled functions.
 
-    rows      rows of a batch of streams: reset them, and move them between batches
-    saved     states of streams in files
-    push      `StreamingEncoder` and `StreamingDecoder`, which take pieces of any length
-    chunks    clips of any length in constant memory
-    wire      raw PCM and code streams on pipes
+rows      rows of a batch of streams: reset them, and move them between batches
+saved     states of streams in files
+push      `StreamingEncoder` and `StreamingDecoder`, which take pieces of any length
+chunks    clips of any length in constant memory
+wire      raw PCM and code streams on pipes
 """
