@@ -25,7 +25,7 @@ ACTIVATIONS = {
 
 
 def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
-    # Flax promotes bfloat16 to float32 for the statistics, which `jax_numpy_dtype_promotion="strict"` refuses.
+    # For statistics Flax promotes to float32, which `jax_numpy_dtype_promotion="strict"` refuses.
     with jax.numpy_dtype_promotion("standard"):
         return norm(x)
 

@@ -62,7 +62,7 @@ def stft(x: jax.Array, window: int) -> jax.Array:
     windows = jnp.concatenate([hops[..., i : i + columns, :] for i in range(4)], axis=-1)
     hann = np.sin(np.pi * np.arange(window) / window) ** 2
     hann = (hann / np.sqrt(np.sum(hann**2))).astype(np.float32)
-    return jnp.fft.rfft(windows * hann)
+    return jnp.fft.rfft(windows * jnp.expand_dims(hann.astype(x.dtype), range(x.ndim)))
 
 
 def mel_spectrogram(x: jax.Array, window: int, sampling_rate: int) -> jax.Array:
@@ -81,7 +81,7 @@ def mel_spectrogram(x: jax.Array, window: int, sampling_rate: int) -> jax.Array:
     spectrum = stft(x, window)
     # The gradient of a magnitude is infinite at zero.
     power = jnp.maximum(spectrum.real**2 + spectrum.imag**2, 1e-14)
-    return jnp.sqrt(power) @ mel_filters(window, sampling_rate, NUM_BANDS, LOWEST).T
+    return jnp.sqrt(power) @ mel_filters(window, sampling_rate, NUM_BANDS, LOWEST).T.astype(power.dtype)
 
 
 @jax.jit(static_argnames="sampling_rate")

@@ -38,6 +38,8 @@ def update(optimizer: Any, gradients: Any, state: Any, weights: Weights) -> tupl
     """The new weights, the optimizer's new state, and the norm of the gradients."""
     import optax
 
-    updates, state = optimizer.update(gradients, state, weights)
-    new: Any = optax.apply_updates(weights, updates)
+    # optax raises floats to integer powers, which `jax_numpy_dtype_promotion="strict"` refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(gradients, state, weights)
+        new: Any = optax.apply_updates(weights, updates)
     return new, state, optax.tree.norm(gradients)

@@ -16,7 +16,7 @@ from tests.models import noise, relative_error
 
 def test_visible():
     """Window 3: a query sees itself and the two keys before it, none after, and none before position 1."""
-    queries, keys = jnp.arange(6)[:, None], jnp.arange(6)
+    queries, keys = jnp.arange(6)[:, None], jnp.arange(6)[None]
     assert visible(queries, keys, 1, 3).astype(int).tolist() == [
         [0, 0, 0, 0, 0, 0],
         [0, 1, 0, 0, 0, 0],
