@@ -17,7 +17,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mimi-jax/mimi_jax/blob/main/notebooks/quickstart.ipynb)
 #
 # Mimi turns 24 kHz speech into 12.5 frames a second of discrete codes, and back. Here you hear and see what
-# it does to a clip: the one that comes with the package, one of yours, or what you say now.
+# it does to a clip: the clip that comes with the package, one of yours, or one that you record now.
 
 # %%
 # On a GPU: mimi_jax[cuda,plot], which brings the plugin that goes with its JAX.
@@ -39,8 +39,8 @@ jax.devices()
 # %% [markdown]
 # ## A model
 #
-# `"mini"` comes with the package: small, trained for hours on two CPU cores, and it sounds like it.
-# `"kyutai/mimi"` is Kyutai's own, of 400 MB, from the Hugging Face Hub.
+# `"mini"` comes with the package. It is small, was trained for hours on two CPU cores, and sounds like it.
+# `"kyutai/mimi"` is Kyutai's own model, 400 MB from the Hugging Face Hub.
 
 # %%
 MODEL = "mini"  # or "kyutai/mimi"
@@ -136,8 +136,8 @@ player(decoded)
 # %% [markdown]
 # ## See it
 #
-# Waveforms, mel spectrograms, and the codes in between: a column is a frame of 80 ms, a row is a codebook,
-# and colours say no more than which codes are equal.
+# Waveforms, mel spectrograms, and the codes in between. A column is a frame of 80 ms, and a row is a
+# codebook. Colours only show which codes are equal.
 
 # %%
 picture = draw(
@@ -154,8 +154,8 @@ Image(picture, width=900)
 # %% [markdown]
 # ## How many codebooks?
 #
-# The first codebook is the semantic one, and each of the others refines what those before it left, so the
-# first ones alone decode too: that is the choice of a bitrate. Moshi uses eight.
+# The first codebook is the semantic one. Each of the others refines what those before it left over. So the
+# first codebooks alone can be decoded too, and their number decides the bit rate. Moshi uses eight.
 
 # %%
 counts = sorted({1, 2, 4, 8, codebooks})
@@ -186,6 +186,6 @@ figure.colorbar(image, ax=axes, label="power (dB, loudest = 0)")
 plt.show()
 
 # %% [markdown]
-# Next: [streaming](streaming.ipynb), frame by frame; [tokenize_dataset](tokenize_dataset.ipynb), a corpus;
-# [speech_lm](speech_lm.ipynb), a language model over the codes; [train_codec](train_codec.ipynb), your own
-# codec.
+# Next: [streaming](streaming.ipynb) goes frame by frame, [tokenize_dataset](tokenize_dataset.ipynb) encodes
+# a corpus, [speech_lm](speech_lm.ipynb) trains a language model on the codes, and
+# [train_codec](train_codec.ipynb) trains the codec.

@@ -16,13 +16,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mimi-jax/mimi_jax/blob/main/notebooks/speech_lm.ipynb)
 #
-# A small Transformer over Mimi's codes, in Flax NNX and optax. There is no dataset of codes: `encode` runs
-# inside the jitted training step, so each step sees other stretches of audio, shifted by less than a frame
-# and at other loudnesses.
+# This is a small Transformer that models Mimi's codes, in Flax NNX and optax. There is no dataset of codes:
+# `encode` runs inside the jitted training step. So each step sees other parts of the audio, shifted by less
+# than a frame and with other loudnesses.
 #
-# It learns the bundled sentence, since that is all the speech that comes with the package, and then says
-# something close to it. With hours of speech (`FOLDER`), a larger model and a GPU it is a recipe to begin
-# with.
+# The model learns the bundled sentence, since that is all the speech that comes with the package, and then
+# says something close to it. With hours of speech (`FOLDER`), a larger model and a GPU, it is a recipe to
+# start from.
 
 # %%
 # On a GPU: mimi_jax[cuda,plot,train], which brings the plugin that goes with its JAX.
@@ -65,9 +65,9 @@ print(f"{len(clips)} clips, {sum(map(len, clips)) / rate:.1f} s")
 # %% [markdown]
 # ## The model
 #
-# A frame is the sum of the embeddings of its codes. The Transformer sees the frames so far and says the
-# codes of the next one, one codebook after the other: each is told those before it, since the acoustic codes
-# of a frame depend on each other.
+# A frame enters as the sum of the embeddings of its codes. The Transformer sees the frames so far and
+# predicts the codes of the next frame, one codebook after the other. Each codebook is given the codes of
+# those before it, since the acoustic codes of a frame depend on each other.
 
 # %%
 BEGIN = size  # a code that none is: what stands before the first frame
@@ -116,7 +116,7 @@ def shift(codes):
 # %% [markdown]
 # ## A training step, with `encode` inside
 #
-# The codec is an argument like any other pytree; no gradient goes through it. A batch is audio.
+# The codec is an argument, as any other pytree. No gradient goes through it. A batch is audio.
 
 # %%
 SECONDS, BATCH = 6, 4
@@ -175,9 +175,9 @@ assert np.mean(losses[-20:]) < 0.5 * losses[0]
 # %% [markdown]
 # ## Let it speak
 #
-# From nothing: frame after frame, codebook after codebook, each drawn from what the model says. `decode`
-# turns the codes into audio. (This goes over all frames each time, which is simple; a real one keeps keys
-# and values.)
+# It starts from nothing and draws each code from the model's distribution, frame after frame and codebook
+# after codebook. `decode` turns the codes into audio. (Each frame computes all frames before it again, which
+# is simple. A real implementation keeps keys and values.)
 
 # %%
 TEMPERATURE = 0.7
@@ -209,7 +209,7 @@ player(mimi_jax.decode(codec, spoken[0]).audio_values[0], "sample.mp3")
 player(mimi_jax.decode(codec, spoken[1]).audio_values[0], "other.mp3")
 
 # %% [markdown]
-# What it was taught, through the same four codebooks:
+# The sentence that it learned, through the same four codebooks:
 
 # %%
 taught = mimi_jax.encode(codec, clips[0][None, None, : SECONDS * rate], num_quantizers=CODEBOOKS).audio_codes

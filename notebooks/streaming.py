@@ -16,8 +16,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mimi-jax/mimi_jax/blob/main/notebooks/streaming.ipynb)
 #
-# Mimi is causal: a frame of codes needs 80 ms of audio and what came before, so it can be coded live. What
-# came before is the state, an ordinary value that goes into a step and comes out of it.
+# Mimi is causal: a frame of codes needs 80 ms of audio and what came before it. So Mimi can encode live
+# audio. What came before is the state, an ordinary value that goes into a step and comes out of it.
 
 # %%
 # On a GPU: mimi_jax[cuda,plot], which brings the plugin that goes with its JAX.
@@ -49,8 +49,8 @@ print(f"{len(speech) / rate:.1f} s; a frame is {frame_size} samples, {1000 * fra
 # %% [markdown]
 # ## Piece by piece
 #
-# A microphone gives pieces of any length. `push` returns the codes of the frames that are complete now, and
-# the decoder turns them into audio at once.
+# A microphone gives pieces of any length. `push` returns the codes of the frames that are complete now. The
+# decoder turns them into audio at once.
 
 # %%
 encoder = mimi_jax.StreamingEncoder(model, num_quantizers=8)
@@ -76,7 +76,8 @@ print(
 # %% [markdown]
 # ## The same as the whole clip
 #
-# In float32, however the clip is cut: that is what the tests of this project ask everywhere.
+# In float32 the codes are those of the whole clip, however it is cut. The tests of this project check this
+# everywhere.
 
 # %%
 whole = mimi_jax.encode(model, speech[None, None], num_quantizers=8).audio_codes
@@ -91,7 +92,7 @@ Audio("heard.mp3")
 # %% [markdown]
 # ## How long a frame takes
 #
-# Encoder and decoder together, from the samples in NumPy to the samples in NumPy. As long as that is less
+# The time of the encoder and the decoder together, from samples in NumPy to samples in NumPy. If it is less
 # than 80 ms, the stream keeps up.
 
 # %%
@@ -107,8 +108,8 @@ plt.show()
 # ## State is a pytree
 #
 # Underneath is `encode_step(model, state, audio) -> state, codes`, which works inside `jit` and `lax.scan`.
-# Every array of the state has the batch on its first axis and is zero when fresh, so what JAX does with
-# arrays it does with streams.
+# Every array of the state has the batch on its first axis and is zero in a fresh stream. So JAX can do with
+# streams what it does with arrays.
 
 # %%
 state = model.init_encoder_state(batch_size=4)
@@ -119,8 +120,8 @@ jax.tree.map(jax.numpy.shape, state[1][0])  # the first Transformer layer: keys,
 # %% [markdown]
 # ## Many sessions in one batch
 #
-# A server keeps one state of many rows. Rows pause, start anew, leave and come back, and the others never
-# notice.
+# A server keeps one state of many rows. Rows pause, start again, leave and come back. The other rows do not
+# change.
 
 # %%
 step = jax.jit(mimi_jax.encode_step, static_argnames="num_quantizers")
@@ -143,8 +144,8 @@ print("row 2 started anew, and the session went on where it was")
 # %% [markdown]
 # ## An hour in constant memory
 #
-# A file of hours is a stream too. `encode_chunks` takes pieces from any iterable, here an hour of them, and
-# yields codes in chunks of four seconds.
+# A file that lasts for hours is a stream too. `encode_chunks` takes pieces from any iterable, here an hour of
+# them, and yields codes in chunks of four seconds.
 
 # %%
 MINUTES = 60

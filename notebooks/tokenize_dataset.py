@@ -16,8 +16,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mimi-jax/mimi_jax/blob/main/notebooks/tokenize_dataset.ipynb)
 #
-# A folder of audio becomes Parquet files of codes: every clip once, with the codes it gets alone, or listed
-# with the reason. Then a loader that trains something on them, over all devices.
+# A folder of audio becomes Parquet files of codes. Every clip is in them once, with the codes that it gets
+# alone, or it is listed as an error with the reason. Then a loader reads them for training, on all devices.
 
 # %%
 # On a GPU: mimi_jax[cuda,plot,tokenize,train], which brings the plugin that goes with its JAX.
@@ -53,8 +53,8 @@ rate = model.config.sampling_rate
 # %% [markdown]
 # ## A folder
 #
-# Without one of yours: stretches of the bundled clip, at several loudnesses and rates, a long one, and two
-# that are broken.
+# If you do not name one of yours, it contains parts of the bundled clip with different loudnesses and
+# sampling rates, a long clip, and two files that are broken.
 
 # %%
 FOLDER = work / "corpus" if FOLDER is None else Path(FOLDER)
@@ -76,8 +76,9 @@ print(f"{sum(1 for path in FOLDER.rglob('*') if path.is_file())} files")
 # %% [markdown]
 # ## Tokenize
 #
-# The same as `mimi-jax tokenize FOLDER -o tokens --num-quantizers 8`. Worker processes read and resample;
-# short clips of about one length are coded together, and long ones as streams, on all devices.
+# This is the same as `mimi-jax tokenize FOLDER -o tokens --num-quantizers 8`. Worker processes read and
+# resample the audio. Short clips of about the same length are encoded together, and long ones as streams,
+# on all devices.
 
 # %%
 summary = tokenize([FOLDER], work / "tokens", MODEL, Settings(num_quantizers=8, clips_per_shard=16))
@@ -86,7 +87,7 @@ print(f"in {summary.seconds:.1f} s, {summary.realtime:.0f} x realtime,")
 print(f"with the compilation of {summary.compilations} programs, which a long run does only once")
 
 # %% [markdown]
-# What it wrote opens in pyarrow, Polars and Hugging Face `datasets` as it is.
+# pyarrow, Polars and Hugging Face `datasets` open the result directly.
 
 # %%
 table = pyarrow.dataset.dataset(work / "tokens" / "codes", format="parquet").to_table()
@@ -108,8 +109,8 @@ manifest = read_manifest(work / "tokens")
 # %% [markdown]
 # ## Killed, and run again
 #
-# A job may be killed at any moment. The same command goes on: shards are written whole or not at all, and
-# only those that are missing are done.
+# A job may be killed at any moment. The same command continues it: a shard is written completely or not at
+# all, and only the missing shards are done.
 
 # %%
 line = [
@@ -149,9 +150,9 @@ print(f"all {len(first)} clips are there once, with equal codes")
 # %% [markdown]
 # ## A loader
 #
-# `CodeSource` is a data source for Grain: clips at random, in any order, without reading the rest. A batch
-# is padded, put on all local devices, each of which has its own rows, and is ready for a jitted training
-# step.
+# `CodeSource` is a data source for Grain. It reads clips in any order, without reading the rest. A batch is
+# padded and divided among all local devices, each of which gets its own rows. Then it is ready for a jitted
+# training step.
 
 # %%
 BATCH, FRAMES = 8 * jax.local_device_count(), 50
@@ -195,7 +196,7 @@ print(f"{1000 * seconds:.1f} ms a batch: {audio / seconds:,.0f} s of audio a sec
 # %% [markdown]
 # ## What is in it
 #
-# How often each code is used, by codebook: a codec that wastes its codes has a steep curve.
+# How often each code of a codebook is used. A codec that wastes its codes has a steep curve.
 
 # %%
 usage = [
@@ -218,4 +219,5 @@ plt.show()
 
 # %% [markdown]
 # [docs/tokenization.md](../docs/tokenization.md) has the rest: several machines, SLURM, TPUs, Ray, and what
-# 100,000 hours cost. [speech_lm](speech_lm.ipynb) trains a language model, with `encode` inside its step.
+# 100,000 hours would cost. [speech_lm](speech_lm.ipynb) trains a language model, with `encode` inside its
+# step.

@@ -16,10 +16,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mimi-jax/mimi_jax/blob/main/notebooks/train_codec.ipynb)
 #
-# Kyutai released Mimi, not the code that trained it. `mimi_jax.train` has it, after the paper: losses,
-# discriminator, balancer, codebooks, distillation. Here the decoder alone is tuned to a voice, in a minute.
-# The encoder and the codebooks stay as they are, so all codes that were ever made, and models trained on
-# them, keep their meaning.
+# Kyutai released Mimi, but not the code that trained it. `mimi_jax.train` follows the paper: losses,
+# discriminator, balancer, codebooks, distillation. Here only the decoder is tuned to a voice, in a minute.
+# The encoder and the codebooks stay as they are. So existing codes keep their meaning, and so do the models
+# that were trained on them.
 
 # %%
 # On a GPU: mimi_jax[cuda,plot,train], which brings the plugin that goes with its JAX.
@@ -59,9 +59,9 @@ if FOLDER is None:
 # %% [markdown]
 # ## A recipe
 #
-# Everything that a run does is in its recipe; from a file it is `Recipe.from_toml("configs/decoder.toml")`,
-# and the run is `mimi-jax train`. For a minute on a CPU it has no discriminator: set `adversarial` and
-# `features` to 4 for a real one, and count in hours.
+# A recipe decides everything that a run does. `Recipe.from_toml("configs/decoder.toml")` reads one from a
+# file, as `mimi-jax train` does. This recipe has no discriminator, so that a run takes a minute on a CPU. For
+# a real run, which takes hours, set `adversarial` and `features` to 4.
 
 # %%
 recipe = Recipe(
@@ -100,8 +100,8 @@ plt.show()
 # %% [markdown]
 # ## Before and after
 #
-# The bundled sentence, from the same codes. Without a `FOLDER` of yours it is what the decoder was tuned to:
-# what a voice gains has to be heard on other sentences of it.
+# The bundled sentence, decoded from the same codes. Without a `FOLDER` of yours, the decoder was tuned to
+# this very sentence. To hear what a voice gains, listen to other sentences of it.
 
 # %%
 after = mimi_jax.Mimi.from_pretrained(tuned)
@@ -144,5 +144,5 @@ plt.show()
 
 # %% [markdown]
 # `work / "run" / "model"` is an ordinary model: `Mimi.from_pretrained` reads it, here or in `transformers`.
-# A run that is killed goes on with `resume=True` to the same numbers.
+# A run that was killed continues with `resume=True` and gives the same numbers.
 # [docs/training.md](../docs/training.md) has the rest: training from scratch, distillation, several devices.
