@@ -1,6 +1,7 @@
 """The README and the pages in docs/: every snippet runs, in the order of a page, and every link works."""
 
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -78,6 +79,15 @@ def test_claims_stand_in_the_measurements():
         assert number in (ROOT / table).read_text(), claim
 
 
+def test_the_first_table_on_speed_stands_in_the_measurements():
+    page = ROOT / "docs" / "speed.md"
+    rows = re.findall(r"^\| \[.*\]\((.*?\.md)\)[^|]*\|(.*)\|$", page.read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for link, cells in rows:
+        measured = (page.parent / link).read_text()
+        assert [number for number in re.findall(r"\d[\d.,]*", cells) if number not in measured] == [], link
+
+
 def test_tables_of_the_readme_are_short():
     tables = re.findall(r"(?:^\|.*\n)+", README.read_text(), re.MULTILINE)
     assert all(table.count("\n") - 2 <= MAX_ROWS for table in tables)
@@ -92,6 +102,12 @@ def test_command_line():
     for command in commands:
         assert cli.main(shlex.split(command, comments=True)[1:]) == 0, command
     assert Path("roundtrip.png").stat().st_size > 10_000
+
+
+def test_the_diagram_can_be_drawn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["architecture.py", "drawn.png"])
+    runpy.run_path(str(ROOT / "docs" / "architecture.py"), run_name="__main__")
+    assert Path("drawn.png").stat().st_size > 10_000
 
 
 def test_make_targets():
