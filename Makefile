@@ -35,8 +35,9 @@ slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half a
 notebooks: .venv/with-dev  ## run the notebooks
 	$(BIN)/python -m pytest -m notebooks
 
-# What users import. pdoc warns of names that are imported when they are first used, and finds them.
-API := mimi_jax $(addprefix mimi_jax.,audio blocks codes evaluation export int8 kernels streaming tokenization train train.recipe)
+# pdoc warns of names that are imported when they are first used, and finds them.
+API := mimi_jax $(addprefix mimi_jax.,config boundary model checkpoint export files nn ops quality streams \
+  tokenization train)
 
 docs: .venv/with-dev .venv/with-docs  ## the API from its docstrings, in build/docs
 	@PYTHONWARNINGS=ignore::UserWarning $(BIN)/pdoc --docformat google --output-directory build/docs $(API)
