@@ -61,6 +61,7 @@ def test_files_and_modules_exist(page: Path):
     """Paths of this repository, and modules that are run with `python -m`."""
     text = page.read_text()
     paths = re.findall(r"`((?:mimi_jax|benchmarks|tests|notebooks|configs|convert|docs)/[\w/.]*)`", text)
+    paths += [f"mimi_jax/{path}" for path in re.findall(r"`((?:nn|ops)/\w+\.py)`", text)]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     modules = re.findall(r"python -m ((?:benchmarks|tests|notebooks)[\w.]*)", text)
     files = [ROOT / module.replace(".", "/") for module in modules]
