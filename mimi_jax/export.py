@@ -18,7 +18,7 @@ again when JAX is updated. To write and to read one needs the package `flatbuffe
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -217,12 +217,12 @@ def save(
     seconds: float = 10.0,
     num_quantizers: int | None = None,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    compute: str | Mapping[str, str] = "portable",
 ) -> None:
     """Write the file that `load` reads, whole or not at all.
 
     It holds those of encode, decode, encode_step and decode_step that the model can do, for all `platforms`,
-    on whichever machine it is made. It computes as a model with `compute="portable"` does, so it does not use
-    the device kernels of one platform.
+    on whichever machine it is made.
 
     Args:
         path: the file. Its folder must exist.
@@ -231,6 +231,7 @@ def save(
             step always takes one frame.
         num_quantizers: how many codebooks to use, the first ones; None for all.
         platforms: some of "cpu", "cuda" and "tpu".
+        compute: as for `Mimi`. Only "portable" works on all platforms; other choices may use device kernels.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -244,10 +245,12 @@ def save(
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive, got {seconds!r}")
-    count = model.quantizer.resolve_count(config.num_quantizers if num_quantizers is None else num_quantizers)
+    count = model.quantizer.resolve_count(num_quantizers)
     frames = max(model.encoded_length(round(seconds * config.sampling_rate)), 1)
     metadata = Metadata(config, platforms, jax.__version__, model_id(model, count), batch_size, count, frames)
-    weights, rebuild = _split(_portable(model))
+    model = nnx.merge(*nnx.split(model))  # a copy, to be changed
+    model.compute = resolve(compute)
+    weights, rebuild = _split(model)
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     functions: Functions = {}
     if model.encoder is not None:
@@ -320,13 +323,6 @@ def _check_platform(name: str, metadata: Metadata) -> None:
             f"{name}: made for {', '.join(metadata.platforms)}, and this is {platform}; name that in"
             " platforms when you export"
         )
-
-
-def _portable(model: Mimi) -> Mimi:
-    """The same model, but without the device kernels of this machine."""
-    model = nnx.merge(*nnx.split(model))  # a copy, to be changed
-    model.compute = resolve("portable")
-    return model
 
 
 def _split(model: Mimi) -> tuple[Weights, Callable[[Weights], Mimi]]:

@@ -140,7 +140,7 @@ class Mimi(nnx.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`. `transformers` loads them too, unless they are int8."""
+        """Write `config.json` and `model.safetensors`, which `transformers` loads unless weights are int8."""
         from mimi_jax import checkpoint
 
         checkpoint.save(self, folder)

@@ -136,7 +136,7 @@ def test_bfloat16_and_fewer_codebooks(tmp_path: Path):
     assert relative_error(audio, decode(model, codes).audio_values) < 1e-2
 
 
-def test_attention_kernels_of_one_platform_stay_out(tmp_path: Path):
+def test_device_kernels_of_one_platform_stay_out(tmp_path: Path):
     model = checkpoint.abstract_model(MODEL.config, compute={"attention": "cudnn"})
     save(random_like(model, seed=0), tmp_path / "mimi.zip")
     assert np.all(export.load(tmp_path / "mimi.zip").encode(CLIP.audio).audio_codes_mask)
@@ -147,7 +147,7 @@ def test_halves(tmp_path: Path):
     save(random_like(without, seed=0), tmp_path / "encoder.zip")
     codec = export.load(tmp_path / "encoder.zip")
     codec.encode_step(codec.init_encoder_state(), CLIP.audio[:, :, :FRAME])
-    with pytest.raises(ValueError, match="this file has no decode, only encode, encode_step: the model"):
+    with pytest.raises(ValueError, match="this file has no decode, only encode, encode_step; export a model"):
         codec.decode(CLIP.audio_codes)
     with pytest.raises(ValueError, match="this file has no decode_step"):
         codec.init_decoder_state()
@@ -258,3 +258,14 @@ def test_load_refuses_another_version_of_the_serialization(
     other = changed(path, tmp_path / "other.zip", jax_version="0.99")
     with pytest.raises(ValueError, match=r"jax .* cannot read what jax 0\.99 wrote; export the model again"):
         export.load(other)
+
+
+def test_implementations_can_be_named(tmp_path: Path):
+    """What is named is in the programs; what does not exist is refused."""
+    with pytest.raises(
+        ValueError, match=r"compute\['attention'\] must be one of reference, banded, .* got 'flash'"
+    ):
+        save(MODEL, tmp_path / "mimi.zip", compute={"attention": "flash"})
+    save(MODEL, tmp_path / "mimi.zip", compute={"attention": "banded"}, platforms=["cpu"])
+    codes = export.load(tmp_path / "mimi.zip").encode(CLIP.audio).audio_codes
+    np.testing.assert_array_equal(codes, encode(MODEL, CLIP.audio).audio_codes)
