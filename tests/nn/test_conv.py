@@ -118,7 +118,9 @@ def test_transposed(stride: int, groups: int, causal: bool, ratio: float):
 
 
 def test_a_kernel_shorter_than_the_stride_is_refused():
-    with pytest.raises(ValueError, match="kernel_size=2 must be at least stride=3, or the convolution skips inputs"):
+    with pytest.raises(
+        ValueError, match="kernel_size=2 must be at least stride=3, or the convolution skips inputs"
+    ):
         random_module(lambda rngs: Conv1d(3, 2, 2, stride=3, rngs=rngs))
 
 
