@@ -3,7 +3,7 @@
 A code file is a safetensors file. It begins with the length of its header (8 bytes, little-endian) and the
 header (JSON). The metadata in the header are strings:
 
-    format         "mimi_jax.files.codes"
+    format         "mimi_jax.codes"
     version        "1"
     model_id       identity of the codebooks that made the codes
     sampling_rate  Hz
@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from mimi_jax.config import ceil_div
 from mimi_jax.files.atomic import atomic_path
 
-FORMAT = "mimi_jax.files.codes"
+FORMAT = "mimi_jax.codes"
 VERSION = "1"
 MAX_BITS = 16
 PARTIAL_FRAME = "the last frame was shorter than frame_size, so it ended the clip; nothing can follow it"

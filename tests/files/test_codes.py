@@ -1,6 +1,7 @@
 """Code files are read as they were saved, have the size that the bit rate promises, and are checked."""
 
 import dataclasses
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -109,6 +110,15 @@ def test_eight_codebooks_cost_1100_bits_a_second(path: Path):
     assert header_size < 512
 
 
+def test_the_bytes_of_a_file_never_change(path: Path):
+    """The format is in files that people keep. A renamed module once changed the name of the format."""
+    codes = (97 * np.arange(21) % 2048).reshape(3, 7)
+    spec = CodeSpec("0123456789abcdef", 24_000, 1920, 2048, 3)
+    save_codes(path, CodeFile(spec, codes, 7 * 1920 - 5))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest == "5d72ebb6a2f2feb20dc780e382530229d3ddeaf19971b1dedebd87e7ab9f81ad"
+
+
 def test_the_file_reads_without_this_package(path: Path):
     codes = make_codes(num_codebooks=3, num_samples=5 * 1920)
     save_codes(path, codes)
@@ -116,7 +126,7 @@ def test_the_file_reads_without_this_package(path: Path):
     header_end = 8 + int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8:header_end])["__metadata__"]
     assert metadata == {
-        "format": "mimi_jax.files.codes",
+        "format": "mimi_jax.codes",
         "version": "1",
         "model_id": "sha256:0123456789abcdef",
         "sampling_rate": "24000",
@@ -200,8 +210,8 @@ def test_every_number_is_checked(path: Path, key: str, text: str | None):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"format": "pt"}, "format must be 'mimi_jax.files.codes', got 'pt'"),
-        ({"format": None}, "format must be 'mimi_jax.files.codes', got None"),
+        ({"format": "pt"}, "format must be 'mimi_jax.codes', got 'pt'"),
+        ({"format": None}, "format must be 'mimi_jax.codes', got None"),
         ({"version": "2"}, "version must be '1', got '2'"),
         ({"model_id": None}, "model_id must be a string that is not empty, got ''"),
         ({"num_samples": "1921"}, "num_frames must be 2 for 1921 samples, got 5"),

@@ -355,7 +355,7 @@ def test_a_header_without_a_field(name: str):
 @pytest.mark.parametrize(
     ("field", "reason"),
     [
-        ({"format": "mimi_jax.files.codes"}, "it must be mimi_jax.code_stream, version 1"),
+        ({"format": "mimi_jax.codes"}, "it must be mimi_jax.code_stream, version 1"),
         ({"version": "2"}, "it must be mimi_jax.code_stream, version 1"),
         ({"version": 1}, "it must be mimi_jax.code_stream, version 1"),
         ({"loudness": 3}, "unexpected keyword argument 'loudness'"),
