@@ -136,10 +136,16 @@ def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
             choices = ", ".join(tables[operation])
             raise ValueError(f"compute[{operation!r}] must be one of {choices}, got {name!r}")
     device = jax.local_devices()[0]
-    capability = float(getattr(device, "compute_capability", 0) or 0) if device.platform == "gpu" else 0
-    can_fuse = {"cuda": capability >= FIRST_WITH_FLASH, "tpu": device.platform == "tpu"}
+    can_fuse = {"cuda": _has_flash_attention(device), "tpu": device.platform == "tpu"}
     fused = tuple(platform for platform, holds in can_fuse.items() if holds)
     return Compute(tuple(sorted(asked.items())), fused, jax.device_count() == 1)
+
+
+def _has_flash_attention(device: Any) -> bool:
+    try:
+        return device.platform == "gpu" and float(device.compute_capability) >= FIRST_WITH_FLASH
+    except (AttributeError, ValueError):  # AMD's GPUs give a name, such as "gfx942"
+        return False
 
 
 PORTABLE = Compute()

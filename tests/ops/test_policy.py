@@ -2,6 +2,7 @@
 
 import collections
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,27 @@ def test_fused_attention_is_chosen_where_it_can_run(choices: list[policy.Choice]
     with policy.computing(policy.Compute(fused=("cuda", "tpu"), one_device=True)):
         policy.attention(*[query.astype(jnp.float32)] * 3, window=250)
     assert choices == [{"default": "reference"}]
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "fused"),
+    [
+        ("cpu", None, ()),
+        ("gpu", "7.5", ()),
+        ("gpu", "8.0", ("cuda",)),
+        ("gpu", "12.0", ("cuda",)),
+        ("gpu", "gfx942", ()),
+        ("tpu", None, ("tpu",)),
+    ],
+)
+def test_fused_attention_may_be_used_on_the_devices_that_have_it(
+    monkeypatch: pytest.MonkeyPatch, platform: str, capability: str | None, fused: tuple[str, ...]
+):
+    device = types.SimpleNamespace(platform=platform)
+    if capability is not None:
+        device.compute_capability = capability
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert policy.resolve("auto").fused == fused
 
 
 def test_convolutions_and_products_are_chosen_for_cpus_by_dtype_and_size(choices: list[policy.Choice]):
