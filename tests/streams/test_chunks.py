@@ -1,10 +1,6 @@
 """Chunks give what whole clips give, with one program for every length."""
 
-import contextlib
-from collections.abc import Iterator
-
 import jax
-import jax.monitoring
 import numpy as np
 import pytest
 
@@ -12,6 +8,7 @@ import mimi_jax
 from mimi_jax import Mimi, MimiConfig
 from mimi_jax.streams.chunks import CHUNK_FRAMES, decode_chunks, encode_chunks
 from tests.models import load_fixture, random_module, relative_error
+from tests.streams.compilations import count_compilations
 
 CHUNK = CHUNK_FRAMES * 16  # samples; the fixtures have 16 samples per frame
 LONGEST = 2 * CHUNK + 107  # not a multiple of 16
@@ -185,21 +182,6 @@ def test_bad_codes(codes: np.ndarray, error: str, monkeypatch: pytest.MonkeyPatc
         list(decode_chunks(load_fixture("base").model, [codes]))
 
 
-@contextlib.contextmanager
-def count_compilations() -> Iterator[list[str]]:
-    """A list that gets an entry for each program that XLA is asked to compile."""
-    compiled: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.clear_caches()
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield compiled
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 FRAMES = range(61, 181, 3)
 BUCKETS = len({mimi_jax.bucket_length(frames, 1) for frames in FRAMES})
 SMALL = 5  # programs for constants and casts
@@ -211,6 +193,7 @@ def test_40_lengths_do_not_compile_40_times(name: str, most: int):
     model = load_fixture(name).model
     frame_size = model.config.frame_size
     audio = noise(FRAMES[-1] * frame_size)
+    jax.clear_caches()
     with count_compilations() as compiled:
         for frames in FRAMES:
             codes = encode_in_chunks(model, audio[:, : frames * frame_size - frames % 7])
@@ -221,6 +204,7 @@ def test_40_lengths_do_not_compile_40_times(name: str, most: int):
 
 def test_40_batches_do_not_compile_40_times():
     model, audio = load_fixture("base").model, noise(FRAMES[-1] * 16)
+    jax.clear_caches()
     with count_compilations() as compiled:
         for frames in FRAMES:
             clips = [audio[:, : 16 * frames], audio[:, : 8 * frames]]

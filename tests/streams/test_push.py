@@ -1,7 +1,5 @@
 """Pieces of any length give the codes and the audio of the whole clip."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,26 +11,11 @@ import mimi_jax
 from mimi_jax import Mimi, StreamingDecoder, StreamingEncoder
 from mimi_jax.streams import push as push_module
 from tests.models import load_fixture, noise, relative_error
+from tests.streams.compilations import count_compilations
 
 MODEL = load_fixture("base").model
 FRAME, CODEBOOKS = MODEL.config.frame_size, MODEL.config.num_quantizers
 STEREO = load_fixture("stereo").model
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """A list that gets an entry for each program that XLA compiles, or loads from its cache."""
-    compiled: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def push_all(encoder: StreamingEncoder, audio: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -131,7 +114,7 @@ def test_after_a_warmup_nothing_compiles(place: Any):
     encoder.push(noise(7))
     encoder.warmup()
     decoder.warmup(num_quantizers=3)
-    with compilations() as compiled:
+    with count_compilations() as compiled:
         codes = push_all(encoder, noise(421)[7:])
         decoder.push(codes)
         another = StreamingEncoder(model, num_quantizers=3)
@@ -154,7 +137,7 @@ def test_a_warmup_does_not_change_the_stream():
 def test_streams_of_equal_models_share_programs():
     first, second = load_fixture("base").model, jax.tree.map(jnp.array, load_fixture("base").model)
     StreamingEncoder(first).warmup()
-    with compilations() as compiled:
+    with count_compilations() as compiled:
         StreamingEncoder(second).push(noise(9 * FRAME))
     assert compiled == []
 
