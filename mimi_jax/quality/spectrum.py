@@ -56,6 +56,8 @@ def stft(x: jax.Array, window: int) -> jax.Array:
         complex [..., columns, window / 2 + 1].
     """
     hop = window // 4
+    if x.dtype.itemsize < 4:  # the Fourier transform takes no half precision
+        x = x.astype(jnp.float32)
     hops = x[..., : x.shape[-1] // hop * hop].reshape(*x.shape[:-1], -1, hop)
     columns = hops.shape[-2] - 3
     # The gradient of four shifted views is an addition; the gradient of a gather is a slow scatter.

@@ -47,6 +47,14 @@ def test_mel_distance_of_half_the_amplitude_is_six_decibels():
     assert 4 < float(mel_distance(x, x / 2, RATE)) < 6.03
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_mel_distance_of_audio_in_half_precision(dtype: jnp.dtype):
+    x, y = (jnp.asarray(noise(1, 1, 2400, seed=i)).astype(dtype) for i in range(2))
+    expected = mel_distance(x.astype(jnp.float32), y.astype(jnp.float32), RATE)
+    assert mel_distance(x, y, RATE).dtype == jnp.float32
+    assert float(mel_distance(x, y, RATE)) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_gradient_of_the_mel_distance_is_its_slope():
     """Along a random direction, in float64, where a finite difference is exact to six digits."""
     with jax.enable_x64(True):
