@@ -25,7 +25,7 @@ if jax.__version_info__ < (0, 11):  # newer versions exit at flags that they no 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile fast, and keep compiled programs in pytest's own cache (`pytest --cache-clear`)."""
     # The selections by marker, such as `make slow` and `make parity`, compile as users do.
-    if config.getoption("markexpr").startswith("not "):
+    if str(config.getoption("markexpr")).startswith("not "):
         os.environ.setdefault("XLA_FLAGS", " ".join(COMPILE_FAST))
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
