@@ -93,7 +93,7 @@ def quantize(
         codes.append(level_codes)
         commitments.append(jnp.where(used, distances, 0))
         first += levels
-    commitment = jnp.sum(jnp.concatenate(commitments)) / num_quantizers
+    commitment = jnp.sum(jnp.concatenate(commitments)) / jnp.asarray(num_quantizers, jnp.float32)
     total = outputs["semantic"] + outputs["acoustic"]
     return Quantized(total, outputs["semantic"], jnp.concatenate(codes, axis=1), commitment, assigned)
 

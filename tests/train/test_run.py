@@ -255,8 +255,14 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
         ("[model]\nhiden_size = 3", "hiden_size"),
         ("[optimizer]\nlearning_rate = 'fast'", "optimizer.learning_rate must be a number, got 'fast'"),
         ("[data]\nseconds = 0.1", "data.seconds must be a multiple of a frame, 0.08 s, got 0.1"),
-        ("[data.weights]\nradio = 1.0", "data.weights names radio, but the sources of the data are"),
-        ("[data]\ninclude = '*.opus'", "no audio files"),
+        pytest.param(
+            TOML + "[data.weights]\nradio = 1.0",
+            "data.weights names radio, but the sources of the data are",
+            id="weights of an unknown source",
+        ),
+        pytest.param(
+            TOML.replace("[data]", "[data]\ninclude = '*.opus'"), "no audio files", id="nothing included"
+        ),
     ],
 )
 def test_errors(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, toml: str, error: str):
