@@ -48,7 +48,7 @@ from mimi_jax.nn.quantizer import CodebookStatistic
 from mimi_jax.ops.policy import resolve
 
 FORMAT = "mimi_jax.export.1"
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PLATFORMS = ("cpu", "cuda", "tpu")
 DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "I8": jnp.int8}
 
 Weights = dict[str, Any]  # arrays, or their shapes, by place in the model, such as "decoder.first.kernel"
@@ -230,7 +230,7 @@ def save(
         seconds: the longest clip, rounded up to whole frames. Shorter ones take as much time as it does. A
             step always takes one frame.
         num_quantizers: how many codebooks to use, the first ones; None for all.
-        platforms: some of "cpu", "cuda", "rocm" and "tpu".
+        platforms: some of "cpu", "cuda" and "tpu".
         compute: as for `Mimi`. Only "portable" works on all platforms; other choices may use device kernels.
 
     Raises:
