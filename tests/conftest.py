@@ -7,13 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Sharding tests need several devices; single-device tests run as fast as before.
+# Tests of sharding need several devices. Tests of one device are not slower for it.
 jax.config.update("jax_num_cpu_devices", 8)
-
+# As in Equinox, code must say where an axis is added and where a dtype changes.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Each call of a layer that is traced is checked against the shapes and dtypes in its annotations. This must
+# come before the first import of the layers.
+jaxtyping.install_import_hook("mimi_jax.nn", "beartype.beartype")
 
 # XLA takes most of the time of the tests, for small programs that run once. Without these optimizations it
 # takes a fifth.

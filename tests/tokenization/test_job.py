@@ -208,7 +208,8 @@ def test_a_long_clip_is_encoded_as_a_stream(tmp_path: Path):
     clips = {"long.wav": noise_clip(65 * RATE), "short.wav": noise_clip(3 * RATE, seed=1)}
     for name, clip in clips.items():
         (tmp_path / name).write_bytes(audio_bytes(clip, subtype="FLOAT"))
-    summary = tokenize([tmp_path / "*.wav"], tmp_path / "out", settings=Settings(num_quantizers=8))
+    settings = Settings(num_quantizers=8)
+    summary = tokenize([tmp_path / "*.wav"], tmp_path / "out", settings=settings, batch_size=8)
     assert summary.total.samples == 68 * RATE
     mini, found = Mimi.from_pretrained("mini", decoder=False), codes_by_id(tmp_path / "out")
     for name, clip in clips.items():
