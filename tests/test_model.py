@@ -166,7 +166,7 @@ def test_bad_audio_is_refused(audio: Any, options: dict, message: str):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mimi_jax.encode(MODEL, [AUDIO, AUDIO]), "got list; pad_batch joins clips"),
+        (lambda: mimi_jax.encode(MODEL, [AUDIO, AUDIO]), "got list; join clips with pad_batch"),
         (
             lambda: mimi_jax.decode(MODEL, EncoderOutput(*map(jnp.asarray, (CODES, CODES > 0)))),
             r"got EncoderOutput; .* out.audio",
