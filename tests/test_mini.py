@@ -51,6 +51,7 @@ def test_it_has_learned_speech(model: Mimi):
     assert stois[0] < stois[1] and stois[1] > 0.7
 
 
+@pytest.mark.slow
 def test_real_speech_is_understood(model: Mimi, shared_speech: list[Path]):
     """The speakers were not in the training data. The card of `mini` has more measures."""
     from pystoi import stoi

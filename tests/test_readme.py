@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
 from mimi_jax import cli
@@ -32,6 +33,8 @@ def beside_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / CLIP, path)
     monkeypatch.chdir(tmp_path)
+    devices = jax.local_devices()[:1]  # as most readers have; tokenization shares its batches among all
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "python")], ids=name)

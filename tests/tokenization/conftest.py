@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from mimi_jax import Mimi
 from tests.models import load_fixture
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job shares its batches among all local devices. With eight, most rows of these batches are empty."""
+    devices = jax.local_devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
 
 
 @pytest.fixture(scope="module")

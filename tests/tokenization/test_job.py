@@ -132,7 +132,7 @@ def test_processes_split_the_shards(tmp_path: Path, tiny: Path, model: Mimi):
         ({"settings": Settings(num_quantizers=99)}, "num_quantizers must be an integer from 1 to 4"),
         ({"process_index": 0}, "process_index and process_count must be given together"),
         ({"workers": 0}, "workers must be positive, got 0"),
-        ({"batch_size": 3}, "batch_size must be a multiple of the 8 devices, got 3"),
+        ({"batch_size": 3}, "batch_size must be a multiple of the 2 devices, got 3"),
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, tiny: Path, options: dict, error: str):
