@@ -32,7 +32,7 @@ parity: .venv/with-dev .venv/with-parity .venv/with-peers  ## compare with trans
 slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half an hour of audio at full size
 	$(BIN)/python -m pytest -m slow
 
-notebooks: .venv/with-dev  ## run the notebooks
+notebooks: .venv/with-dev  ## run the notebooks, and the code on the pages in docs/
 	$(BIN)/python -m pytest -m notebooks
 
 # pdoc warns of names that are imported when they are first used, and finds them.

@@ -37,7 +37,14 @@ def beside_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "python")], ids=name)
+def runs_with_notebooks(page: Path):
+    """The pages in docs/ take minutes, as notebooks do. `make test` runs the README alone."""
+    return page if page == README else pytest.param(page, marks=pytest.mark.notebooks)
+
+
+@pytest.mark.parametrize(
+    "page", [runs_with_notebooks(page) for page in PAGES if snippets(page, "python")], ids=name
+)
 def test_python(page: Path, capsys: pytest.CaptureFixture):
     exec(compile("\n".join(snippets(page, "python")), page.name, "exec"), {"__name__": "__main__"})
     if page == README:
@@ -97,6 +104,7 @@ def test_tables_of_the_readme_are_short():
     assert all(table.count("\n") - 2 <= MAX_ROWS for table in tables)
 
 
+@pytest.mark.notebooks
 def test_command_line():
     lines = "".join(snippets(GUIDE, "sh")).splitlines()
     commands = [line for line in lines if line.startswith("mimi-jax")]

@@ -48,6 +48,7 @@ def kill_and_rerun(line: list[str], out: Path, kills: int, span: float, seed: in
     return reached
 
 
+@pytest.mark.slow
 def test_60_real_clips_survive_three_kills(tmp_path: Path, shared_speech: list[Path]):
     long_enough = [path for path in shared_speech if soundfile.info(path).duration > 2.5]
     clips = long_enough[:: len(long_enough) // 60][:60]
