@@ -82,11 +82,13 @@ class AudioReader:
     damage is found only at the end, so the file is known to be whole when the loop ends without an error.
 
     Args:
-        file, name, sampling_rate, channels: as in `read_audio`.
+        file, name, channels: as in `read_audio`.
+        sampling_rate: Hz; None for the file's own rate.
         start, end: seconds. Only this stretch is read, and damage after it is not looked for. None for the
             end of the file.
 
     Attributes:
+        sampling_rate: Hz, of the pieces.
         num_samples: how many samples the file announces, after resampling; None if it does not.
 
     Raises:
@@ -98,12 +100,12 @@ class AudioReader:
         self,
         file: BinaryIO,
         name: str,
-        sampling_rate: int = 24_000,
+        sampling_rate: int | None = 24_000,
         channels: int = 1,
         start: float = 0.0,
         end: float | None = None,
     ):
-        if sampling_rate < 1:
+        if sampling_rate is not None and sampling_rate < 1:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
         self._file, self._name = file, name
         self._size = file.seek(0, os.SEEK_END)
@@ -112,7 +114,8 @@ class AudioReader:
             raise ValueError(f"{name} is empty (0 bytes)")
         with self._reading():
             self._sound = _ForwardReader(file)
-        self._rate, self._sampling_rate, self._channels = self._sound.samplerate, sampling_rate, channels
+        self._rate, self._channels = self._sound.samplerate, channels
+        self.sampling_rate = sampling_rate or self._rate
         if self._rate < MIN_SAMPLING_RATE:
             raise ValueError(f"{name} has a rate of {self._rate} Hz; it must be at least {MIN_SAMPLING_RATE}")
         self._start, self._end = self._stretch(start, end)
@@ -122,7 +125,7 @@ class AudioReader:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         with self._sound:
-            for piece in self._mixed() if self._rate == self._sampling_rate else self._resampled():
+            for piece in self._mixed() if self._rate == self.sampling_rate else self._resampled():
                 yield np.ascontiguousarray(piece.T)
 
     def _stretch(self, start: float, end: float | None) -> tuple[int, int | None]:
@@ -145,11 +148,11 @@ class AudioReader:
         return first, last
 
     def _resampled_length(self, num_samples: int) -> int:
-        return ceil_div(num_samples * self._sampling_rate, self._rate)
+        return ceil_div(num_samples * self.sampling_rate, self._rate)
 
     def _resampled(self) -> Iterator[np.ndarray]:
         """[samples, channels] pieces at the rate that was asked for."""
-        stream = soxr.ResampleStream(self._rate, self._sampling_rate, self._channels, "float32", "VHQ")
+        stream = soxr.ResampleStream(self._rate, self.sampling_rate, self._channels, "float32", "VHQ")
         num_read = num_given = 0
         for piece in self._mixed():
             num_read += len(piece)
@@ -158,7 +161,7 @@ class AudioReader:
             if len(resampled):
                 yield resampled
         # On its own, soxr may keep back the last sample, even if it is the only one. Zeros push it out.
-        zeros = np.zeros((2 + self._rate // self._sampling_rate, self._channels), np.float32)
+        zeros = np.zeros((2 + self._rate // self.sampling_rate, self._channels), np.float32)
         yield stream.resample_chunk(zeros, last=True)[: self._resampled_length(num_read) - num_given]
 
     def _mixed(self) -> Iterator[np.ndarray]:
