@@ -29,7 +29,7 @@ lint: .venv/with-dev  ## check format, style and types
 parity: .venv/with-dev .venv/with-parity .venv/with-peers  ## compare with transformers and moshi
 	$(BIN)/python -m pytest -m "(parity or network) and not slow" -rs
 
-slow: .venv/with-dev .venv/with-parity  ## run the slow tests, among them half an hour of audio at full size
+slow: .venv/with-dev .venv/with-parity .venv/with-peers  ## run the slow tests, among them half an hour of audio at full size
 	$(BIN)/python -m pytest -m slow
 
 notebooks: .venv/with-dev  ## run the notebooks, and the code on the pages in docs/
