@@ -2,7 +2,7 @@
 
 atomic        files that appear whole or not at all, and locks between processes
 arrays        named arrays: in safetensors files and Orbax folders, compared with what is expected
-truncation    audio files that were cut short
+containers    the containers that audio is read from, checked for being whole
 batches       clips of different lengths in one array
 audio         audio files, whole or in pieces
 codes         code files

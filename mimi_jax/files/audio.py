@@ -1,7 +1,7 @@
 """Read and write audio files, whole or in pieces. NumPy only.
 
-A file is read completely or refused. libsndfile plays what is left of a file that was cut short, and only the
-first of several streams in one file. Neither may pass for a whole clip, so `AudioReader` checks for both.
+A file is read completely or refused. `mimi_jax.files.containers` checks what a file states about itself, and
+`AudioReader` compares it with what libsndfile reads.
 """
 
 import io
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from mimi_jax.config import ceil_div
 from mimi_jax.files.atomic import atomic_path
 from mimi_jax.files.batches import as_channels
-from mimi_jax.files.truncation import MAX_TRAILING, is_cut_short
+from mimi_jax.files.containers import open_container
 
 # The formats that can be written, by suffix: libsndfile's names of the format and the subtype.
 FORMATS = {
@@ -31,14 +31,22 @@ FORMATS = {
 }
 MIN_SAMPLING_RATE = 1000  # Hz; a lower rate means a broken header, and would resample to a gigantic clip
 CHUNK_SAMPLES = 65_536  # per read or write; libsndfile crashes when it writes minutes of Vorbis at once
-SEEKABLE = ("AIFF", "FLAC", "RF64", "WAV", "WAVEX")  # formats in which seeking is exact to the sample
+INEXACT = ("MP3", "OGG")  # formats in which seeking is not exact to the sample
+# The bytes of a sample in formats that are not compressed.
+WIDTHS = {
+    **{"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4},
+    **{"FLOAT": 4, "DOUBLE": 8, "ALAW": 1, "ULAW": 1},
+}
+READ_BYTES = 1 << 16  # that are read from a file at once
 ROUNDING = 0.1  # seconds by which the end of a stretch may lie beyond the end of its file
 MAX_WAV_BYTES = 2**32 - 4096  # of samples; the header has 32 bits for the size of the file
 UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of samples for a FLAC file that was written to a pipe
 
 
 def load_audio(path: str | os.PathLike[str], sampling_rate: int = 24_000, channels: int = 1) -> np.ndarray:
-    """Read a WAV, FLAC, OGG (Vorbis or Opus) or MP3 file.
+    """Read an audio file: WAV, FLAC, Ogg (Vorbis, Opus), MP3 (and MP2), AIFF, AU, CAF, W64 or NIST SPHERE.
+
+    The content decides what a file is, and not its name. ID3 and APE tags may stand around the audio.
 
     Args:
         path: the file.
@@ -52,9 +60,10 @@ def load_audio(path: str | os.PathLike[str], sampling_rate: int = 24_000, channe
 
     Raises:
         OSError: the file is missing (FileNotFoundError), is a folder, or cannot be read.
-        ValueError: the file is empty, is not audio, is damaged, was cut short, has no samples, has samples
-            that are not finite, or has channels that cannot be mixed. An MP3 file that was cut short cannot
-            be recognized: it is a shorter MP3 file.
+        ValueError: the file is empty, is not audio, is damaged, was cut short, holds several streams, has no
+            samples, has samples that are not finite, or has channels that cannot be mixed. One kind of cut
+            cannot be recognized: an MP3 file without a note of its length (Xing or Info) that was cut exactly
+            between two MPEG frames is a shorter MP3 file.
     """
     with open(path, "rb") as file:
         return read_audio(file, os.fspath(path), sampling_rate, channels)
@@ -107,33 +116,55 @@ class AudioReader:
     ):
         if sampling_rate is not None and sampling_rate < 1:
             raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
-        self._file, self._name = file, name
-        self._size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if self._size == 0:
+        self._name = name
+        if not file.seekable():
+            raise ValueError(f"{name} is a pipe, and audio is read from files; write it to a file first")
+        if file.seek(0, os.SEEK_END) == 0:
             raise ValueError(f"{name} is empty (0 bytes)")
+        try:
+            self._container = open_container(file)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
         with self._reading():
-            self._sound = _ForwardReader(file)
+            self._sound = _ForwardReader(io.BufferedReader(self._container.file, READ_BYTES))
         self._rate, self._channels = self._sound.samplerate, channels
         self.sampling_rate = sampling_rate or self._rate
         if self._rate < MIN_SAMPLING_RATE:
             raise ValueError(f"{name} has a rate of {self._rate} Hz; it must be at least {MIN_SAMPLING_RATE}")
+        self._total = self._stated_length()
         self._start, self._end = self._stretch(start, end)
-        self.num_samples = None
-        if (last := self._end or self._sound.frames) != UNKNOWN_LENGTH:
-            self.num_samples = self._resampled_length(last - self._start)
+        last = self._total if self._end is None else self._end
+        self.num_samples = None if last is None else self._resampled_length(last - self._start)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         with self._sound:
             for piece in self._mixed() if self._rate == self.sampling_rate else self._resampled():
                 yield np.ascontiguousarray(piece.T)
 
+    def _stated_length(self) -> int | None:
+        """How many samples the file states that it has; None if it does not."""
+        sound, (_, num_bytes, num_samples) = self._sound, self._container
+        if sound.format == "FLAC":
+            return num_samples
+        frame_bytes = WIDTHS.get(sound.subtype, 0) * sound.channels  # of one sample in all channels
+        if num_bytes is not None and frame_bytes and num_bytes != sound.frames * frame_bytes:
+            raise ValueError(
+                f"{self._name} has a wrong header: it states {num_bytes} bytes of samples, and"
+                f" {sound.frames} samples of {frame_bytes} bytes"
+            )
+        if num_samples is not None and sound.frames < num_samples:
+            raise ValueError(
+                f"{self._name} has {num_samples} samples, but only {sound.frames} can be read, since its bit"
+                " rate varies; convert it to WAV or FLAC"
+            )
+        return num_samples or sound.frames  # libsndfile's word for samples per channel
+
     def _stretch(self, start: float, end: float | None) -> tuple[int, int | None]:
         """The first sample at the file's own rate, and the one after the last; None for the file's end."""
         if not start and end is None:
             return 0, None
-        total = self._sound.frames  # libsndfile's word for samples per channel
         first, last = round(start * self._rate), None if end is None else round(end * self._rate)
+        total = UNKNOWN_LENGTH if self._total is None else self._total
         if not 0 <= first < min(total, total if last is None else last):
             until = "its end" if end is None else f"{end:g} s"
             raise ValueError(
@@ -176,24 +207,27 @@ class AudioReader:
             raise ValueError(f"{self._name} has no samples")
 
     def _pieces(self) -> Iterator[np.ndarray]:
-        """float32 [samples, any] pieces up to the announced length, or up to the end if that comes first."""
-        announced = self._sound.frames
-        left = (self._end or announced) - self._skip()
+        """float32 [samples, any] pieces up to the end of the stretch, or of the file."""
+        position = self._skip()
+        last = UNKNOWN_LENGTH if self._end is None else self._end
         while True:
             with self._reading():
-                piece = self._sound.read(min(CHUNK_SAMPLES, left), dtype="float32", always_2d=True)
+                piece = self._sound.read(min(CHUNK_SAMPLES, last - position), dtype="float32", always_2d=True)
             if len(piece) == 0:
                 break
-            left -= len(piece)
+            position += len(piece)
             yield piece
-        is_short = left > 0 and announced != UNKNOWN_LENGTH
-        if self._end is None or is_short:
-            self._check_end(is_short)
+        stated = self._total if self._end is None else self._end
+        if stated is not None and position != stated:
+            problem = "is damaged or cut short" if position < stated else "has a wrong header"
+            raise ValueError(
+                f"{self._name} {problem}: {position} samples were read, but its header states {stated}"
+            )
 
     def _skip(self) -> int:
         """Go to the first sample of the stretch: by seeking where that is exact, otherwise by reading."""
         with self._reading():
-            if self._start and self._sound.format in SEEKABLE:
+            if self._start and self._sound.format not in INEXACT:
                 self._sound.seek(self._start)
             else:
                 left = self._start
@@ -201,31 +235,15 @@ class AudioReader:
                     left -= count
         return self._start
 
-    def _check_end(self, is_short: bool) -> None:
-        """Refuse a file that ends before the length in its header, or goes on after it."""
-        sound, trailing = self._sound, self._size - self._file.tell()
-        # libFLAC reports a file that ends inside a FLAC frame, but not one that ends between two of them.
-        if (sound.format == "FLAC" and is_short) or is_cut_short(self._file):
-            raise ValueError(
-                f"{self._name} is cut short: it ends at {self._size} bytes, before the end of its audio"
-            )
-        if sound.format in ("FLAC", "MP3", "OGG") and trailing > MAX_TRAILING:
-            raise ValueError(
-                f"{self._name} goes on for {trailing} bytes after the end that its header states: there are"
-                " several streams in one file, or the header is wrong; convert it to WAV or FLAC"
-            )
-
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Turn libsndfile's errors into ours."""
+        """Turn errors into ours, which name the file."""
         try:
             yield
         except soundfile.LibsndfileError as error:
             raise ValueError(
-                f"{self._name} is not a WAV, FLAC, OGG or MP3 file, or it is damaged or cut short"
+                f"{self._name} is damaged or cut short, or libsndfile cannot read its format"
             ) from error
-        except TypeError as error:  # what soundfile raises for a name that ends in .raw
-            raise ValueError(f"{self._name} is raw audio, which does not state its format") from error
 
 
 class _ForwardReader(soundfile.SoundFile):

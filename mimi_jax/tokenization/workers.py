@@ -21,6 +21,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mimi_jax.files.audio import AudioReader
+from mimi_jax.files.containers.spans import Span
 from mimi_jax.tokenization.sources import Item
 
 PIECE_SECONDS = 30  # length of a piece
@@ -290,37 +291,8 @@ def _check_length(num_samples: int, target: Target) -> None:
 def _open_file(item: Item) -> BinaryIO:
     if item.data is not None:
         return io.BytesIO(item.data)
+    file = open(item.path, "rb")  # noqa: SIM115 - closed by the caller, also within a span
     if item.offset == 0:
-        return open(item.path, "rb")
+        return file
     assert item.size is not None
-    return io.BufferedReader(_FileRange(item.path, item.offset, item.size))
-
-
-class _FileRange(io.RawIOBase):
-    """A range of bytes in a file, such as a member of an archive, as a file of its own."""
-
-    def __init__(self, path: str, offset: int, size: int):
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
-        self._offset, self._size, self._position = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def readinto(self, buffer) -> int:
-        view = memoryview(buffer).cast("B")[: max(self._size - self._position, 0)]
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(view)
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    return io.BufferedReader(Span(file, item.offset, item.offset + item.size))

@@ -111,34 +111,7 @@ def test_a_sampling_rate_must_be_positive(path: Path):
         load_audio(write(path, speech_like(10)), sampling_rate=0)
 
 
-# Files that are not whole; those that were cut short are in test_truncation.py
-
-
-@pytest.mark.parametrize("suffix", [".mp3", ".ogg", ".opus", ".flac"])
-def test_several_streams_in_one_file_are_refused(tmp_path: Path, suffix: str):
-    """libsndfile would play the first one and ignore the others."""
-    path = tmp_path / f"clip{suffix}"
-    save_audio(path, noise(10 * RATE))
-    path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(ValueError, match="several streams in one file"):
-        load_audio(path)
-
-
-@pytest.mark.parametrize("suffix", [".mp3", ".flac", ".ogg", ".wav"])
-def test_tags_may_follow_the_audio(tmp_path: Path, suffix: str):
-    path = write(tmp_path / f"clip{suffix}", noise())
-    path.write_bytes(path.read_bytes() + b"TAG" + b"\0" * 125)
-    assert load_audio(path).shape == (1, RATE)
-
-
-def test_a_flac_file_from_a_pipe_is_whole(tmp_path: Path):
-    path = write(tmp_path / "clip.flac", noise(100_000))
-    expected = load_audio(path)
-    data = bytearray(path.read_bytes())
-    data[21] &= 0xF0  # the 36 bits of the number of samples
-    data[22:26] = bytes(4)
-    path.write_bytes(data)
-    np.testing.assert_array_equal(load_audio(path), expected)
+# Files that are not audio, or not as they should be; those that are not whole are in test_containers.py
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".mp3", ".ogg", ".raw", ""])
@@ -150,7 +123,7 @@ def test_a_flac_file_from_a_pipe_is_whole(tmp_path: Path):
 def test_a_file_that_is_not_audio_is_refused(tmp_path: Path, suffix: str, content: bytes):
     path = tmp_path / f"clip{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} is (not a WAV|raw audio)") as info:
+    with pytest.raises(ValueError, match=f"{path} is (not a WAV|damaged|cut short)") as info:
         load_audio(path)
     assert "\n" not in str(info.value)
 

@@ -1,0 +1,175 @@
+"""MP3 files, and MPEG audio of layers I and II: a chain of MPEG frames, each with a header of 4 bytes.
+
+Nothing states where such a chain ends. The first frame of many MP3 files is a note (named Xing or Info) that
+says how many frames follow, but it can be wrong, for instance after two files were joined. Without the note,
+libsndfile estimates the length from the bit rate, and stops there. So the frames are counted here, and a note
+with that count is put in front of them.
+"""
+
+from typing import BinaryIO, NamedTuple
+
+from mimi_jax.files.containers.spans import Container, Span, is_padding, read_at, skip_tags
+
+BLOCK = 1 << 20  # bytes that are read at once
+MAX_FRAME = 4096  # bytes
+MAX_ZEROS = 1 << 16  # bytes that may stand before the first frame
+NOTE_BYTES = 12  # a name, flags and the number of frames
+DECODER_DELAY = 529  # samples, of mpg123
+VBRI = 36  # where a note of this name stands in its frame
+MPEG_1, LAYER_III = 3, 1  # as the bits of a header have them
+
+# Indexed by the bits of the header. Version: 0 is MPEG 2.5, 2 is MPEG 2, 3 is MPEG 1. Layer: 1 is III.
+RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+KBITS = {
+    (True, 3): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 1): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 3): (0, 32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 1): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+class Header(NamedTuple):
+    """What the header of an MPEG frame says."""
+
+    version: int
+    layer: int
+    sampling_rate: int  # Hz
+    samples: int  # of each channel, in a frame
+    size: int  # bytes of the frame
+
+    @property
+    def kind(self) -> tuple[int, int, int]:
+        """What all frames of a stream have in common."""
+        return self.version, self.layer, self.sampling_rate
+
+
+def parse(header: bytes) -> Header | None:
+    """Read the first 3 bytes of a frame; None if no frame begins like this."""
+    if len(header) < 3 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
+        return None
+    version, layer, kbits, rate = header[1] >> 3 & 3, header[1] >> 1 & 3, header[2] >> 4, header[2] >> 2 & 3
+    if version == 1 or layer == 0 or kbits in (0, 15) or rate == 3:
+        return None
+    sampling_rate, padding = RATES[version][rate], header[2] >> 1 & 1
+    if layer == 3:
+        samples, unit = 384, 4  # the unit of the size, in bytes
+    else:
+        samples, unit = 1152 if version == 3 or layer == 2 else 576, 1
+    bits = KBITS[version == 3, layer][kbits] * 1000
+    size = (samples // 8 // unit * bits // sampling_rate + padding) * unit
+    return Header(version, layer, sampling_rate, samples, size)
+
+
+class _Sizes(dict[bytes, int]):
+    """The sizes of the frames of one kind, by their first 3 bytes; 0 for what is no such frame."""
+
+    def __init__(self, kind: tuple[int, int, int]):
+        self._kind = kind
+
+    def __missing__(self, key: bytes) -> int:
+        header = parse(key)
+        self[key] = header.size if header is not None and header.kind == self._kind else 0
+        return self[key]
+
+
+def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
+    """Count the frames, and put a note with their number in front of them."""
+    start = _first_frame(file, start, end)
+    first = read_at(file, start, MAX_FRAME)
+    header = parse(first)
+    if header is None:
+        raise ValueError("is not a WAV, AIFF, AU, CAF, W64, NIST, FLAC, OGG or MP3 file, or it is damaged")
+    first = first[: header.size]
+    count, end = _count_frames(file, start, end, header)
+    if header.layer != LAYER_III:
+        return Container(Span(file, start, end), num_samples=count * header.samples)
+    at = _place_of_note(first, header)
+    match first[at : at + 4]:
+        case b"Xing" | b"Info" if first[at + 7] & 1:
+            stated = int.from_bytes(first[at + 8 : at + NOTE_BYTES], "big")
+            if stated > count - 1:
+                raise ValueError(
+                    f"is cut short: it has {count - 1} MPEG frames, but states that it has {stated}"
+                )
+            head = first[: at + 8] + (count - 1).to_bytes(4, "big") + first[at + NOTE_BYTES :]
+            if first[at + 7] & 2:  # the number of bytes follows; mpg123 warns if it is wrong
+                head = head[: at + 12] + (end - start).to_bytes(4, "big") + head[at + 16 :]
+        case b"Xing" | b"Info":
+            head = _make_note(first, header, count - 1)
+        case _ if first[VBRI : VBRI + 4] == b"VBRI":  # a note of another kind, which mpg123 would play
+            head = _make_note(first, header, count - 1)
+        case _:
+            return Container(Span(file, start, end, _make_note(first, header, count)))
+    return Container(Span(file, start + header.size, end, head))
+
+
+def _first_frame(file: BinaryIO, start: int, end: int) -> int:
+    """Where the first frame begins, after zeros and tags; the end if none does.
+
+    Three frames must follow it, unless the file ends before, since one can be there by chance.
+    """
+    zeros = read_at(file, start, min(MAX_ZEROS, end - start))
+    position = first = skip_tags(file, start + len(zeros) - len(zeros.lstrip(b"\0")))
+    kind = None
+    for _ in range(4):
+        header = parse(read_at(file, position, 3))
+        if header is None or (kind is not None and header.kind != kind):
+            return first if position + 3 > end and kind is not None else end
+        kind, position = header.kind, position + header.size
+    return first
+
+
+def _count_frames(file: BinaryIO, position: int, end: int, header: Header) -> tuple[int, int]:
+    """How many frames there are from a position on, and where the last one ends.
+
+    Tags may stand between them, where files were joined.
+    """
+    sizes, count = _Sizes(header.kind), 0
+    while position < end:
+        block = read_at(file, position, min(BLOCK, end - position))
+        at, last = 0, len(block) - 2
+        while at < last and (size := sizes[block[at : at + 3]]):
+            at += size
+            count += 1
+        position += at
+        if position > end:
+            raise ValueError(f"is cut short: it ends at {end} bytes, inside an MPEG frame")
+        if at < last or last <= 0:
+            if is_padding(file, position, end):
+                break
+            if (after := skip_tags(file, position)) == position:
+                raise ValueError(f"is damaged: no MPEG frame begins at byte {position}")
+            position = after
+    return count, position
+
+
+def _place_of_note(frame: bytes, header: Header) -> int:
+    """Where the note would be in a frame: after the side information, which is zero in such a frame."""
+    is_mono = frame[3] >> 6 == 3
+    side = (17 if is_mono else 32) if header.version == MPEG_1 else (9 if is_mono else 17)
+    return 4 + side + (0 if frame[1] & 1 else 2)  # a bit that is 0 says that a checksum follows the header
+
+
+def _make_note(frame: bytes, header: Header, count: int) -> bytes:
+    """Two frames of the same kind: a note that says how many frames follow, and a silent frame.
+
+    A note makes mpg123 leave out its own delay at the beginning. So this note asks for a longer delay, which
+    is just the silent frame, and nothing of the audio is left out.
+    """
+    silence = _fill(b"", frame, header)
+    delay = (header.samples - DECODER_DELAY) << 12  # 12 bits, before 12 bits for what is left out at the end
+    note = b"Xing\0\0\0\1" + (count + 1).to_bytes(4, "big") + b"mimi_jax".ljust(21, b"\0")
+    note += delay.to_bytes(3, "big") + bytes(12)
+    return _fill(note, frame, header) + silence
+
+
+def _fill(content: bytes, frame: bytes, header: Header) -> bytes:
+    """A frame of the same kind as another, with this in the place of a note, at the lowest bit rate."""
+    for kbits in range(1, 15):
+        start = bytes([0xFF, frame[1] | 1, kbits << 4 | frame[2] & 0x0C, frame[3]])  # without a checksum
+        start = start.ljust(_place_of_note(start, header), b"\0") + content
+        if (size := _Sizes(header.kind)[start[:3]]) >= len(start):
+            return start.ljust(size, b"\0")
+    raise AssertionError("a frame of the highest bit rate has room for a note")
