@@ -30,6 +30,7 @@ def run_tokenize(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         clips_per_shard=arguments.clips_per_shard,
         max_seconds=arguments.max_seconds,
+        audio_column=arguments.audio_column,
     )
     summary = tokenize(
         arguments.sources,
@@ -59,6 +60,7 @@ def _print_summary(summary: "Summary") -> None:
             "programs compiled": programs,
             "all runs": f"{total.clips:,} clips, {total.errors:,} errors, {total.frames:,} frames",
             "shards": f"{summary.num_done:,} of {summary.num_shards:,} are done",
+            **({"left out": summary.left_out} if summary.left_out else {}),
         }
     )
 

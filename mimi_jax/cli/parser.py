@@ -122,7 +122,7 @@ def _add_tokenize(command: AddCommand) -> None:
     text = "encode a corpus into Parquet files of codes; run again to continue (needs mimi_jax[tokenize])"
     parser = command("tokenize", run_tokenize, text)
     add = parser.add_argument
-    text = "folders, patterns, audio files, .tar shards, .parquet files with a column audio, .jsonl manifests"
+    text = "folders, patterns, audio files, .tar shards, .parquet files, .jsonl or .json manifests"
     add("sources", metavar="SRC", nargs="+", help=text)
     text = "folder to make, or to continue in"
     add("-o", "--output", metavar="DIR", type=Path, required=True, help=text)
@@ -135,6 +135,8 @@ def _add_tokenize(command: AddCommand) -> None:
     add("--clips-per-shard", type=_positive, metavar="N", default=1000, help=text)
     text = "a longer clip counts as an error (default: a day)"
     add("--max-seconds", type=float, metavar="S", default=86_400.0, help=text)
+    text = "column of Parquet files that has the audio: bytes, paths, or {bytes, path} (default: %(default)s)"
+    add("--audio-column", metavar="NAME", default="audio", help=text)
     text = "clips at once, fewer if they are long (default: 8 per device on CPUs, else 64)"
     add("--batch-size", type=_positive, metavar="N", help=text)
     text = "processes that read audio (default: one less than the number of CPUs, at most 16)"

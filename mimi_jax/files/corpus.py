@@ -10,7 +10,9 @@ A manifest is a JSONL file: one JSON object per line, for one clip.
     speaker   training draws a speaker before it draws a clip
     features  .npy file with a teacher's features of the clip, for distillation in training
 
-Only the path is required. A field that is null counts as absent, and other fields are ignored.
+Only the path is required. A field that is null counts as absent, and other fields are ignored. A line of an
+NVIDIA NeMo manifest is read too: `audio_filepath` is the path, `offset` the start, and `offset + duration`
+the end.
 """
 
 import fnmatch
@@ -28,7 +30,17 @@ from tqdm import tqdm
 from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.files.audio import FORMATS, mix_channels
 
-AUDIO_SUFFIXES = (*FORMATS, ".aif", ".aiff")
+AUDIO_SUFFIXES = (
+    *FORMATS,
+    *(".aif", ".aiff", ".aifc", ".au", ".bwf", ".caf", ".mp1", ".mp2", ".nist", ".oga", ".rf64"),
+    *(".snd", ".sph", ".spx", ".w64", ".wave"),
+)
+# Audio and video that cannot be read.
+UNREADABLE_SUFFIXES = (
+    *(".3g2", ".3gp", ".aac", ".ac3", ".adts", ".amr", ".ape", ".avi", ".awb", ".dff", ".dsf", ".dts"),
+    *(".eac3", ".flv", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp4", ".mpc", ".mpeg", ".mpg"),
+    *(".ra", ".rm", ".shn", ".tak", ".tta", ".weba", ".webm", ".wma", ".wmv", ".wv"),
+)
 MAX_SECONDS = 1e9  # of a time in a manifest; a larger one is a mistake
 MARGIN = 64  # samples around a crop, for the filter of the resampler
 
@@ -59,7 +71,9 @@ class Clip(NamedTuple):
 
 
 def find_files(
-    folder: str | os.PathLike[str], suffixes: Sequence[str], without: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    suffixes: Sequence[str] = ("",),
+    without: str | os.PathLike[str] | None = None,
 ) -> Iterator[str]:
     """Yield the paths of the files at any depth in a folder whose names end in one of the suffixes.
 
@@ -67,7 +81,8 @@ def find_files(
 
     Args:
         folder: where to look.
-        suffixes: in lower case, such as ".wav"; the case of the names does not matter.
+        suffixes: in lower case, such as ".wav"; the case of the names does not matter. By default all files
+            are found.
         without: a folder that is left out.
 
     Raises:
@@ -104,18 +119,17 @@ def read_entries(manifest: str | os.PathLike[str]) -> Iterator[Entry]:
 
 
 def _entry(manifest: str, place: str, line: bytes) -> Entry:
-    try:
-        fields: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
+    fields = _fields(line)
+    name = fields.get("path", fields.get("audio_filepath"))
+    if not isinstance(name, str):
         text = line[:80].decode("utf-8", "backslashreplace").strip()
         raise ValueError(f"{place}: must be a JSON object with a path, got {text!r}")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    for name in fields.keys() & {"start", "end"}:
-        if type(fields[name]) not in (int, float) or not abs(fields[name]) < MAX_SECONDS:
-            raise ValueError(f"{place}: {name} must be seconds, got {fields[name]!r}")
-    start, end = float(fields.get("start", 0)), fields.get("end")
+    if "path" in fields:
+        start, end = _seconds(fields, "start", place), _seconds(fields, "end", place)
+    else:
+        start, duration = _seconds(fields, "offset", place), _seconds(fields, "duration", place)
+        end = None if duration is None else (start or 0) + duration
+    start = float(start or 0)
     if not 0 <= start < (float("inf") if end is None else end):
         raise ValueError(f"{place}: start must be at least 0 and lie before end, got {start:g} and {end}")
     features = fields.get("features")
@@ -124,13 +138,31 @@ def _entry(manifest: str, place: str, line: bytes) -> Entry:
     folder = os.path.dirname(manifest)
     texts = {name: str(fields[name]) for name in ("id", "source", "speaker") if name in fields}
     return Entry(
-        name=fields["path"],
-        path=os.path.join(folder, fields["path"]),
+        name=name,
+        path=os.path.join(folder, name),
         start=start,
         end=end,
         features=features if features is None else os.path.join(folder, features),
         **texts,
     )
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    """The fields of a line that are not null; none if the line is not a JSON object."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _seconds(fields: dict[str, Any], name: str, place: str) -> float | None:
+    value = fields.get(name)
+    if value is not None and (type(value) not in (int, float) or not abs(value) < MAX_SECONDS):
+        raise ValueError(f"{place}: {name} must be seconds, got {value!r}")
+    return value
 
 
 def find_clips(data: str | os.PathLike[str], include: str = "*") -> list[Clip]:
@@ -218,3 +250,12 @@ def read_crop(clip: Clip, start: float, num_samples: int, config: MimiConfig) ->
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text that can be written in UTF-8, whatever bytes are in it."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def expand_home(path: str | os.PathLike[str]) -> str:
+    """Replace `~` or `~user` at the start of a path by the home folder, as a shell does.
+
+    A file or folder of that name in the current folder has precedence.
+    """
+    path = os.fspath(path)
+    return path if os.path.lexists(path.split(os.sep)[0]) else os.path.expanduser(path)

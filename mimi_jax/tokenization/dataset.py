@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mimi_jax.files.corpus import expand_home
 from mimi_jax.tokenization.output import TokenizedClip
 
 CACHED_GROUPS = 16  # decompressed row groups that are kept in memory
@@ -26,7 +27,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the folder has no manifest.
     """
-    path = Path(folder) / "manifest.json"
+    path = Path(expand_home(folder)) / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} must be an output of `mimi-jax tokenize`, but has no manifest.json"
@@ -114,7 +115,7 @@ class CodeSource:
 
 def _files(folder: str | os.PathLike[str]) -> list[Path]:
     read_manifest(folder)
-    return sorted((Path(folder) / "codes").glob("*-of-*.parquet"))
+    return sorted((Path(expand_home(folder)) / "codes").glob("*-of-*.parquet"))
 
 
 def _clips(table: Any) -> Iterator[TokenizedClip]:

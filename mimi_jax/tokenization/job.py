@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from mimi_jax.checkpoint import model_id
+from mimi_jax.files.corpus import expand_home
 from mimi_jax.model import HALVES, Mimi
-from mimi_jax.tokenization.inputs import Shard, find_shards, fingerprint
+from mimi_jax.tokenization.inputs import Shard, find_shards, fingerprint, in_words
 from mimi_jax.tokenization.output import Output, Totals
 from mimi_jax.tokenization.processes import process_from_jax
 from mimi_jax.tokenization.progress import Progress
@@ -44,6 +45,11 @@ class Summary(NamedTuple):
     def realtime(self) -> float:
         """Seconds of audio that this run encoded in a second."""
         return 3600 * self.hours / self.seconds
+
+    @property
+    def left_out(self) -> str:
+        """What was found in the inputs and is no clip, such as "12 .txt, 3 .json"; "" if nothing was."""
+        return in_words(self.total.left_out)
 
 
 class Job(NamedTuple):
@@ -77,7 +83,8 @@ def plan(
     settings: Settings,
 ) -> Job:
     """Find the inputs, load the model and open the output. Arguments and errors are those of `tokenize`."""
-    shards = find_shards(sources, settings.clips_per_shard, without=output)
+    output, column = expand_home(output), settings.audio_column
+    shards = find_shards(sources, settings.clips_per_shard, without=output, audio_column=column)
     codec = Mimi.from_pretrained(os.fspath(model), decoder=False)
     config = codec.config
     jax.eval_shape(lambda: codec.init_encoder_state(1))  # refuses a model that cannot stream
@@ -95,6 +102,8 @@ def plan(
         "num_shards": len(shards),
         "inputs": fingerprint(shards),
     }
+    if column != DEFAULTS.audio_column:
+        recorded["audio_column"] = column
     return Job(shards, codec, Output(Path(output), recorded, config.to_dict()))
 
 
@@ -117,8 +126,8 @@ def tokenize(
     the codes of each clip are those of `encode` on that clip alone.
 
     Args:
-        sources: folders, patterns, audio files, .tar and .parquet files, and .jsonl manifests, as described
-            for `mimi_jax.tokenization.inputs.find_shards`.
+        sources: folders, patterns, audio files, .tar and .parquet files, and manifests, as described for
+            `mimi_jax.tokenization.inputs.find_shards`.
         output: a folder, which is created if it does not exist. `mimi_jax.tokenization.output` describes what
             is written there.
         model: as for `Mimi.from_pretrained`.

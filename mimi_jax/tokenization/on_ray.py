@@ -5,6 +5,7 @@ gives their shards to others. A shard that was written just before its machine w
 """
 
 import contextlib
+import json
 import logging
 import os
 import pickle
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mimi_jax.files.corpus import expand_home
 from mimi_jax.model import Mimi
 from mimi_jax.tokenization.inputs import Shard
 from mimi_jax.tokenization.job import Summary, plan
@@ -57,7 +59,7 @@ def tokenize_on_ray(
     import ray  # pyright: ignore[reportMissingImports]
 
     model = os.path.abspath(model) if os.path.exists(model) else model
-    job = plan(sources, os.path.abspath(output), model, settings)
+    job = plan(sources, os.path.abspath(expand_home(output)), model, settings)
     shards = job.missing(job.shards, retry_errors)
     now = Totals()
     with contextlib.closing(job.progress(shards)) as progress, _cluster(address):
@@ -74,7 +76,7 @@ def tokenize_on_ray(
             resources=resources,
         )
         for row in results.iter_rows() if rows else ():
-            totals = Totals(row["clips"], row["errors"], row["samples"], row["frames"])
+            totals = Totals.from_json(row["totals"])
             progress.shard(totals.clips, totals.errors, totals.samples, row["num_bytes"])
             now += totals
     return job.finish(now, progress, None)
@@ -128,4 +130,4 @@ class _Actor:
         with open(os.devnull, "w") as nowhere:
             progress = Progress(shard.num_bytes, self._rate, nowhere)
             self._tokenizer.run([shard], progress, wait=True)
-        return {**self._output.totals(shard.index)._asdict(), "num_bytes": shard.num_bytes}
+        return {"totals": json.dumps(self._output.totals(shard.index)), "num_bytes": shard.num_bytes}

@@ -12,6 +12,7 @@ between the two repeats the shard and loses nothing. pyarrow is imported by the 
 import contextlib
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +36,22 @@ class Totals(NamedTuple):
     errors: int = 0  # clips without codes
     samples: int = 0
     frames: int = 0
+    left_out: Counter[str] = Counter()  # noqa: RUF012 - never changed; files that are no clips, by suffix
 
     def __add__(self, other: "Totals") -> "Totals":  # type: ignore[override]
-        return Totals(*(a + b for a, b in zip(self, other, strict=True)))
+        return Totals(
+            self.clips + other.clips,
+            self.errors + other.errors,
+            self.samples + other.samples,
+            self.frames + other.frames,
+            self.left_out + other.left_out,
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Totals":
+        """Read what `json.dumps` made of totals."""
+        clips, errors, samples, frames, *left_out = json.loads(text)  # older outputs have only the numbers
+        return cls(clips, errors, samples, frames, Counter(*left_out))
 
     def hours(self, sampling_rate: int) -> float:
         """Hours of audio, at a sampling rate in Hz."""
@@ -137,12 +151,18 @@ class Output:
         with file_lock(self._work / f"{shard:05}.lock", wait) as is_mine:
             yield is_mine and not self.is_done(shard)
 
-    def write(self, shard: int, clips: Sequence[TokenizedClip], failures: Sequence[Failure]) -> Totals:
+    def write(
+        self,
+        shard: int,
+        clips: Sequence[TokenizedClip],
+        failures: Sequence[Failure],
+        left_out: Counter[str],
+    ) -> Totals:
         """Write a shard, which is then done, and return its totals."""
         import pyarrow as pa
 
         frames = sum(clip.codes.shape[1] for clip in clips)
-        totals = Totals(len(clips), len(failures), sum(clip.num_samples for clip in clips), frames)
+        totals = Totals(len(clips), len(failures), sum(clip.num_samples for clip in clips), frames, left_out)
         errors = self.folder / "errors" / self.name(shard)
         if failures:
             columns = dict(zip(Failure._fields, map(list, zip(*failures, strict=True)), strict=True))
@@ -199,7 +219,7 @@ class Output:
         import pyarrow.parquet as pq
 
         metadata = pq.read_schema(self.folder / "codes" / self.name(shard)).metadata
-        return Totals(*json.loads(metadata[b"totals"]))
+        return Totals.from_json(metadata[b"totals"])
 
     def _write_manifest(self, totals: Totals, num_done: int) -> None:
         from importlib.metadata import version

@@ -17,6 +17,7 @@ class Settings:
             and changes some of them.
         clips_per_shard: clips in one output file. An archive (.tar or .parquet) always becomes one file.
         max_seconds: the longest clip that is encoded, in seconds. A longer one is listed as an error.
+        audio_column: the column of Parquet files that has the audio: bytes, paths, or {bytes, path}.
 
     Raises:
         ValueError: a value is not allowed.
@@ -26,6 +27,7 @@ class Settings:
     dtype: str = "float32"
     clips_per_shard: int = 1000
     max_seconds: float = 24 * 3600.0
+    audio_column: str = "audio"
 
     def __post_init__(self) -> None:
         for name, value in (

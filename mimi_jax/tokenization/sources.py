@@ -6,14 +6,33 @@ is decompressed here: a clip is the place of its audio file, and the workers rea
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from mimi_jax.files.corpus import AUDIO_SUFFIXES, read_entries
+from mimi_jax.files.corpus import AUDIO_SUFFIXES, UNREADABLE_SUFFIXES, printable, read_entries
+from mimi_jax.tokenization.settings import DEFAULTS
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # refused: nothing can be found in them
+# Archives that are left out of folders, and refused if the user names them: nothing can be found in them.
+COMPRESSED = (
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".tar.z"),
+    *(".zip", ".7z", ".rar"),
+)
+# What a compressed archive begins with, whatever its name is.
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"\x1f\x9d": "compress",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+    b"Rar!": "rar",
+}
 ROWS_AT_ONCE = 16  # of a Parquet file, whose rows hold whole audio files
 TAR_BLOCK = 512  # bytes; the unit of the tar format
+TAR_CONTINUED = b"M"  # the type of a member that began in another volume
 
 
 class Item(NamedTuple):
@@ -33,11 +52,19 @@ class Item(NamedTuple):
         return len(self.data) if self.data is not None else self.size or 0
 
 
+class File(NamedTuple):
+    """A file that holds clips."""
+
+    path: str  # absolute
+    name: str  # that the user knows it by
+    audio_column: str = DEFAULTS.audio_column  # where a Parquet file has its audio
+
+
 class Kind(NamedTuple):
     """What is done with files of one kind."""
 
-    # Yields the clips of a file, given its absolute path and the name that the user knows it by.
-    read: Callable[[str, str], Iterator[Item]]
+    # Yields the clips of a file. It counts what is no clip in an archive, by suffix.
+    read: Callable[[File, Counter[str]], Iterator[Item]]
     # Whether the file becomes one shard, and is not read before its turn. Otherwise its clips are listed at
     # once.
     is_archive: bool = False
@@ -50,51 +77,113 @@ def kind_of(path: str) -> Kind:
     return KINDS.get(os.path.splitext(path)[1].lower(), AUDIO_FILE)
 
 
-def _read_audio_file(path: str, name: str) -> Iterator[Item]:
-    yield Item(name, path, size=os.path.getsize(path))
+def is_found(path: str) -> bool:
+    """Whether a file in a folder holds clips, by its suffix."""
+    kind = KINDS.get(os.path.splitext(path)[1].lower())
+    return kind is not None and kind.is_found
 
 
-def _read_manifest(path: str, _: str) -> Iterator[Item]:
+def suffix_of(path: str) -> str:
+    """The suffix of a file that is no clip, or "other" for a name without a proper one."""
+    suffix = os.path.splitext(path)[1].lower()
+    letters = suffix[1:]
+    is_proper = letters.isascii() and letters.isalnum() and not letters.isdigit() and len(letters) < 10
+    return suffix if is_proper else "other"
+
+
+def _read_audio_file(file: File, _: Counter[str]) -> Iterator[Item]:
+    yield _audio_file(file.name, file.path)
+
+
+def _audio_file(identity: str, path: str, start: float = 0.0, end: float | None = None) -> Item:
+    """A clip in a file of its own."""
+    size = os.path.getsize(path) if os.path.isfile(path) else None
+    problem = f"there is no file {printable(path)}" if size is None else _unreadable(path)
+    return Item(identity, path, size=size, start=start, end=end, problem=problem)
+
+
+def _unreadable(name: str) -> str:
+    """Why a file of this name cannot be read; "" if it can."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix not in UNREADABLE_SUFFIXES:
+        return ""
+    return f"{suffix} files cannot be read; convert this one to WAV or FLAC"
+
+
+def _read_manifest(file: File, _: Counter[str]) -> Iterator[Item]:
     """The clips of a JSONL manifest; see `mimi_jax.files.corpus`."""
-    for entry in read_entries(path):
-        audio, start, end = os.path.abspath(entry.path), entry.start, entry.end
+    for entry in read_entries(file.path):
+        start, end = entry.start, entry.end
         until = "" if end is None else f"{end:g}"
         stretch = f"@{start:g}-{until}" if start or until else ""
-        size = os.path.getsize(audio) if os.path.isfile(audio) else None
-        problem = "there is no such file" if size is None else ""
-        identity = _identity(entry.id, entry.name + stretch)
-        yield Item(identity, audio, size=size, start=start, end=end, problem=problem)
+        yield _audio_file(_identity(entry.id, entry.name + stretch), os.path.abspath(entry.path), start, end)
 
 
-def _read_tar(path: str, _: str) -> Iterator[Item]:
+def _read_tar(file: File, left_out: Counter[str]) -> Iterator[Item]:
     """The audio files of a WebDataset shard. If it is broken: those before the damage, then the damage."""
-    end, size = 0, os.path.getsize(path)
+    path, end, reason = file.path, 0, ""
     try:
+        size = os.path.getsize(path)
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # pyright: ignore - a list that would grow with the archive
                 if archive.offset <= end:
                     raise ValueError("a size is negative")
                 end = archive.offset
-                if os.path.splitext(member.name)[1].lower() in AUDIO_SUFFIXES and not member.isdir():
-                    yield _member(path, member, size)
-                if member.offset_data + member.size > size:
-                    return
-        reason = _end_of_tar(path, end, size)
+                is_cut, is_audio = _stored_end(member) > size, _is_audio(member)
+                if is_audio:
+                    yield _member(path, member, is_cut)
+                elif not member.isdir():
+                    left_out[suffix_of(member.name)] += 1
+                if is_cut:
+                    reason = "" if is_audio else f"the archive is cut short inside {_identity(member.name)}"
+                    break
+            else:
+                reason = _end_of_tar(path, end, size)
     except Exception as error:  # a hostile header can cause errors of any kind
         reason = f"the archive cannot be read after byte {end}: {type(error).__name__}: {error}"
+        if not end and (compression := _compression(path)):
+            reason = f"it is a {compression} file, which cannot be searched; unpack it"
     if reason:
         yield Item("", path, problem=reason)
 
 
-def _member(path: str, member: tarfile.TarInfo, size: int) -> Item:
-    name = _identity(member.name)
-    if not member.isfile():
-        reason = "it is a link inside the archive, or is not a file; store the file itself in the archive"
-        return Item(name, path, problem=reason)
-    if member.offset_data + member.size > size:
-        return Item(name, path, problem="the archive is cut short inside this file")
+def _is_audio(member: tarfile.TarInfo) -> bool:
+    suffix = os.path.splitext(member.name)[1].lower()
+    return not member.isdir() and (suffix in AUDIO_SUFFIXES or suffix in UNREADABLE_SUFFIXES)
+
+
+def _stored_end(member: tarfile.TarInfo) -> int:
+    """The byte after the last of a member. A sparse one is stored without the holes that its size counts."""
+    holes: list[tuple[int, int]] | None = member.sparse  # pyright: ignore - not in the stubs
+    return member.offset_data + (member.size if holes is None else sum(size for _, size in holes))
+
+
+def _member(path: str, member: tarfile.TarInfo, is_cut: bool) -> Item:
+    name, problem = _identity(member.name), _unreadable(member.name)
+    if member.islnk() or member.issym():
+        problem = "it is a link inside the archive; store the file itself in the archive"
+    elif member.type == TAR_CONTINUED:
+        problem = "it began in another volume of the archive; store whole files in each archive"
+    elif not member.isfile():
+        problem = "it is not a file"
+    elif member.issparse():
+        problem = "it is stored as a sparse file; make the archive without the option --sparse (-S)"
+    elif is_cut:
+        problem = "the archive is cut short inside this file"
+    if problem:
+        return Item(name, path, problem=problem)
     return Item(name, path, member.offset_data, member.size)
+
+
+def _compression(path: str) -> str:
+    """How a file is compressed; "" if it is not, or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(max(map(len, COMPRESSIONS)))
+    except OSError:
+        return ""
+    return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), "")
 
 
 def _end_of_tar(path: str, end: int, size: int) -> str:
@@ -110,35 +199,39 @@ def _end_of_tar(path: str, end: int, size: int) -> str:
     return ""
 
 
-def _read_parquet(path: str, _: str) -> Iterator[Item]:
-    """The rows of a Parquet file in the layout of Hugging Face datasets."""
+def _read_parquet(file: File, _: Counter[str]) -> Iterator[Item]:
+    """The rows of a Parquet file, whose audio is bytes, a path, or both as Hugging Face datasets write it."""
     import pyarrow.parquet as pq
 
     row = 0
     try:
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            if "audio" not in names:
-                raise ValueError(f"it needs a column audio of {{bytes, path}}, got {', '.join(names)}")
-            columns = [name for name in ("id", "audio") if name in names]
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+        with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False) as table:
+            names = table.schema_arrow.names
+            if file.audio_column not in names:
+                raise ValueError(
+                    f"it needs a column {file.audio_column} of {{bytes, path}}, got {', '.join(names)}; set"
+                    " audio_column (--audio-column) to the name of the column that has the audio"
+                )
+            columns = [name for name in ("id", file.audio_column) if name in names]
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
                 for entry in batch.to_pylist():
-                    yield _row(path, row, entry)
+                    yield _row(file.path, row, entry.get("id"), entry[file.audio_column])
                     row += 1
     except Exception as error:  # a damaged file can cause errors of any kind
-        yield Item("", path, problem=f"the file cannot be read from row {row} on: {error}")
+        yield Item("", file.path, problem=f"the file cannot be read from row {row} on: {error}")
 
 
-def _row(path: str, row: int, entry: dict[str, Any]) -> Item:
-    audio = entry["audio"] if isinstance(entry["audio"], dict) else {"bytes": entry["audio"]}
+def _row(path: str, row: int, identity: Any, audio: Any) -> Item:
+    if isinstance(audio, str):
+        audio = {"path": audio}
+    elif not isinstance(audio, dict):
+        audio = {"bytes": audio}
     data, name = audio.get("bytes"), audio.get("path")
-    identity = _identity(entry.get("id"), name, row)
+    identity = _identity(identity, name, row)
     if isinstance(data, bytes):
         return Item(identity, data=data)
     if isinstance(name, str):
-        beside = os.path.join(os.path.dirname(path), name)
-        if os.path.isfile(beside):
-            return Item(identity, beside, size=os.path.getsize(beside))
+        return _audio_file(identity, os.path.join(os.path.dirname(path), name))
     return Item(identity, problem="the row has no audio: it has neither bytes nor the path of a file")
 
 
@@ -150,8 +243,8 @@ def _identity(*candidates: Any) -> str:
 
 AUDIO_FILE = Kind(_read_audio_file)
 KINDS = {
-    **dict.fromkeys(AUDIO_SUFFIXES, AUDIO_FILE),
-    ".jsonl": Kind(_read_manifest, is_found=False),
+    **dict.fromkeys((*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES), AUDIO_FILE),
+    **dict.fromkeys((".jsonl", ".json"), Kind(_read_manifest, is_found=False)),
     ".tar": Kind(_read_tar, is_archive=True),
     ".parquet": Kind(_read_parquet, is_archive=True),
 }

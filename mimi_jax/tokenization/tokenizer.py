@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -101,6 +102,7 @@ class _OpenShard:
     def __init__(self, shard: Shard, release: Callable[[], object]):
         self.shard, self.release = shard, release
         self.results: dict[int, TokenizedClip | Failure] = {}  # by the position in the shard
+        self.left_out: Counter[str] = Counter()
         self.num_items = self.num_bytes = 0
         self.is_read = False
 
@@ -129,7 +131,7 @@ class _OpenShards:
                 claim.close()
                 continue
             opened = _OpenShard(shard, claim.close)
-            for item in shard.read():
+            for item in shard.read(opened.left_out):
                 reader = self._readers.open(item)
                 self._places[reader.key] = (opened, opened.num_items)
                 opened.num_items += 1
@@ -162,7 +164,7 @@ class _OpenShards:
         results = [opened.results[position] for position in range(opened.num_items)]
         clips = [result for result in results if isinstance(result, TokenizedClip)]
         failures = [result for result in results if isinstance(result, Failure)]
-        self.totals += self._output.write(opened.shard.index, clips, failures)
+        self.totals += self._output.write(opened.shard.index, clips, failures, opened.left_out)
         self._progress.read(max(opened.shard.num_bytes - opened.num_bytes, 0))
         opened.release()
 

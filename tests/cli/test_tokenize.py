@@ -29,6 +29,7 @@ def test_the_command_prints_a_table_and_its_status_tells_of_errors(
     assert "2 clips, 0.00 h, 0 errors" in table
     assert "programs compiled" in table
     assert "1 of 1 are done" in table
+    assert "left out" not in table
     (tmp_path / "data" / "bad.wav").write_bytes(b"RIFF")
     words[3] = str(tmp_path / "other")
     assert cli.main(words) == 1
@@ -42,6 +43,20 @@ def test_the_command_prints_a_table_and_its_status_tells_of_errors(
             f" {tmp_path / 'other' / 'errors'}"
         )
     )
+
+
+def test_the_table_names_what_was_left_out_and_unreadable_audio_is_an_error(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_folder(tmp_path / "data", [100])
+    (tmp_path / "data" / "notes.txt").write_text("words")
+    (tmp_path / "data" / "talk.m4a").write_bytes(b"audio")
+    words = ["tokenize", str(tmp_path / "data"), "-o", str(tmp_path / "out"), "--model", str(tiny)]
+    assert cli.main(words) == 1
+    captured = capsys.readouterr()
+    assert "1 clips, 1 errors" in captured.out
+    assert captured.out.splitlines()[-2].split(maxsplit=2) == ["left", "out", "1 .txt"]
+    assert "1 clips could not be encoded" in captured.err
 
 
 @pytest.mark.parametrize(

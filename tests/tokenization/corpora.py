@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import soundfile
 import mimi_jax
 from mimi_jax import Mimi
 from mimi_jax.tokenization import read_codes
+from mimi_jax.tokenization.inputs import Shard
+from mimi_jax.tokenization.sources import Item
 
 RATE = 24_000
 
@@ -51,6 +54,14 @@ def write_parquet(path: Path, rows: list[dict[str, Any] | None]) -> None:
     audio = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"audio": audio, "text": ["words"] * len(rows)}), path)
+
+
+def read(shard: Shard) -> list[Item]:
+    return list(shard.read(Counter()))
+
+
+def ids(items: list[Item]) -> list[str]:
+    return [item.id for item in items]
 
 
 def codes_alone(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:

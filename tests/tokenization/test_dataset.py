@@ -1,5 +1,6 @@
 """Tokenized clips are read one after the other, by number, and through Grain."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = Output(folder, {"num_shards": 3, "sampling_rate": 24_000}, {})
     rows = [TokenizedClip(f"{n}", "s", 1920, np.full((4, n % 3 + 1), n, np.uint16)) for n in range(300)]
     for shard, some in enumerate((rows[:130], [], rows[130:])):
-        output.write(shard, some, [])
+        output.write(shard, some, [], Counter())
     return folder
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 import mimi_jax
 from mimi_jax import Mimi, checkpoint
-from mimi_jax.tokenization import Settings, Summary, read_manifest, tokenize
+from mimi_jax.tokenization import Settings, Summary, read_codes, read_manifest, tokenize
 from mimi_jax.tokenization.output import Totals
 from tests.models import load_fixture
 from tests.tokenization.corpora import (
@@ -19,6 +19,7 @@ from tests.tokenization.corpora import (
     check_folder,
     codes_alone,
     codes_by_id,
+    errors_of,
     noise_clip,
     write_folder,
     write_parquet,
@@ -68,6 +69,49 @@ def test_archives_and_manifests_become_shards(tmp_path: Path, tiny: Path, model:
     assert list(found) == ["long.wav@0.5-1.5", "4.wav"]
     stretch = noise_clip(48_000)[:, 12_000:36_000]
     np.testing.assert_array_equal(found["long.wav@0.5-1.5"], codes_alone(model, stretch, 3))
+
+
+def test_what_is_left_out_is_counted_in_all_runs(tmp_path: Path, tiny: Path):
+    write_folder(tmp_path / "data", [100, 200])
+    write_tar(
+        tmp_path / "data" / "a.tar", {"1.wav": audio_bytes(noise_clip(300)), "1.txt": b"", "1.json": b""}
+    )
+    write_tar(tmp_path / "data" / "b.tar", {"1.m4a": b"", "1.txt": b""})
+    for name in ("1.txt", "2.txt", "a.tar.gz"):
+        (tmp_path / "data" / name).write_bytes(b"")
+    for index in range(2):
+        options: dict[str, Any] = {"process_index": index, "process_count": 2}
+        summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, **options)
+    assert (summary.total.clips, summary.total.errors) == (3, 1)
+    assert summary.left_out == "4 .txt, 1 a.tar.gz, 1 .json"
+    assert read_manifest(tmp_path / "out")["totals"]["left_out"] == {".txt": 4, "a.tar.gz": 1, ".json": 1}
+
+
+def test_only_another_column_of_audio_is_recorded(tmp_path: Path, tiny: Path):
+    """Else jobs that older versions began could not be continued."""
+    write_parquet(tmp_path / "a.parquet", [{"bytes": audio_bytes(noise_clip(100)), "path": None}])
+    tokenize([tmp_path / "a.parquet"], tmp_path / "out", tiny)
+    assert "audio_column" not in read_manifest(tmp_path / "out")["settings"]
+    with pytest.raises(ValueError, match="audio_column was None and is 'text'"):
+        tokenize([tmp_path / "a.parquet"], tmp_path / "out", tiny, Settings(audio_column="text"))
+    summary = tokenize([tmp_path / "a.parquet"], tmp_path / "other", tiny, Settings(audio_column="text"))
+    assert errors_of(tmp_path / "other") == {"words": f"there is no file {tmp_path / 'words'}"}
+    assert (summary.total.clips, summary.total.errors) == (0, 1)
+    assert read_manifest(tmp_path / "other")["settings"]["audio_column"] == "text"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(
+    tmp_path: Path, tiny: Path, model: Mimi, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_folder(tmp_path / "data", [100, 200])
+    tokenize(["~/data"], "~/out", tiny)
+    check_folder(tmp_path / "out", tmp_path / "data", model)
+    assert read_manifest("~/out")["complete"] is True
+    assert len(list(read_codes("~/out"))) == 2
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_rerun_does_only_what_is_missing(tmp_path: Path, tiny: Path, model: Mimi):

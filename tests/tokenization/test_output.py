@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def open_output(folder: Path, **changes: Any) -> Output:
 def test_a_shard_has_the_documented_columns(tmp_path: Path):
     output = open_output(tmp_path / "out")
     rows = [row(number, frames=number % 4 + 1) for number in range(150)]
-    totals = output.write(1, rows, [Failure("bad", "source", "damaged")])
+    totals = output.write(1, rows, [Failure("bad", "source", "damaged")], Counter())
     assert totals == Totals(150, 1, sum(r.num_samples for r in rows), sum(r.codes.shape[1] for r in rows))
     table = pq.read_table(tmp_path / "out" / "codes" / "00001-of-00003.parquet")
     assert [(field.name, str(field.type)) for field in table.schema] == [
@@ -66,15 +67,21 @@ def test_the_manifest_describes_the_codes_and_counts_them(tmp_path: Path):
     assert manifest["settings"] == SETTINGS
     assert manifest["config"] == {"model_type": "mimi"}
     assert {"jax", "mimi_jax", "pyarrow"} <= manifest["libraries"].keys()
-    output.write(0, [row(0), row(1)], [])
-    output.write(2, [], [Failure("a", "b", "c")])
-    assert output.finish() == (Totals(2, 1, 2 * (1920 * 3 - 5), 6), 2)
+    output.write(0, [row(0), row(1)], [], Counter({".txt": 2}))
+    output.write(2, [], [Failure("a", "b", "c")], Counter({".txt": 1, ".json": 5}))
+    left_out = {".txt": 3, ".json": 5}
+    assert output.finish() == (Totals(2, 1, 2 * (1920 * 3 - 5), 6, Counter(left_out)), 2)
     assert read_manifest(tmp_path / "out")["complete"] is False
-    output.write(1, [], [])
+    output.write(1, [], [], Counter())
     output.finish()
     manifest = read_manifest(tmp_path / "out")
     assert manifest["complete"] is True
-    assert manifest["totals"] == {"clips": 2, "errors": 1, "samples": 11510, "frames": 6, "hours": 0.0001}
+    counts = {"clips": 2, "errors": 1, "samples": 11510, "frames": 6}
+    assert manifest["totals"] == {**counts, "left_out": left_out, "hours": 0.0001}
+
+
+def test_totals_of_older_outputs_are_read():
+    assert Totals.from_json("[1, 2, 3, 4]") == Totals(1, 2, 3, 4, Counter())
 
 
 def test_other_settings_are_refused_with_both_values(tmp_path: Path):
@@ -113,14 +120,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="the disk is full"):
-        output.write(0, [row(0)], [])
+        output.write(0, [row(0)], [], Counter())
     assert list((tmp_path / "out").rglob("*.parquet")) == []
 
 
 def test_a_shard_that_is_done_again_has_only_its_new_errors(tmp_path: Path):
     output = open_output(tmp_path / "out")
-    output.write(0, [], [Failure("a", "b", "c")])
-    output.write(0, [row(0)], [])
+    output.write(0, [], [Failure("a", "b", "c")], Counter())
+    output.write(0, [row(0)], [], Counter())
     assert list((tmp_path / "out" / "errors").iterdir()) == []
 
 
@@ -130,7 +137,7 @@ def test_only_one_process_at_a_time_can_claim_a_shard(tmp_path: Path):
         assert (mine, other, next_one) == (True, False, True)
     with second.claim(0) as now:
         assert now
-    first.write(0, [row(0)], [])
+    first.write(0, [row(0)], [], Counter())
     with second.claim(0) as done:
         assert not done
 
@@ -156,17 +163,17 @@ def test_the_claim_and_the_files_of_a_killed_process_are_freed(tmp_path: Path):
     process.join()
     with output.claim(0, wait=True) as mine:
         assert mine
-    output.write(0, [row(0)], [])
+    output.write(0, [row(0)], [], Counter())
     output.finish()
     leftover = tmp_path / "out" / "work" / "123-00000-of-00003.parquet"
     assert leftover.exists()  # another process may still be writing it
     for shard in (1, 2):
-        output.write(shard, [], [])
+        output.write(shard, [], [], Counter())
     output.finish()
     assert not leftover.exists()
 
 
 def test_each_file_holds_the_settings(tmp_path: Path):
-    open_output(tmp_path / "out").write(0, [row(0)], [])
+    open_output(tmp_path / "out").write(0, [row(0)], [], Counter())
     metadata = pq.read_schema(tmp_path / "out" / "codes" / "00000-of-00003.parquet").metadata
     assert json.loads(metadata[b"settings"]) == SETTINGS
