@@ -95,7 +95,7 @@ def _encode_pipe(encoder: "StreamingEncoder", stdin: Stdin, pcm_format: str | No
     channels, frame_size = encoder.config.audio_channels, encoder.config.frame_size
     encoder.warmup()  # the header has been written, so a decoder behind this pipe warms up at the same time
     num_samples = 0
-    for audio in read_pcm(stdin.read, pcm_format or PCM_FORMATS[0], channels, STEP_FRAMES[0] * frame_size):
+    for audio in read_pcm(stdin.read, pcm_format, channels, frame_size, max_frames=STEP_FRAMES[0]):
         num_samples += audio.shape[1]
         if (codes := encoder.push(audio[None])) is not None:
             yield codes[0], codes.shape[2] * frame_size

@@ -4,5 +4,6 @@ rows      rows of a batch of streams: reset them, and move them between batches
 saved     states of streams in files
 push      `StreamingEncoder` and `StreamingDecoder`, which take pieces of any length
 chunks    clips of any length in constant memory
+sniff     what is not raw PCM, by its first bytes
 wire      raw PCM and code streams on pipes
 """

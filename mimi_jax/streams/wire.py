@@ -33,48 +33,54 @@ import numpy as np
 
 from mimi_jax.files.audio import to_int16
 from mimi_jax.files.codes import PARTIAL_FRAME, CodeSpec, check_range, pack_bits, packed_size, unpack_bits
+from mimi_jax.streams.sniff import check_floats, check_is_pcm
 
 FORMAT = "mimi_jax.code_stream"
 VERSION = "1"
 MAX_HEADER_BYTES = 1 << 16
 PCM_FORMATS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}  # ffmpeg's names
-FILE_MARKS = (b"RIFF", b"RF64", b"RIFX", b"FORM", b"fLaC", b"OggS", b"ID3\x03", b"ID3\x04")
 
 Write = Callable[[bytes], object]
 # Returns bytes as soon as there are any, at most as many as it is asked for, and b"" at the end.
 Read = Callable[[int], bytes]
 
 
-def read_pcm(read: Read, pcm_format: str, channels: int, max_samples: int) -> Iterator[np.ndarray]:
+def read_pcm(
+    read: Read, pcm_format: str | None, channels: int, frame_size: int, max_frames: int
+) -> Iterator[np.ndarray]:
     """Read raw PCM as it arrives. A last sample that is not complete is left out.
+
+    The first frame is yielded once all of it has arrived, since its bytes show whether they are PCM at all.
+    This takes no time from a live stream: there are no codes before the first frame.
 
     Args:
         read: returns the next bytes.
-        pcm_format: a name in `PCM_FORMATS`.
+        pcm_format: a name in `PCM_FORMATS`; None for s16le, unless the first bytes show that they are not.
         channels: of the audio.
-        max_samples: the most samples to yield at once.
+        frame_size: samples per frame.
+        max_frames: the most frames to yield at once.
 
     Yields:
         float32 [channels, samples].
 
     Raises:
-        ValueError: the bytes begin like an audio file, whose header would be heard as a click.
+        ValueError: the first bytes are not PCM, or samples in floats are NaN, infinite or huge.
     """
-    dtype = PCM_FORMATS[pcm_format]
+    dtype = PCM_FORMATS[pcm_format or "s16le"]
     size = dtype.itemsize * channels
-    data = read(max_samples * size)
-    while 0 < len(data) < 4 and (more := read(4 - len(data))):
+    frame, most = frame_size * size, max_frames * frame_size * size  # bytes
+    data = b""
+    while len(data) < frame and (more := read(most - len(data))):
         data += more
-    if data[:4] in FILE_MARKS:
-        raise ValueError(
-            f"raw audio must have no header, got an audio file that begins with {data[:4]!r}; name the file"
-        )
+    check_is_pcm(data[:frame], pcm_format)
     while True:
         whole = len(data) // size * size
         samples = np.frombuffer(data[:whole], dtype).reshape(-1, channels).T
+        if dtype.kind == "f":
+            check_floats(samples)
         if whole:
             yield samples / np.float32(32768) if dtype.kind == "i" else samples.astype(np.float32)
-        if not (more := read(max_samples * size)):
+        if not (more := read(most)):
             return
         data = data[whole:] + more
 
@@ -202,7 +208,10 @@ class CodeStreamReader:
                 raise ValueError(f"it must be {FORMAT}, version {VERSION}")
             return CodeSpec(**fields)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError("the input is not a code stream, as `mimi-jax encode -` writes it") from error
+            raise ValueError(
+                "the input is not a code stream, as `mimi-jax encode -` writes it; give the path of a code"
+                " file"
+            ) from error
 
     def _read_exactly(self, size: int) -> bytes:
         data = b""

@@ -421,7 +421,7 @@ def test_an_audio_file_is_not_raw_audio(run, tmp_path: Path):
         "encode", "-", "-o", "codes.safetensors", stdin=(tmp_path / "in.wav").read_bytes()
     )
     assert (status, stdout, stderr.count("\n")) == (1, b"", 1)
-    assert "raw audio must have no header, got an audio file that begins with b'RIFF'" in stderr
+    assert "raw audio must have no header, got a WAV file; give its path" in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.wav"]
 
 
@@ -430,14 +430,14 @@ def test_nan_ends_a_stream(run):
     audio = np.concatenate([make_clip().audio[:, : NUM_FRAMES * FRAME], nan], axis=1)
     status, stream, stderr = run("encode", "-", "--format", "f32le", stdin=to_pcm(audio, "f32le"))
     assert (status, stderr.count("\n")) == (1, 1)
-    assert "NaN or infinite" in stderr
+    assert "raw audio in f32le must be finite and near [-1, 1], got nan" in stderr
     assert stream == make_clip().stream[: len(make_clip().header) + 8 * PACKET]
 
 
 @pytest.mark.parametrize("stdin", [b"RIFF\x24\0\0\0WAVEfmt ", bytes(1000)])
 def test_input_that_is_not_a_code_stream(run, stdin: bytes):
-    error = "mimi-jax decode: error: the input is not a code stream, as `mimi-jax encode -` writes it\n"
-    assert run("decode", "-", stdin=stdin) == (1, b"", error)
+    error = "mimi-jax decode: error: the input is not a code stream, as `mimi-jax encode -` writes it"
+    assert run("decode", "-", stdin=stdin) == (1, b"", f"{error}; give the path of a code file\n")
 
 
 def test_no_input(run, tmp_path: Path):

@@ -38,7 +38,9 @@ def pipe(data: bytes, *sizes: int) -> Read:
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("sizes", READS)
 def test_the_bytes_of_pcm(pcm_format: str, data: str, samples: list[float], channels: int, sizes: tuple):
-    pieces = list(read_pcm(pipe(bytes.fromhex(data), *sizes), pcm_format, channels, max_samples=3))
+    pieces = list(
+        read_pcm(pipe(bytes.fromhex(data), *sizes), pcm_format, channels, frame_size=1, max_frames=3)
+    )
     audio = np.concatenate(pieces, axis=1)
     assert audio.dtype == np.float32
     assert audio.tolist() == [samples[channel::channels] for channel in range(channels)]
@@ -46,12 +48,12 @@ def test_the_bytes_of_pcm(pcm_format: str, data: str, samples: list[float], chan
     assert to_pcm(audio, pcm_format) == bytes.fromhex(data)
 
 
-def test_samples_are_yielded_before_more_is_read():
-    arrived = [b"\1\0\2\0", b"\3", b"\0"]
-    pieces = read_pcm(lambda _: arrived.pop(0), "s16le", 1, max_samples=100)
-    assert (next(pieces) * 32768).tolist() == [[1, 2]]
+def test_the_first_frame_is_yielded_whole_and_then_what_arrives():
+    arrived = [b"\1\0\2", b"\0\3\0\4\0", b"\5", b"\0"]
+    pieces = read_pcm(lambda _: arrived.pop(0), "s16le", 1, frame_size=3, max_frames=100)
+    assert (next(pieces) * 32768).tolist() == [[1, 2, 3, 4]]
     assert len(arrived) == 2
-    assert (next(pieces) * 32768).tolist() == [[3]]
+    assert (next(pieces) * 32768).tolist() == [[5]]
 
 
 @pytest.mark.parametrize("sizes", READS)
@@ -62,20 +64,29 @@ def test_a_sample_that_is_not_complete_is_left_out(pcm_format: str, channels: in
     data = to_pcm(audio, pcm_format)
     size = len(data) // audio.shape[1]
     for end in range(len(data) + 1):
-        given = list(read_pcm(pipe(data[:end], *sizes), pcm_format, channels, max_samples=4))
+        given = list(read_pcm(pipe(data[:end], *sizes), pcm_format, channels, 2, max_frames=2))
         np.testing.assert_array_equal(np.hstack([audio[:, :0], *given]), audio[:, : end // size])
 
 
 @pytest.mark.parametrize("sizes", READS)
-@pytest.mark.parametrize("mark", [b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3\x04"])
-def test_an_audio_file_is_refused_as_raw_audio(mark: bytes, sizes: tuple[int, ...]):
-    with pytest.raises(ValueError, match="raw audio must have no header, got an audio file that begins with"):
-        next(read_pcm(pipe(mark + bytes(100), *sizes), "s16le", 1, max_samples=100))
+@pytest.mark.parametrize("pcm_format", [None, "s16le", "f32le"])
+def test_an_audio_file_is_refused_as_raw_audio(pcm_format: str | None, sizes: tuple[int, ...]):
+    with pytest.raises(ValueError, match="raw audio must have no header, got a FLAC file; give its path"):
+        next(read_pcm(pipe(b"fLaC" + bytes(100), *sizes), pcm_format, 1, frame_size=10, max_frames=10))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, -101])
+def test_floats_that_are_not_audio_are_refused_where_they_come(bad: float):
+    data = np.array([0.5, 100, -0.5, bad], "<f4").tobytes()
+    pieces = read_pcm(pipe(data, 100), "f32le", 1, frame_size=3, max_frames=1)
+    assert next(pieces).tolist() == [[0.5, 100, -0.5]]
+    with pytest.raises(ValueError, match=r"f32le must be finite and near \[-1, 1\], got .*; check the"):
+        next(pieces)
 
 
 def test_16_bit_pcm_is_written_as_it_was_read():
     data = np.arange(-32768, 32768).astype("<i2").tobytes()
-    assert b"".join(to_pcm(piece, "s16le") for piece in read_pcm(pipe(data, 999), "s16le", 1, 4096)) == data
+    assert b"".join(to_pcm(piece, "s16le") for piece in read_pcm(pipe(data, 999), "s16le", 1, 512, 8)) == data
 
 
 def test_loud_audio_is_clipped_to_16_bits():
@@ -299,7 +310,7 @@ def with_header(header: bytes) -> bytes:
 
 def refused(data: bytes) -> str:
     """The reason why these bytes are not a code stream."""
-    with pytest.raises(ValueError, match=r"^the input is not a code stream, .* writes it$") as info:
+    with pytest.raises(ValueError, match=r"^the input is not a code stream, .* a code file$") as info:
         CodeStreamReader(pipe(data, 100), 1)
     return str(info.value.__cause__)
 

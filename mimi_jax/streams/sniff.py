@@ -1,0 +1,206 @@
+"""Tell raw PCM from everything else that people send through a pipe, by its first bytes.
+
+Raw PCM has no header, so any bytes can be read as samples: an MP3 file would be heard as loud noise. Three
+signs give other data away.
+
+1. Files begin with a magic number. MPEG audio has a header in each frame instead.
+2. Compressed data and text are sequences of bytes, so bytes at odd and at even places are distributed alike.
+   In 16-bit PCM they are not: the high bytes of the samples follow the loudness, and the low bytes are nearly
+   uniform. Only white noise with a uniform distribution up to full scale cannot be told from compressed data.
+3. 32-bit floats of audio lie near [-1, 1], on both sides of zero. Nearly all other data, read as floats, has
+   huge values or NaN among them.
+"""
+
+import codecs
+import re
+
+import numpy as np
+
+# What a file begins with, as a regular expression.
+MAGIC_NUMBERS = {
+    "a WAV file": rb"RIFF....WAVE|RIFX|RF64|BW64",
+    "an AVI or another RIFF file": rb"RIFF",
+    "an AIFF file": rb"FORM",
+    "a FLAC file": rb"fLaC",
+    "an Ogg file": rb"OggS",
+    "an MP3 file": rb"ID3[\x02\x03\x04]\0|TAG[ -~]{3}",
+    "an MP4, M4A, MOV or 3GP file": rb"....(ftyp|moov|mdat|wide|free)",
+    "a Matroska or WebM file": rb"\x1aE\xdf\xa3",
+    "a WMA or another ASF file": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11",
+    "a Wave64 file": rb"riff\x2e\x91\xcf\x11",
+    "a NIST SPHERE file": rb"NIST_1A\n",
+    "an AU file": rb"\.snd|dns\.",
+    "a CAF file": rb"caff\0",
+    "an AMR file": rb"#!AMR",
+    "an AAC file": rb"ADIF",
+    "an MPEG stream": rb"\0\0\x01\xba|G(?!.G).{187}G.{187}G",
+    "a WavPack file": rb"wvpk",
+    "a Monkey's Audio file": rb"MAC |APETAGEX",
+    "a TTA file": rb"TTA[12]",
+    "a Musepack file": rb"MPCK|MP\+",
+    "a TAK file": rb"tBaK",
+    "an OptimFROG file": rb"OFR ",
+    "a DSD file": rb"DSD \x1c|FRM8",
+    "a RealMedia file": rb"\.RMF|\.ra\xfd",
+    "a Flash video": rb"FLV\x01",
+    "a VOC file": rb"Creative Voice File",
+    "a SoX file": rb"\.SoX|XoS\.",
+    "an IRCAM file": rb"\x64\xa3[\x01-\x04]\0|\0[\x01-\x04]\xa3\x64",
+    "a PAF file": rb" paf|fap ",
+    "a PVF file": rb"PVF1",
+    "an AVR file": rb"2BIT",
+    "a Psion file": rb"ALawSoundFile",
+    "a MIDI file": rb"MThd\0\0\0\x06",
+    "S/PDIF": rb"\x72\xf8\x1f\x4e",
+    "a gzip file": rb"\x1f\x8b\x08",
+    "a zip file": rb"PK(\x03\x04|\x05\x06)",
+    "an xz file": rb"\xfd7zXZ\0",
+    "a bzip2 file": rb"BZh[1-9]1AY&SY",
+    "a Zstandard file": rb"\x28\xb5\x2f\xfd",
+    "a 7z file": rb"7z\xbc\xaf\x27\x1c",
+    "a RAR file": rb"Rar!\x1a\x07",
+    "a tar archive": rb".{257}ustar",
+    "a NumPy file": rb"\x93NUMPY",
+    "a MATLAB file": rb"MATLAB 5\.0 MAT-file",
+    "an HDF5 file": rb"\x89HDF\r\n\x1a\n",
+    "a Parquet file": rb"PAR1",
+    "a PNG picture": rb"\x89PNG\r\n",
+    "a JPEG picture": rb"\xff\xd8\xff[\xdb\xe0\xe1]",
+    "a PDF file": rb"%PDF-",
+    "a WTV recording": rb"\xb7\xd8\x00\x20\x37\x49\xda\x11",
+    "a safetensors file or a code stream": rb".{4}\0{4}\{ *[\"}]",
+}
+_FILES = {name: re.compile(pattern, re.DOTALL) for name, pattern in MAGIC_NUMBERS.items()}
+
+# kbit/s of MPEG audio: of layers III and II in version 1, and of both in the later versions.
+_RATES_III = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+_RATES_II = (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
+_RATES_LATER = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+_SAMPLING_RATES = (44_100, 48_000, 32_000)  # Hz, in version 1; half of it in version 2, a quarter in 2.5
+_NUM_FRAMES = 3  # in a row are MPEG audio; PCM may begin with the same bytes as one
+_ADTS, _III, _II = 0, 1, 2  # layers, as the headers of frames number them; ADTS holds AAC
+
+_MIN_TEXT, _MAX_VALUES = 16, 8  # bytes of text; different bytes of a square wave, which may be letters
+_CONTROL = re.compile(r"[^\s\x20-\x7e\xa0-\U0010ffff]")
+_MIN_SAMPLES = 1920  # a frame of Mimi; fewer do not show a distribution well enough
+_MAX_DISTANCE = 0.04  # of the histograms of high and low bytes; Gaussian noise of any level has 0.08
+_MAX_REPEATS = 33  # pairs of equal bytes, relative to uniform data; silence has over 60, also with dither
+_MAX_CORRELATION = 0.5  # of neighbours; it is higher in a sawtooth, whose bytes are uniform too
+_FLOAT_RANGE = (2.0**-24, 1.5)  # of audio in floats; a symmetric signal of 16 bits is mostly outside
+MAX_FLOAT = 100.0  # 40 dB over full scale
+
+
+def check_is_pcm(data: bytes, pcm_format: str | None) -> None:
+    """Check the first bytes of a pipe.
+
+    Args:
+        data: a frame, or less if the input is shorter.
+        pcm_format: "f32le" or "s16le"; None for "s16le", unless the bytes are not distributed like PCM.
+
+    Raises:
+        ValueError: they are a file or text, or pcm_format is None and they are compressed data or floats.
+    """
+    if kind := file_type(data):
+        raise ValueError(
+            f"raw audio must have no header, got {kind}; give its path, or convert it to raw audio first"
+        )
+    if pcm_format is None and _is_compressed(data):
+        raise ValueError(
+            "raw audio must be PCM, but the input looks like compressed data; give the path of the file, or"
+            " say --format s16le if it is PCM"
+        )
+    if pcm_format is None and _is_floats(data):
+        raise ValueError(
+            "raw audio must be s16le by default, but the input looks like f32le; say which with --format"
+        )
+
+
+def check_floats(samples: np.ndarray) -> None:
+    """Raise ValueError if a sample is NaN, infinite or huge."""
+    bad = samples[~(np.abs(samples) <= MAX_FLOAT)]
+    if bad.size:
+        raise ValueError(
+            f"raw audio in f32le must be finite and near [-1, 1], got {bad[0]:g}; check the program"
+            " before this one"
+        )
+
+
+def file_type(data: bytes) -> str | None:
+    """Return what begins with these bytes, such as "a FLAC file"; None if it is not known."""
+    for name, pattern in _FILES.items():
+        if pattern.match(data):
+            return name
+    if _is_mpeg_audio(data):
+        return "an MP3 or AAC file"
+    return "text" if _is_text(data) else None
+
+
+def _is_text(data: bytes) -> bool:
+    """Whether these bytes are UTF-8 without control characters. PCM of a few values may be so too."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return len(data) >= _MIN_TEXT and len(set(data)) > _MAX_VALUES and not _CONTROL.search(text)
+
+
+def _is_compressed(data: bytes) -> bool:
+    """Whether the bytes at even and odd places are distributed alike, though they are not silence."""
+    count = len(data) // 2
+    if count < _MIN_SAMPLES:
+        return False
+    samples = np.frombuffer(data[: 2 * count], "<i2")
+    low, high = (np.bincount(part, minlength=256) for part in samples.view(np.uint8).reshape(-1, 2).T)
+    repeats = 256 * np.sum(high * (high - 1)) / (count * (count - 1))
+    chance = np.count_nonzero(low + high)  # what the sum below is on average if the distributions are equal
+    distance = (np.sum((high - low) ** 2 / np.maximum(high + low, 1)) - chance) / (2 * count)
+    if repeats > _MAX_REPEATS or distance > _MAX_DISTANCE:
+        return False
+    return _correlation(samples) < _MAX_CORRELATION
+
+
+def _correlation(samples: np.ndarray) -> float:
+    """The largest of neighbours at most 4 samples apart, so of stereo audio too."""
+    centered = samples - samples.mean()
+    products = [abs(centered[lag:] @ centered[:-lag]) for lag in range(1, 5)]
+    return max(products) / max(centered @ centered, 1.0)
+
+
+def _is_floats(data: bytes) -> bool:
+    values = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
+    values = values[values != 0]  # NaN stays
+    if len(values) < _MIN_SAMPLES // 2:
+        return False
+    low, high = _FLOAT_RANGE
+    positive = np.mean((values > low) & (values < high))
+    negative = np.mean((values < -low) & (values > -high))
+    return bool(positive + negative > 0.9 and min(positive, negative) > 0.01)
+
+
+def _is_mpeg_audio(data: bytes) -> bool:
+    """Whether complete frames stand one after the other from the beginning, all of one kind."""
+    kinds = set()
+    for _ in range(_NUM_FRAMES):
+        header = data[:6]
+        if not (size := _mpeg_frame_size(header)):
+            return False
+        kinds.add((header[1], header[2] & 0x0C))
+        data = data[size:]
+    return len(kinds) == 1
+
+
+def _mpeg_frame_size(header: bytes) -> int:
+    """Return the bytes of the frame that begins with this header; 0 if it is none."""
+    if len(header) < 6 or header[0] != 0xFF or header[1] < 0xE0:
+        return 0
+    version, layer = header[1] >> 3 & 3, header[1] >> 1 & 3  # versions: 3 is 1, 2 is 2, and 0 is 2.5
+    if layer == _ADTS:
+        return (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
+    rate, sampling_rate, padding = header[2] >> 4, header[2] >> 2 & 3, header[2] >> 1 & 1
+    if version == 1 or layer not in (_III, _II) or rate in (0, 15) or sampling_rate == 3:
+        return 0
+    if version == 3:
+        kbits, slots, divisor = (_RATES_III if layer == _III else _RATES_II)[rate], 144, 1
+    else:
+        kbits, slots, divisor = _RATES_LATER[rate], 72 if layer == _III else 144, 2 if version == 2 else 4
+    return slots * 1000 * kbits * divisor // _SAMPLING_RATES[sampling_rate] + padding
