@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mimi_jax.files.corpus import expand_home, find_files, printable
 from mimi_jax.tokenization.settings import DEFAULTS
-from mimi_jax.tokenization.sources import COMPRESSED, File, Item, is_found, kind_of, suffix_of
+from mimi_jax.tokenization.sources import COMPRESSED, KINDS, File, Item, Kind, kind_of, proper_suffix
 
 NAMED_KINDS = 10  # kinds of files that are left out and named in a message
 
@@ -95,10 +95,11 @@ def find_shards(
             if path in seen:
                 raise ValueError(f"{name} is named twice; name each input once")
             seen.add(path)
-            if kind_of(path).is_archive and os.path.isfile(path):
+            kind = kind_of(path)
+            if kind.is_archive and os.path.isfile(path):
                 archives.append((name, path))
             else:
-                items.extend(_items(name, path))
+                items.extend(_items(kind, name, path))
         if not items and not archives:
             raise ValueError(
                 f"{printable(source)} has nothing to tokenize: no clips, .tar or .parquet"
@@ -172,18 +173,19 @@ def _files(
 def _in_folder(folder: str, without: str | os.PathLike[str] | None, left_out: Counter[str]) -> Iterator[str]:
     """Yield the paths of the files in a folder that hold clips, and count the others."""
     for path in find_files(folder, without=without):
-        if is_found(path):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in KINDS and KINDS[suffix].is_found:
             yield path
         elif path.lower().endswith(COMPRESSED):
             left_out[printable(os.path.relpath(path, folder))] += 1
         else:
-            left_out[suffix_of(path)] += 1
+            left_out[proper_suffix(suffix)] += 1
 
 
-def _items(name: str, path: str) -> Iterable[Item]:
+def _items(kind: Kind, name: str, path: str) -> Iterable[Item]:
     if not os.path.isfile(path):  # a link to nothing, or a pipe, which would be waited for without end
         return [Item(name, problem="it is not a file, or it is a link to a file that is missing")]
-    return kind_of(path).read(File(path, name), Counter())
+    return kind.read(File(path, name), Counter())
 
 
 def _distinct(items: Iterable[Item]) -> Iterator[Item]:

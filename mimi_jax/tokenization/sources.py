@@ -30,6 +30,7 @@ COMPRESSIONS = {
     b"7z\xbc\xaf": "7z",
     b"Rar!": "rar",
 }
+CLIP_SUFFIXES = frozenset((*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES))
 ROWS_AT_ONCE = 16  # of a Parquet file, whose rows hold whole audio files
 TAR_BLOCK = 512  # bytes; the unit of the tar format
 TAR_CONTINUED = b"M"  # the type of a member that began in another volume
@@ -77,15 +78,8 @@ def kind_of(path: str) -> Kind:
     return KINDS.get(os.path.splitext(path)[1].lower(), AUDIO_FILE)
 
 
-def is_found(path: str) -> bool:
-    """Whether a file in a folder holds clips, by its suffix."""
-    kind = KINDS.get(os.path.splitext(path)[1].lower())
-    return kind is not None and kind.is_found
-
-
-def suffix_of(path: str) -> str:
-    """The suffix of a file that is no clip, or "other" for a name without a proper one."""
-    suffix = os.path.splitext(path)[1].lower()
+def proper_suffix(suffix: str) -> str:
+    """A suffix in lower case, or "other" if it names no kind of files, such as "" or ".001"."""
     letters = suffix[1:]
     is_proper = letters.isascii() and letters.isalnum() and not letters.isdigit() and len(letters) < 10
     return suffix if is_proper else "other"
@@ -130,13 +124,15 @@ def _read_tar(file: File, left_out: Counter[str]) -> Iterator[Item]:
                 if archive.offset <= end:
                     raise ValueError("a size is negative")
                 end = archive.offset
-                is_cut, is_audio = _stored_end(member) > size, _is_audio(member)
-                if is_audio:
+                suffix = os.path.splitext(member.name)[1].lower()
+                is_clip = suffix in CLIP_SUFFIXES and not member.isdir()
+                is_cut = _stored_end(member) > size
+                if is_clip:
                     yield _member(path, member, is_cut)
                 elif not member.isdir():
-                    left_out[suffix_of(member.name)] += 1
+                    left_out[proper_suffix(suffix)] += 1
                 if is_cut:
-                    reason = "" if is_audio else f"the archive is cut short inside {_identity(member.name)}"
+                    reason = "" if is_clip else f"the archive is cut short inside {_identity(member.name)}"
                     break
             else:
                 reason = _end_of_tar(path, end, size)
@@ -146,11 +142,6 @@ def _read_tar(file: File, left_out: Counter[str]) -> Iterator[Item]:
             reason = f"it is a {compression} file, which cannot be searched; unpack it"
     if reason:
         yield Item("", path, problem=reason)
-
-
-def _is_audio(member: tarfile.TarInfo) -> bool:
-    suffix = os.path.splitext(member.name)[1].lower()
-    return not member.isdir() and (suffix in AUDIO_SUFFIXES or suffix in UNREADABLE_SUFFIXES)
 
 
 def _stored_end(member: tarfile.TarInfo) -> int:
@@ -243,7 +234,7 @@ def _identity(*candidates: Any) -> str:
 
 AUDIO_FILE = Kind(_read_audio_file)
 KINDS = {
-    **dict.fromkeys((*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES), AUDIO_FILE),
+    **dict.fromkeys(CLIP_SUFFIXES, AUDIO_FILE),
     **dict.fromkeys((".jsonl", ".json"), Kind(_read_manifest, is_found=False)),
     ".tar": Kind(_read_tar, is_archive=True),
     ".parquet": Kind(_read_parquet, is_archive=True),

@@ -114,6 +114,28 @@ def test_the_home_folder_may_be_written_as_a_tilde(
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_audio_in_all_containers_gets_the_same_codes(tmp_path: Path, tiny: Path, model: Mimi):
+    clip = np.round(noise_clip(1000) * 2**15) / np.float32(2**15)
+    forms = {
+        "wav": "WAV",
+        "aiff": "AIFF",
+        "au": "AU",
+        "caf": "CAF",
+        "w64": "W64",
+        "sph": "NIST",
+        "rf64": "RF64",
+    }
+    (tmp_path / "data").mkdir()
+    for suffix, form in {**forms, "flac": "FLAC"}.items():
+        (tmp_path / "data" / f"x.{suffix}").write_bytes(audio_bytes(clip, form=form, subtype="PCM_16"))
+    (tmp_path / "data" / "sphere.wav").write_bytes(audio_bytes(clip, form="NIST", subtype="PCM_16"))
+    tokenize([tmp_path / "data"], tmp_path / "out", tiny)
+    found, expected = codes_by_id(tmp_path / "out"), codes_alone(model, clip)
+    assert len(found) == len(forms) + 2
+    for codes in found.values():
+        np.testing.assert_array_equal(codes, expected)
+
+
 def test_a_rerun_does_only_what_is_missing(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", LENGTHS)
     tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(clips_per_shard=4))
