@@ -36,18 +36,19 @@ class Header(NamedTuple):
     version: int
     layer: int
     sampling_rate: int  # Hz
+    is_mono: bool
     samples: int  # of each channel, in a frame
     size: int  # bytes of the frame
 
     @property
-    def kind(self) -> tuple[int, int, int]:
-        """What all frames of a stream have in common."""
-        return self.version, self.layer, self.sampling_rate
+    def kind(self) -> tuple[int, int, int, bool]:
+        """What all frames of a stream have in common. mpg123 cannot go on where it changes."""
+        return self.version, self.layer, self.sampling_rate, self.is_mono
 
 
 def parse(header: bytes) -> Header | None:
-    """Read the first 3 bytes of a frame; None if no frame begins like this."""
-    if len(header) < 3 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
+    """Read the first 4 bytes of a frame; None if no frame begins like this."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
         return None
     version, layer, kbits, rate = header[1] >> 3 & 3, header[1] >> 1 & 3, header[2] >> 4, header[2] >> 2 & 3
     if version == 1 or layer == 0 or kbits in (0, 15) or rate == 3:
@@ -59,13 +60,13 @@ def parse(header: bytes) -> Header | None:
         samples, unit = 1152 if version == 3 or layer == 2 else 576, 1
     bits = KBITS[version == 3, layer][kbits] * 1000
     size = (samples // 8 // unit * bits // sampling_rate + padding) * unit
-    return Header(version, layer, sampling_rate, samples, size)
+    return Header(version, layer, sampling_rate, header[3] >> 6 == 3, samples, size)
 
 
 class _Sizes(dict[bytes, int]):
-    """The sizes of the frames of one kind, by their first 3 bytes; 0 for what is no such frame."""
+    """The sizes of the frames of one kind, by their first 4 bytes; 0 for anything else."""
 
-    def __init__(self, kind: tuple[int, int, int]):
+    def __init__(self, kind: tuple[int, int, int, bool]):
         self._kind = kind
 
     def __missing__(self, key: bytes) -> int:
@@ -93,7 +94,9 @@ def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
                 raise ValueError(
                     f"is cut short: it has {count - 1} MPEG frames, but states that it has {stated}"
                 )
-            head = first[: at + 8] + (count - 1).to_bytes(4, "big") + first[at + NOTE_BYTES :]
+            # mpg123 believes a note only if nothing but zeros stands before it.
+            head = first[:4].ljust(at, b"\0") + first[at : at + 8]
+            head += (count - 1).to_bytes(4, "big") + first[at + NOTE_BYTES :]
             if first[at + 7] & 2:  # the number of bytes follows; mpg123 warns if it is wrong
                 head = head[: at + 12] + (end - start).to_bytes(4, "big") + head[at + 16 :]
         case b"Xing" | b"Info":
@@ -114,9 +117,9 @@ def _first_frame(file: BinaryIO, start: int, end: int) -> int:
     position = first = skip_tags(file, start + len(zeros) - len(zeros.lstrip(b"\0")))
     kind = None
     for _ in range(4):
-        header = parse(read_at(file, position, 3))
+        header = parse(read_at(file, position, 4))
         if header is None or (kind is not None and header.kind != kind):
-            return first if position + 3 > end and kind is not None else end
+            return first if position + 4 > end and kind is not None else end
         kind, position = header.kind, position + header.size
     return first
 
@@ -129,8 +132,8 @@ def _count_frames(file: BinaryIO, position: int, end: int, header: Header) -> tu
     sizes, count = _Sizes(header.kind), 0
     while position < end:
         block = read_at(file, position, min(BLOCK, end - position))
-        at, last = 0, len(block) - 2
-        while at < last and (size := sizes[block[at : at + 3]]):
+        at, last = 0, len(block) - 3
+        while at < last and (size := sizes[block[at : at + 4]]):
             at += size
             count += 1
         position += at
@@ -140,15 +143,15 @@ def _count_frames(file: BinaryIO, position: int, end: int, header: Header) -> tu
             if is_padding(file, position, end):
                 break
             if (after := skip_tags(file, position)) == position:
-                raise ValueError(f"is damaged: no MPEG frame begins at byte {position}")
+                raise ValueError(f"is damaged: no MPEG frame of the same kind begins at byte {position}")
             position = after
     return count, position
 
 
 def _place_of_note(frame: bytes, header: Header) -> int:
     """Where the note would be in a frame: after the side information, which is zero in such a frame."""
-    is_mono = frame[3] >> 6 == 3
-    side = (17 if is_mono else 32) if header.version == MPEG_1 else (9 if is_mono else 17)
+    mono, others = (17, 32) if header.version == MPEG_1 else (9, 17)
+    side = mono if header.is_mono else others
     return 4 + side + (0 if frame[1] & 1 else 2)  # a bit that is 0 says that a checksum follows the header
 
 
@@ -170,6 +173,6 @@ def _fill(content: bytes, frame: bytes, header: Header) -> bytes:
     for kbits in range(1, 15):
         start = bytes([0xFF, frame[1] | 1, kbits << 4 | frame[2] & 0x0C, frame[3]])  # without a checksum
         start = start.ljust(_place_of_note(start, header), b"\0") + content
-        if (size := _Sizes(header.kind)[start[:3]]) >= len(start):
+        if (size := _Sizes(header.kind)[start[:4]]) >= len(start):
             return start.ljust(size, b"\0")
     raise AssertionError("a frame of the highest bit rate has room for a note")

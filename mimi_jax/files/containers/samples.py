@@ -6,13 +6,15 @@ follows the stated end. So the header is compared with the file.
 
 import math
 import re
+import struct
 from collections.abc import Iterator
 from typing import BinaryIO, Literal, NamedTuple
 
+from mimi_jax.config import ceil_div
 from mimi_jax.files.containers import mpeg
 from mimi_jax.files.containers.spans import Container, Span, is_padding, read_at
 
-MP3_IN_WAV = 0x55  # the format tag of a WAV file that contains MP3
+PCM, MP3_IN_WAV = (1, 3, 0xFFFE), 0x55  # format tags of WAV files: samples that are not compressed, and MP3
 UNKNOWN = 8192  # bytes around 2 and 4 GiB: lengths that programs write which cannot know the length
 # Sections that may follow the audio, even if their stated length is wrong.
 NOTES = (b"LIST", b"id3 ", b"ID3 ", b"JUNK", b"bext", b"iXML", b"_PMX", b"cue ", b"afsp")
@@ -36,6 +38,17 @@ WAV_BIG_ENDIAN = WAV._replace(byteorder="big")
 AIFF = Style(12, 4, 4, "big", 2, b"SSND")
 W64 = Style(40, 16, 8, "little", 8, b"data", includes_header=True)
 CAF = Style(8, 4, 8, "big", 1, b"data")
+
+
+class WavFormat(NamedTuple):
+    """The section of a WAV file that describes its samples."""
+
+    tag: int
+    channels: int
+    sampling_rate: int  # Hz
+    byte_rate: int  # bytes per second
+    block_align: int  # bytes of one sample in all channels
+    bits: int  # of a sample
 
 
 class Section(NamedTuple):
@@ -86,12 +99,17 @@ def open_nist(file: BinaryIO, start: int, end: int) -> Container:
     return Container(Span(file, start, start + size + length), num_bytes=length)
 
 
-def check_end(file: BinaryIO, stated: int, end: int) -> None:
-    """Refuse a file whose audio should end elsewhere than at `end`, but for tags and padding after it."""
+def check_not_cut(stated: int, end: int) -> None:
+    """Refuse a file that ends before the stated end of its audio."""
     if stated > end:
         raise ValueError(
             f"is cut short: its audio should end at {stated} bytes, but the file ends at {end} bytes"
         )
+
+
+def check_end(file: BinaryIO, stated: int, end: int) -> None:
+    """Refuse a file whose audio should end elsewhere than at `end`, but for tags and padding after it."""
+    check_not_cut(stated, end)
     if not is_padding(file, stated, end):
         limit = " (32 bits cannot state more than 4 GiB)" if end - stated > 2**32 - 2**16 else ""
         raise ValueError(
@@ -111,8 +129,11 @@ def _open_sections(file: BinaryIO, start: int, end: int, style: Style) -> Contai
         raise ValueError("is damaged: it has no section with samples, or the length of a section is wrong")
     data = sections[style.data]
     length = _length_of_data(file, start, end, sections, style)
-    if b"fmt " in sections and _format_tag(file, sections[b"fmt "], style) == MP3_IN_WAV:
-        return mpeg.open_mpeg(file, data.start, end if length is None else min(data.start + length, end))
+    if b"fmt " in sections and style is not W64:
+        form = _wav_format(file, sections[b"fmt "], style)
+        if form.tag == MP3_IN_WAV:
+            stated = end if length is None else data.start + length
+            return mpeg.open_mpeg(file, data.start, min(stated, end))
     if length is None:
         return Container(Span(file, start, end))
     stated = data.start + length
@@ -158,12 +179,23 @@ def _before_samples(file: BinaryIO, data: Section, style: Style) -> int:
     return 4 if style is CAF else 0
 
 
-def _format_tag(file: BinaryIO, section: Section, style: Style) -> int:
-    return int.from_bytes(read_at(file, section.start, 2), style.byteorder)
+def _wav_format(file: BinaryIO, section: Section, style: Style) -> WavFormat:
+    order = "<" if style.byteorder == "little" else ">"
+    data = read_at(file, section.start, 16)
+    if len(data) < 16:
+        raise ValueError("is cut short inside its header")
+    form = WavFormat(*struct.unpack(f"{order}HHIIHH", data))
+    if form.tag in PCM and form.block_align != form.channels * ceil_div(form.bits, 8):
+        raise ValueError(
+            f"has a wrong header: it states {form.channels} channels of {form.bits} bits in blocks of"
+            f" {form.block_align} bytes"
+        )
+    return form
 
 
 def _check_after(file: BinaryIO, start: int, stated: int, end: int, style: Style) -> None:
     """Compare the stated end of the samples with the file. Other sections may follow them."""
+    check_not_cut(stated, end)
     position = stated
     padding = (start - stated) % style.alignment
     if not read_at(file, stated, padding).strip(b"\0"):  # some programs leave the padding out
@@ -174,4 +206,4 @@ def _check_after(file: BinaryIO, start: int, stated: int, end: int, style: Style
         if section.name[:4] in (*FILES, style.data) or not (is_note or (is_text and section.end <= end)):
             break
         position = section.end + (start - section.end) % style.alignment
-    check_end(file, stated if stated > end else min(position, end), end)
+    check_end(file, min(position, end), end)
