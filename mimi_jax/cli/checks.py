@@ -20,17 +20,20 @@ def code_output(source: Path, output: Path | None) -> Path:
     """Return where codes go: `output`, or a code file beside `source`, or a pipe if the source is one.
 
     Raises:
-        UsageError: the default output exists and is not a code file, the output is the source, or a terminal
-            is in the place of a pipe.
+        UsageError: the source holds codes, the output is named like audio, the default output exists, the
+            output is the source, or a terminal is in the place of a pipe.
         OSError: the source cannot be read or the output cannot be written.
     """
+    from mimi_jax.files.audio import FORMATS
     from mimi_jax.files.codes import is_code_file
 
-    if output is None:
-        output = _beside(source, ".safetensors")
-        if output != source and output.is_file() and not is_code_file(output):
-            raise UsageError(f"{output} exists and is not a code file; name the output with -o")
-    _check_ends(source, output)
+    if output is not None and output.suffix.lower() in FORMATS:
+        raise UsageError(f"codes are not audio, so their file must not end in {output.suffix}, got {output}")
+    _check_source(source)
+    if source != PIPE and is_code_file(source):
+        raise UsageError(f"{source} holds codes, not audio; mimi-jax decode makes audio of them")
+    output = output or _beside(source, ".safetensors")
+    _check_target(output, source)
     return output
 
 
@@ -38,36 +41,60 @@ def audio_output(source: Path, output: Path | None) -> Path:
     """Return where audio goes: `output`, or a WAV file beside `source`, or a pipe if the source is one.
 
     Raises:
-        UsageError: the suffix is not that of an audio format, the output is the source, or a terminal is in
-            the place of a pipe.
+        UsageError: the suffix is not that of an audio format, the default output exists, the output is the
+            source, or a terminal is in the place of a pipe.
+        ValueError: the source begins like a file of another kind.
         OSError: the source cannot be read or the output cannot be written.
     """
-    output = _beside(source, ".decoded.wav") if output is None else output
-    _check_ends(source, output)
-    if output != PIPE:
+    if output is not None and output != PIPE:
         check_audio_name(output)
+    _check_source(source)
+    if source != PIPE and (kind := other_kind(source)):
+        raise ValueError(f"{source} is not a valid code file, but {kind}")
+    output = output or _beside(source, ".decoded.wav")
+    _check_target(output, source)
     return output
 
 
 def _beside(source: Path, suffix: str) -> Path:
-    return PIPE if source == PIPE else source.with_suffix(suffix)
+    if source == PIPE:
+        return PIPE
+    output = source.with_suffix(suffix)
+    if output != source and output.exists():
+        raise UsageError(f"{output} exists; name the output with -o to replace it")
+    return output
 
 
-def _check_ends(source: Path, output: Path) -> None:
-    """Check that the source can be read and the output be written, and that a pipe is not a terminal."""
-    if source != PIPE:
-        check_input(source)
+def _check_source(path: Path) -> None:
+    """Check that a file can be read, and that a pipe is not a terminal."""
+    if path != PIPE:
+        check_input(path)
     elif os.isatty(STDIN):
         raise UsageError("- reads from a pipe, but standard input is a terminal; name a file")
-    if output != PIPE:
-        check_output(output, source)
+
+
+def _check_target(path: Path, source: Path) -> None:
+    """Check that a file can be written, and that a pipe is not a terminal."""
+    if path != PIPE:
+        check_output(path, source)
     elif os.isatty(STDOUT):
         raise UsageError("the output is binary, but standard output is a terminal; name a file with -o")
 
 
 def check_input(path: Path) -> None:
-    """Raise OSError if the file cannot be read."""
+    """Raise UsageError if `path` is a pipe, and OSError if the file cannot be read."""
+    check_is_no_pipe(path)
     path.open("rb").close()
+
+
+def check_is_no_pipe(path: Path) -> None:
+    if path == PIPE:
+        raise UsageError("- stands for a pipe, which only encode and decode can read; name a file")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(
+            f"{path} is a pipe or a device, but only a file can be checked to its end; write a file first, or"
+            " send raw audio to `encode -` or codes to `decode -`"
+        )
 
 
 def check_output(path: Path, source: Path) -> None:
@@ -79,11 +106,27 @@ def check_output(path: Path, source: Path) -> None:
     check_folder(path)
 
 
+def check_picture(path: Path, output: Path, source: Path) -> None:
+    """`check_output` of the picture beside `output`. It may replace only the picture of an older output."""
+    check_output(path, source)
+    if path.exists() and not output.exists():
+        raise UsageError(f"{path} exists and would be overwritten; name another output with -o")
+
+
 def check_audio_name(path: Path) -> None:
     from mimi_jax.files.audio import FORMATS
 
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"the name of an audio file must end in {', '.join(FORMATS)}, got {path}")
+
+
+def other_kind(path: Path) -> str | None:
+    """Return what a file is, such as "a WAV file", if it begins neither like codes nor like a model."""
+    from mimi_jax.streams.sniff import SAFETENSORS, file_type
+
+    with path.open("rb") as file:
+        kind = file_type(file.read(4096))
+    return None if kind == SAFETENSORS else kind
 
 
 def check_folder(path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import collections
 from pathlib import Path
 
-from mimi_jax.cli.checks import UsageError, check_folder
+from mimi_jax.cli.checks import UsageError, check_folder, check_is_no_pipe, other_kind
 from mimi_jax.cli.terminal import code_rows, print_table
 
 PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -13,10 +13,14 @@ PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 def run_info(arguments: argparse.Namespace) -> None:
     from mimi_jax.files.codes import is_code_file
 
-    if is_code_file(arguments.name):
-        _describe_codes(arguments.name)
+    name, path = arguments.name, Path(arguments.name)
+    check_is_no_pipe(path)
+    if is_code_file(name):
+        _describe_codes(name)
+    elif path.is_file() and not name.endswith(PYTORCH_SUFFIXES) and (kind := other_kind(path)):
+        raise ValueError(f"{name} is neither a code file nor a model, but {kind}")
     else:
-        _describe_model(arguments.name)
+        _describe_model(name)
 
 
 def _describe_codes(path: str) -> None:

@@ -1,6 +1,7 @@
 """The arguments of all commands."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -48,20 +49,34 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return Path(os.path.expanduser(text))  # the shell leaves ~ alone in --output=~/codes.safetensors
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if (number := _integer(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return number
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="mini", help=f"{MODEL_HELP} (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=os.path.expanduser, default="mini", help=f"{MODEL_HELP} (default: %(default)s)"
+    )
 
 
 def _add_num_quantizers(parser: argparse.ArgumentParser) -> None:
     text = "use the first N codebooks (default: all)"
-    parser.add_argument("--num-quantizers", type=int, metavar="N", help=text)
+    parser.add_argument("--num-quantizers", type=_integer, metavar="N", help=text)
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +86,12 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 def _add_encode(command: AddCommand) -> None:
     parser = command("encode", run_encode, "encode audio into a code file")
-    parser.add_argument("input", metavar="IN", type=Path, help=f"{AUDIO_HELP}; - for raw audio from a pipe")
+    parser.add_argument("input", metavar="IN", type=_path, help=f"{AUDIO_HELP}; - for raw audio from a pipe")
     text = (
-        "code file, or - for a code stream to a pipe (default: beside IN, with the suffix .safetensors;"
-        " - if IN is -)"
+        "code file, or - for a code stream to a pipe (default: a new file beside IN, with the suffix"
+        " .safetensors; - if IN is -)"
     )
-    parser.add_argument("-o", "--output", metavar="OUT.safetensors", type=Path, help=text)
+    parser.add_argument("-o", "--output", metavar="OUT.safetensors", type=_path, help=text)
     _add_model(parser)
     _add_num_quantizers(parser)
     _add_format(parser)
@@ -85,12 +100,12 @@ def _add_encode(command: AddCommand) -> None:
 def _add_decode(command: AddCommand) -> None:
     parser = command("decode", run_decode, "decode a code file into audio")
     text = "code file that encode wrote; - for a code stream from a pipe"
-    parser.add_argument("input", metavar="IN.safetensors", type=Path, help=text)
+    parser.add_argument("input", metavar="IN.safetensors", type=_path, help=text)
     text = (
-        "WAV, FLAC, OGG, Opus or MP3 file, or - for raw audio to a pipe (default: beside IN, with the suffix"
-        " .decoded.wav; - if IN is -)"
+        "WAV, FLAC, OGG, Opus or MP3 file, or - for raw audio to a pipe (default: a new file beside IN, with"
+        " the suffix .decoded.wav; - if IN is -)"
     )
-    parser.add_argument("-o", "--output", metavar="OUT.wav", type=Path, help=text)
+    parser.add_argument("-o", "--output", metavar="OUT.wav", type=_path, help=text)
     _add_model(parser)
     _add_format(parser)
 
@@ -98,23 +113,25 @@ def _add_decode(command: AddCommand) -> None:
 def _add_roundtrip(command: AddCommand) -> None:
     text = "encode and decode a clip, print its quality and the speed, and draw a picture (needs matplotlib)"
     parser = command("roundtrip", run_roundtrip, text)
-    parser.add_argument("input", metavar="IN", type=Path, help=AUDIO_HELP)
+    parser.add_argument("input", metavar="IN", type=_path, help=AUDIO_HELP)
     text = "decoded audio; the picture is written beside it, with the suffix .png"
-    parser.add_argument("-o", "--output", metavar="OUT.wav", type=Path, required=True, help=text)
+    parser.add_argument("-o", "--output", metavar="OUT.wav", type=_path, required=True, help=text)
     _add_model(parser)
     _add_num_quantizers(parser)
 
 
 def _add_info(command: AddCommand) -> None:
     parser = command("info", run_info, "describe a model or a code file")
-    parser.add_argument("name", metavar="MODEL_OR_CODES", help=f"a code file, or {MODEL_HELP}")
+    parser.add_argument(
+        "name", metavar="MODEL_OR_CODES", type=os.path.expanduser, help=f"a code file, or {MODEL_HELP}"
+    )
 
 
 def _add_convert(command: AddCommand) -> None:
     text = "write a model in another layout, bit for bit (int8 weights become floats)"
     parser = command("convert", run_convert, text)
-    parser.add_argument("source", metavar="SRC", help=MODEL_HELP)
-    parser.add_argument("output", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("source", metavar="SRC", type=os.path.expanduser, help=MODEL_HELP)
+    parser.add_argument("output", metavar="DST", type=_path, help="folder to make")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="layout; flax is an Orbax folder")
 
 
@@ -125,7 +142,7 @@ def _add_tokenize(command: AddCommand) -> None:
     text = "folders, patterns, audio files, .tar shards, .parquet files, .jsonl or .json manifests"
     add("sources", metavar="SRC", nargs="+", help=text)
     text = "folder to make, or to continue in"
-    add("-o", "--output", metavar="DIR", type=Path, required=True, help=text)
+    add("-o", "--output", metavar="DIR", type=_path, required=True, help=text)
     _add_model(parser)
     text = "keep the first N codebooks (default: all)"
     add("--num-quantizers", type=_positive, metavar="N", help=text)
@@ -140,12 +157,12 @@ def _add_tokenize(command: AddCommand) -> None:
     text = "clips at once, fewer if they are long (default: 8 per device on CPUs, else 64)"
     add("--batch-size", type=_positive, metavar="N", help=text)
     text = "processes that read audio (default: one less than the number of CPUs, at most 16)"
-    add("--workers", type=int, metavar="N", help=text)
+    add("--workers", type=_integer, metavar="N", help=text)
     add("--strict", action="store_true", help="stop at the first clip that cannot be encoded")
     text = "encode the shards that have errors again, for example after a failure of a disk or a network"
     add("--retry-errors", action="store_true", help=text)
     text = "index of this process, from 0, where several share the work (default: as SLURM, MPI or GKE say)"
-    add("--process-index", type=int, metavar="I", help=text)
+    add("--process-index", type=_integer, metavar="I", help=text)
     text = "number of processes that share the work (default: as SLURM, MPI or GKE say, else 1)"
     add("--process-count", type=_positive, metavar="N", help=text)
     text = "local: all devices of this process; ray: a Ray cluster (needs mimi_jax[ray])"
@@ -161,10 +178,10 @@ def _add_tokenize(command: AddCommand) -> None:
 def _add_train(command: AddCommand) -> None:
     parser = command("train", run_train, "train or fine-tune a model (needs mimi_jax[train])")
     text = "recipe in a TOML file, such as those in configs/"
-    parser.add_argument("config", metavar="CONFIG", type=Path, help=text)
-    parser.add_argument("--data", metavar="DATA", type=Path, required=True, help=DATA_HELP)
+    parser.add_argument("config", metavar="CONFIG", type=_path, help=text)
+    parser.add_argument("--data", metavar="DATA", type=_path, required=True, help=DATA_HELP)
     text = "folder for the checkpoints, the log and the model"
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=text)
+    parser.add_argument("--out", metavar="DIR", type=_path, required=True, help=text)
     text = "continue from the newest checkpoint in DIR, with the same numbers as without the interruption"
     parser.add_argument("--resume", action="store_true", help=text)
 
@@ -172,13 +189,13 @@ def _add_train(command: AddCommand) -> None:
 def _add_evaluate(command: AddCommand) -> None:
     text = "measure the quality of a model on your own audio (needs mimi_jax[evaluate])"
     parser = command("evaluate", run_evaluate, text)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("data", metavar="DATA", type=Path, help=DATA_HELP)
+    parser.add_argument("model", metavar="MODEL", type=os.path.expanduser, help=MODEL_HELP)
+    parser.add_argument("data", metavar="DATA", type=_path, help=DATA_HELP)
     text = (
         "numbers of codebooks to compare (default: the smallest number, powers of two, half of all, and all)"
     )
-    parser.add_argument("--num-quantizers", type=int, nargs="+", metavar="N", help=text)
+    parser.add_argument("--num-quantizers", type=_integer, nargs="+", metavar="N", help=text)
     text = "use only paths that match, such as 'valid/*'"
     parser.add_argument("--include", metavar="PATTERN", default="*", help=text)
     text = "file for all numbers; a picture of them is written beside it, with the suffix .png"
-    parser.add_argument("-o", "--output", metavar="OUT.json", type=Path, help=text)
+    parser.add_argument("-o", "--output", metavar="OUT.json", type=_path, help=text)

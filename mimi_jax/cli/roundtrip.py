@@ -11,6 +11,7 @@ from mimi_jax.cli.checks import (
     check_installed,
     check_num_quantizers,
     check_output,
+    check_picture,
 )
 from mimi_jax.cli.terminal import code_rows, no_stderr, print_table, progress, speed, summary
 
@@ -25,10 +26,10 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
     source, output = arguments.input, arguments.output
     picture = output.with_suffix(".png")
     check_installed("plot", "matplotlib")
+    check_audio_name(output)
     check_input(source)
     check_output(output, source)
-    check_audio_name(output)
-    check_output(picture, source)
+    check_picture(picture, output, source)
     from mimi_jax.checkpoint import code_spec
     from mimi_jax.files.atomic import atomic_path
     from mimi_jax.files.audio import save_audio

@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     _set_environment()
     try:
         if unknown:
-            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}")
+            options = f"see mimi-jax {arguments.command} --help"
+            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}; {options}")
         with handle_signals(interrupt), quiet_libraries():
             arguments.run(arguments)
         return 0

@@ -16,6 +16,7 @@ import re
 
 import numpy as np
 
+SAFETENSORS = "a safetensors file or a code stream"
 # What a file begins with, as a regular expression.
 MAGIC_NUMBERS = {
     "a WAV file": rb"RIFF....WAVE|RIFX|RF64|BW64",
@@ -68,7 +69,7 @@ MAGIC_NUMBERS = {
     "a JPEG picture": rb"\xff\xd8\xff[\xdb\xe0\xe1]",
     "a PDF file": rb"%PDF-",
     "a WTV recording": rb"\xb7\xd8\x00\x20\x37\x49\xda\x11",
-    "a safetensors file or a code stream": rb".{4}\0{4}\{ *[\"}]",
+    SAFETENSORS: rb".{4}\0{4}\{ *[\"}]",
 }
 _FILES = {name: re.compile(pattern, re.DOTALL) for name, pattern in MAGIC_NUMBERS.items()}
 

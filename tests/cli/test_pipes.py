@@ -453,7 +453,7 @@ def test_a_checkpoint_is_not_overwritten_by_default(run, models: Path, tmp_path:
     (tmp_path / "model.safetensors").write_bytes(weights)
     status, _, stderr = run("encode", "model.wav")
     assert status == 2
-    assert "model.safetensors exists and is not a code file; name the output with -o" in stderr
+    assert "model.safetensors exists; name the output with -o to replace it" in stderr
     assert (tmp_path / "model.safetensors").read_bytes() == weights
 
 
