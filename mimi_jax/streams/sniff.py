@@ -87,6 +87,7 @@ _MIN_SAMPLES = 1920  # a frame of Mimi; fewer do not show a distribution well en
 _MAX_DISTANCE = 0.04  # of the histograms of high and low bytes; Gaussian noise of any level has 0.08
 _MAX_REPEATS = 33  # pairs of equal bytes, relative to uniform data; silence has over 60, also with dither
 _MAX_CORRELATION = 0.5  # of neighbours; it is higher in a sawtooth, whose bytes are uniform too
+_MIN_FLOATS = 256
 _FLOAT_RANGE = (2.0**-24, 1.5)  # of audio in floats; a symmetric signal of 16 bits is mostly outside
 MAX_FLOAT = 100.0  # 40 dB over full scale
 
@@ -170,7 +171,7 @@ def _correlation(samples: np.ndarray) -> float:
 def _is_floats(data: bytes) -> bool:
     values = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
     values = values[values != 0]  # NaN stays
-    if len(values) < _MIN_SAMPLES // 2:
+    if len(values) < _MIN_FLOATS:
         return False
     low, high = _FLOAT_RANGE
     positive = np.mean((values > low) & (values < high))
