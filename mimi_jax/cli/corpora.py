@@ -10,8 +10,10 @@ from mimi_jax.cli.checks import (
     UsageError,
     check_input,
     check_installed,
+    check_is_no_pipe,
     check_num_quantizers,
     check_output,
+    check_picture,
 )
 from mimi_jax.cli.terminal import print_table
 
@@ -129,8 +131,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from mimi_jax.quality import evaluation
 
     output = arguments.output
+    check_is_no_pipe(arguments.data)
     if output is not None:
         check_output(output, arguments.data)
+        check_picture(output.with_suffix(".png"), output, arguments.data)
     clips = find_clips(arguments.data, arguments.include)
     model = Mimi.from_pretrained(arguments.model)
     config = model.config

@@ -1,5 +1,6 @@
 """What every command refuses before it loads a model."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -84,9 +85,12 @@ def test_a_path_that_is_a_pipe(fails, too_late: None, place: Path, words: list[s
     assert "pipe is a pipe or a device, but only a file can be checked to its end; write a file first" in line
 
 
-def test_a_pipe_is_not_the_input_of_roundtrip(fails, too_late: None, place: Path):
+@pytest.mark.parametrize("words", [["roundtrip", "pipe", "-o", "out.wav"], ["evaluate", "mini", "pipe"]])
+def test_a_pipe_is_not_a_clip_to_measure(
+    fails, too_late: None, place: Path, words: list[str], all_extras: None
+):
     os.mkfifo(place / "pipe")
-    assert "pipe is a pipe or a device" in fails("roundtrip", "pipe", "-o", "out.wav", status=2)
+    assert "pipe is a pipe or a device" in fails(*words, status=2)
 
 
 def test_home_is_found_where_the_shell_does_not_expand_it(
@@ -97,6 +101,12 @@ def test_home_is_found_where_the_shell_does_not_expand_it(
     for output in ("--output=~/out.safetensors", "-o=~/out.safetensors"):
         assert f"there is no folder {place}/home" in fails("encode", "clip.wav", output)
     assert f"unknown model '{place}/home/model'" in fails("info", "~/model")
+
+
+@pytest.fixture
+def all_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands start whose packages are not installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
 # default names
@@ -116,10 +126,15 @@ def test_a_default_name_replaces_no_file(fails, run, place: Path, tiny: list[str
     assert (place / default).read_bytes() != b"of another clip"
 
 
-def test_a_picture_replaces_only_that_of_an_older_output(fails, too_late: None, place: Path):
-    (place / "clip2.png").write_bytes(b"a picture of something else")
-    error = "clip2.png exists and would be overwritten; name another output with -o"
-    assert error in fails("roundtrip", "clip.wav", "-o", "clip2.wav", status=2)
-    (place / "clip2.wav").touch()
+@pytest.mark.parametrize(
+    "words", [["roundtrip", "clip.wav", "-o", "2.wav"], ["evaluate", "mini", ".", "-o", "2.json"]]
+)
+def test_a_picture_replaces_only_that_of_an_older_output(
+    fails, too_late: None, place: Path, words: list[str], all_extras: None
+):
+    (place / "2.png").write_bytes(b"a picture of something else")
+    error = "2.png exists and would be overwritten; name another output with -o"
+    assert error in fails(*words, status=2)
+    (place / words[-1]).touch()
     with pytest.raises(AssertionError, match="before it loads a model"):  # now it goes on
-        fails("roundtrip", "clip.wav", "-o", "clip2.wav")
+        fails(*words)
