@@ -7,8 +7,7 @@ signs give other data away.
 2. Compressed data and text are sequences of bytes, so bytes at odd and at even places are distributed alike.
    In 16-bit PCM they are not: the high bytes of the samples follow the loudness, and the low bytes are nearly
    uniform. Only white noise with a uniform distribution up to full scale cannot be told from compressed data.
-3. 32-bit floats of audio lie near [-1, 1], on both sides of zero. Nearly all other data, read as floats, has
-   huge values or NaN among them.
+3. 32-bit floats of audio lie near [-1, 1]. Nearly all other data, read as floats, has huge values or NaN.
 """
 
 import codecs
@@ -87,7 +86,7 @@ _MIN_SAMPLES = 1920  # a frame of Mimi; fewer do not show a distribution well en
 _MAX_DISTANCE = 0.04  # of the histograms of high and low bytes; Gaussian noise of any level has 0.08
 _MAX_REPEATS = 33  # pairs of equal bytes, relative to uniform data; silence has over 60, also with dither
 _MAX_CORRELATION = 0.5  # of neighbours; it is higher in a sawtooth, whose bytes are uniform too
-_MIN_FLOATS = 256
+_MIN_FLOATS, _MIN_DIFFERENT = 256, 9  # without zeros; silence and square waves have fewer
 _FLOAT_RANGE = (2.0**-24, 1.5)  # of audio in floats; a symmetric signal of 16 bits is mostly outside
 MAX_FLOAT = 100.0  # 40 dB over full scale
 
@@ -158,25 +157,23 @@ def _is_compressed(data: bytes) -> bool:
     distance = (np.sum((high - low) ** 2 / np.maximum(high + low, 1)) - chance) / (2 * count)
     if repeats > _MAX_REPEATS or distance > _MAX_DISTANCE:
         return False
-    return _correlation(samples) < _MAX_CORRELATION
+    # Lags up to 4 are those of neighbours in stereo audio too.
+    return all(abs(_correlation(samples, lag)) < _MAX_CORRELATION for lag in range(1, 5))
 
 
-def _correlation(samples: np.ndarray) -> float:
-    """The largest of neighbours at most 4 samples apart, so of stereo audio too."""
+def _correlation(samples: np.ndarray, lag: int) -> float:
     centered = samples - samples.mean()
-    products = [abs(centered[lag:] @ centered[:-lag]) for lag in range(1, 5)]
-    return max(products) / max(centered @ centered, 1.0)
+    return centered[lag:] @ centered[:-lag] / max(centered @ centered, 1.0)
 
 
 def _is_floats(data: bytes) -> bool:
+    """Whether the values are audio in floats, whose two halves differ, unlike neighbours in 16-bit PCM."""
     values = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
-    values = values[values != 0]  # NaN stays
-    if len(values) < _MIN_FLOATS:
+    sizes, (low, high) = np.abs(values[values != 0]), _FLOAT_RANGE
+    if len(sizes) < _MIN_FLOATS or len(np.unique(sizes)) < _MIN_DIFFERENT:
         return False
-    low, high = _FLOAT_RANGE
-    positive = np.mean((values > low) & (values < high))
-    negative = np.mean((values < -low) & (values > -high))
-    return bool(positive + negative > 0.9 and min(positive, negative) > 0.01)
+    is_audio = np.mean((sizes > low) & (sizes < high)) > 0.9
+    return bool(is_audio) and _correlation(values.view("<i2"), 1) < _MAX_CORRELATION
 
 
 def _is_mpeg_audio(data: bytes) -> bool:

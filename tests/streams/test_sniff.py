@@ -230,7 +230,14 @@ def test_frames_of_different_rates_of_bits():
 @pytest.mark.parametrize("gain", [1e-3, 0.1, 0.5])
 def test_floats_are_told_from_16_bits(gain: float):
     for seed in range(8):
-        signal = gain * speech(seed)[:FRAME] * (np.arange(FRAME) % 3 > 0)  # with zeros, as in quiet audio
+        signal = gain * speech(seed)[:FRAME]
+        with_zeros, one_sided = (
+            signal * (np.arange(FRAME) % 3 > 0),
+            np.rint(300 * signal / gain + 500) / 32768,
+        )
+        for audio in (with_zeros, one_sided):
+            with pytest.raises(ValueError, match=FLOATS):
+                check_is_pcm(audio.astype("<f4").tobytes()[: 2 * FRAME], None)
         floats = signal.astype("<f4").tobytes()
         with pytest.raises(ValueError, match=FLOATS):
             check_is_pcm(floats[: 2 * FRAME], None)
