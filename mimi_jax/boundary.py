@@ -3,8 +3,10 @@
 Each argument is used as it is meant, or refused with the rule, the value and what to do.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from mimi_jax.config import MimiConfig
+from mimi_jax.config import MimiConfig, as_integer
 from mimi_jax.ops import policy
 
 
@@ -32,6 +34,100 @@ class MimiOutput(NamedTuple):
     audio_values: jax.Array  # [batch, channels, samples], as long as the input
 
 
+@contextlib.contextmanager
+def transfers_allowed() -> Iterator[None]:
+    """Move data between host and device inside, although `jax_transfer_guard` may forbid it.
+
+    It is for what is in the host's memory by design, such as the zeros of a fresh state or pushed audio.
+    """
+    # `jax.transfer_guard` takes ten times as long, since it sets the direction from device to device too.
+    with jax.transfer_guard_host_to_device("allow"), jax.transfer_guard_device_to_host("allow"):
+        yield
+
+
+def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
+    """An argument as an array that JAX can compute with, wherever it comes from.
+
+    Args:
+        name: what errors call it.
+        value: an array of NumPy or JAX, or anything that has `__array__` or DLPack, such as a torch tensor.
+
+    Raises:
+        TypeError: it is something else, such as a list, or it cannot be read.
+    """
+    if isinstance(value, jax.Array):  # a tracer is one too
+        return value
+    if hasattr(value, "__jax_array__"):
+        return value.__jax_array__()
+    if not (hasattr(value, "__array__") or hasattr(value, "__dlpack__")):
+        raise TypeError(
+            f"{name} must be an array of NumPy, JAX or torch, got {type(value).__name__}; use np.array for"
+            " numbers, pad_batch for clips, and out.audio_codes for the output of encode"
+        )
+    array = _read(name, value)
+    if isinstance(array, jax.Array):
+        return array
+    if array.dtype.kind in "OSUMm":
+        raise TypeError(f"{name} must be an array of numbers, got {array.dtype} {list(array.shape)}")
+    return _as_int32(array) if array.dtype.kind in "iu" else array
+
+
+def as_numpy(name: str, value: Any) -> np.ndarray:
+    """An argument as a NumPy array in native byte order. It may also be a list of numbers.
+
+    Raises:
+        TypeError: it cannot be read.
+    """
+    return np.asarray(_read(name, value))
+
+
+def _read(name: str, value: Any) -> jax.Array | np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, RuntimeError) as error:
+        # NumPy knows neither the bfloat16 of torch nor the memory of a GPU.
+        try:
+            return jnp.from_dlpack(value)
+        except (TypeError, RuntimeError, BufferError):
+            raise TypeError(f"{name} cannot be read as an array: {error}") from None
+    # A compiled function would take the bytes as they are, if it has seen such a shape in native order.
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _as_int32(array: Any) -> Any:
+    """Integers of 64 bits in 32, as JAX has them. It would drop the upper half, and make 2**32 the code 0."""
+    if array.dtype.itemsize <= 4:
+        return array
+    return array.clip(max(np.iinfo(array.dtype).min, -1), 2**31 - 1).astype(np.int32)
+
+
+def compiled(function: Callable) -> Callable[..., Any]:
+    """`jax.jit` for the functions of a model that users call.
+
+    The parameters that are annotated as `ArrayLike` go through `as_array`, before `jax.jit` sees them: it
+    would take a list for many scalars. `num_quantizers` is static.
+    """
+    signature = inspect.signature(function)
+    parameters = signature.parameters
+    arrays = [name for name, p in parameters.items() if p.annotation in (ArrayLike, ArrayLike | None)]
+    jitted = jax.jit(function, static_argnames=[name for name in parameters if name == "num_quantizers"])
+
+    @functools.wraps(function)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        for name in arrays:
+            if given[name] is not parameters[name].default:
+                given[name] = as_array(name, given[name])
+        if "num_quantizers" in given:
+            given["num_quantizers"] = model.quantizer.resolve_count(given["num_quantizers"])
+        return jitted(*given.values())
+
+    vars(call)["lower"] = jitted.lower  # for those who compile ahead of time
+    return call
+
+
 def with_model_settings(method):
     """Run a method of the model with the model's precision and implementations, and let XLA shard its values.
 
@@ -42,11 +138,6 @@ def with_model_settings(method):
 
     @functools.wraps(method)
     def wrapped(self: Any, x: ArrayLike, *args, **kwargs):
-        if isinstance(x, list | tuple):
-            raise TypeError(
-                f"expected an array, got {type(x).__name__}; join clips with pad_batch, and take the codes of"
-                " an output with out.audio_codes"
-            )
         sharding = jax.typeof(x).sharding
         with jax.default_matmul_precision(self.precision), policy.computing(self.compute):
             if not (axes := sharding.mesh.explicit_axes):
@@ -67,7 +158,7 @@ def check_audio(
     Returns:
         The audio, and the length of each row, int32 [batch]: up to its last real sample. None for all.
     """
-    audio = jnp.asarray(audio)
+    audio = jnp.asarray(as_array("audio", audio))
     channels = config.audio_channels
     if audio.ndim != 3 or audio.shape[1] != channels or audio.shape[2] == 0:
         expected = f"[batch, channels={channels}, samples > 0]"
@@ -82,6 +173,15 @@ def check_audio(
     return jnp.where(mask[:, None, :], audio, 0), lengths
 
 
+def check_whole_frames(config: MimiConfig, audio: ArrayLike) -> None:
+    """Refuse audio for a step that does not end with a frame."""
+    if (num_samples := jnp.shape(audio)[-1]) % config.frame_size:
+        raise ValueError(
+            f"samples must be a positive multiple of frame_size={config.frame_size}, got {num_samples};"
+            " pad the last frame and mark it in padding_mask"
+        )
+
+
 def check_is_floating(audio: jax.Array | np.ndarray) -> None:
     """Refuse integers, which would count as full scale."""
     if not jnp.issubdtype(audio.dtype, jnp.floating):
@@ -90,25 +190,26 @@ def check_is_floating(audio: jax.Array | np.ndarray) -> None:
 
 def check_mask(padding_mask: ArrayLike, batch_size: int) -> tuple[jax.Array, jax.Array]:
     """A mask as bool [batch, samples], and the length of each row, up to its last real sample."""
-    mask = jnp.asarray(padding_mask).astype(bool)
+    mask = jnp.asarray(as_array("padding_mask", padding_mask)).astype(bool)
+    shape = list(mask.shape)
     if mask.ndim == 3 and mask.shape[1] == 1:
         mask = mask[:, 0]
     if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] == 0:
         raise ValueError(
-            f"padding_mask must be [batch={batch_size}, samples > 0] or [batch, 1, samples],"
-            f" got {list(jnp.shape(padding_mask))}"
+            f"padding_mask must be [batch={batch_size}, samples > 0] or [batch, 1, samples], got {shape}"
         )
-    return mask, jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1)[None], 0), axis=1)
+    ends = jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32)[None]
+    return mask, jnp.max(jnp.where(mask, ends, 0), axis=1)
 
 
 def check_codes(audio_codes: ArrayLike) -> jax.Array:
     """Refuse codes that are not integers [batch, codebooks, frames]."""
-    codes = jnp.asarray(audio_codes)
+    codes = jnp.asarray(as_array("codes", audio_codes))
     if codes.ndim != 3 or not jnp.issubdtype(codes.dtype, jnp.integer):
         raise ValueError(
             f"codes must be integers [batch, codebooks, frames], got {codes.dtype} {list(codes.shape)}"
         )
-    return codes
+    return _as_int32(codes)
 
 
 def check_state(state: Any, fresh: Any) -> None:
@@ -116,6 +217,14 @@ def check_state(state: Any, fresh: Any) -> None:
     forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), tree) for tree in (state, fresh)]
     if forms[0] != forms[1]:
         raise ValueError("the state must be of this model, this half and as many streams as the input")
+
+
+def check_batch_size(batch_size: object) -> int:
+    """Refuse anything but a positive integer."""
+    count = as_integer(batch_size)
+    if count is None or count < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    return count
 
 
 def check_streamable(config: MimiConfig) -> None:
@@ -128,11 +237,16 @@ def check_streamable(config: MimiConfig) -> None:
 
 
 def check_rows(name: str, rows: ArrayLike | Sequence[bool], batch_size: int) -> jax.Array:
-    """Refuse anything but bool [batch], such as the numbers of rows."""
-    rows = jnp.asarray(rows)
+    """Refuse anything but bool [batch], such as the numbers of rows. The rows may be a list."""
+    rows = jnp.asarray(rows if isinstance(rows, jax.Array) else as_numpy(name, rows))
     if rows.dtype != bool or rows.shape != (batch_size,):
         raise ValueError(f"{name} must be bool [batch={batch_size}], got {rows.dtype} {list(rows.shape)}")
     return rows
+
+
+def check_active(active: ArrayLike, batch_size: int) -> jax.Array:
+    """The rows of a batch that step, as bool [batch]."""
+    return check_rows("active", jnp.asarray(as_array("active", active)).astype(bool), batch_size)
 
 
 def lengths_of_active(
@@ -141,16 +255,18 @@ def lengths_of_active(
     """The lengths, but 0 for rows that are not active. Lengths of None stand for `size` in each row."""
     if active is None:
         return lengths
-    rows = check_rows("active", jnp.asarray(active).astype(bool), batch_size)
-    return jnp.where(rows, size if lengths is None else lengths, 0)
+    if lengths is None:
+        lengths = jnp.full(batch_size, size, jnp.int32)
+    return jnp.where(check_active(active, batch_size), lengths, 0)
 
 
+@transfers_allowed()
 def pad_to_frame(audio: ArrayLike, config: MimiConfig) -> jax.Array:
     """Append zeros to audio [..., samples] up to a multiple of `config.frame_size`, as Kyutai's codec does.
 
     `encode` takes audio of any length without it. It pads inside each convolution, as `transformers` does. If
     the length is not a multiple of the frame size, the codes of the last frame differ between the two ways.
     """
-    audio = jnp.asarray(audio)
+    audio = jnp.asarray(as_array("audio", audio))
     missing = -audio.shape[-1] % config.frame_size
     return jnp.pad(audio, [(0, 0)] * (audio.ndim - 1) + [(0, missing)]) if missing else audio

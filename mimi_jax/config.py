@@ -10,6 +10,7 @@ A codec has three clocks, and this package calls each by one word:
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ _LEFTOVER_FIELDS = {"normalize": False, "chunk_length_s": None, "chunk_in_sec": 
 def ceil_div(numerator, denominator: int):
     """Integer division rounded up, exact for Python integers of any size and for integer arrays."""
     return -(-numerator // denominator)
+
+
+def as_integer(value: object) -> int | None:
+    """An integer of any type, such as `np.int64(8)`, as a Python integer. None for anything else, and for
+    booleans and values that are traced."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
 
 
 def _is_count(value: Any) -> bool:

@@ -30,7 +30,14 @@ from flax import nnx
 from jax import export as jax_export
 from jax.typing import ArrayLike
 
-from mimi_jax.boundary import check_audio, check_mask, check_rows
+from mimi_jax.boundary import (
+    check_active,
+    check_audio,
+    check_batch_size,
+    check_codes,
+    check_mask,
+    transfers_allowed,
+)
 from mimi_jax.checkpoint import model_id
 from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.files.arrays import named_leaves
@@ -83,6 +90,7 @@ class ExportedMimi:
     def config(self) -> MimiConfig:
         return self.metadata.config
 
+    @transfers_allowed()
     def encode(self, audio: ArrayLike, padding_mask: ArrayLike | None = None) -> EncoderOutput:
         """As `mimi_jax.encode`, for up to `metadata.frames` frames of `metadata.batch_size` clips.
 
@@ -96,6 +104,7 @@ class ExportedMimi:
         codes, codes_mask = self._call("encode", audio, mask)
         return EncoderOutput(codes[:, :, :frames], codes_mask[:, :frames])
 
+    @transfers_allowed()
     def decode(self, audio_codes: ArrayLike, padding_mask: ArrayLike | None = None) -> DecoderOutput:
         """As `mimi_jax.decode`, for up to `metadata.frames` frames of `metadata.batch_size` clips.
 
@@ -122,6 +131,7 @@ class ExportedMimi:
         """The state of `metadata.batch_size` fresh streams, for `decode_step`."""
         return self._init_state("decode_step")
 
+    @transfers_allowed()
     def encode_step(
         self,
         state: list[jax.Array],
@@ -142,6 +152,7 @@ class ExportedMimi:
             )
         return self._call("encode_step", state, audio, mask, self._check_active(active))
 
+    @transfers_allowed()
     def decode_step(
         self, state: list[jax.Array], audio_codes: ArrayLike, active: ArrayLike | None = None
     ) -> tuple[list[jax.Array], jax.Array]:
@@ -166,6 +177,7 @@ class ExportedMimi:
                 " halves and can stream"
             )
 
+    @transfers_allowed()
     def _init_state(self, name: str) -> list[jax.Array]:
         self._check_has(name)
         exported = self._exported[name]
@@ -190,12 +202,9 @@ class ExportedMimi:
 
     def _check_codes(self, audio_codes: ArrayLike) -> jax.Array:
         """As int32 [batch, codebooks, frames]."""
-        codes, count = jnp.asarray(audio_codes), self.metadata.num_quantizers
-        if codes.ndim != 3 or codes.shape[1] != count or not jnp.issubdtype(codes.dtype, jnp.integer):
-            raise ValueError(
-                f"codes must be integers [batch, codebooks={count}, frames], got {codes.dtype}"
-                f" {list(codes.shape)}"
-            )
+        codes, count = check_codes(audio_codes), self.metadata.num_quantizers
+        if codes.shape[1] != count:
+            raise ValueError(f"codes must be [batch, codebooks={count}, frames], got {list(codes.shape)}")
         self._check_batch(len(codes))
         return codes.astype(jnp.int32)
 
@@ -205,8 +214,7 @@ class ExportedMimi:
 
     def _check_active(self, active: ArrayLike | None) -> jax.Array:
         batch = self.metadata.batch_size
-        rows = np.ones(batch, bool) if active is None else jnp.asarray(active).astype(bool)
-        return check_rows("active", rows, batch)
+        return check_active(np.ones(batch, bool) if active is None else active, batch)
 
 
 def save(
@@ -241,8 +249,7 @@ def save(
     config, platforms = model.config, tuple(platforms)
     if not platforms or set(platforms) - set(PLATFORMS):
         raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {list(platforms)}")
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    batch_size = check_batch_size(batch_size)
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be positive, got {seconds!r}")
     count = model.quantizer.resolve_count(num_quantizers)

@@ -21,13 +21,17 @@ from mimi_jax.boundary import (
     DecoderOutput,
     EncoderOutput,
     MimiOutput,
+    as_array,
     check_audio,
     check_codes,
     check_mask,
     check_state,
     check_streamable,
+    check_whole_frames,
+    compiled,
     lengths_of_active,
     pad_to_frame,
+    transfers_allowed,
     with_model_settings,
 )
 from mimi_jax.config import MimiConfig, ceil_div
@@ -198,7 +202,7 @@ class Mimi(nnx.Module):
         num_samples = audio.shape[2]
         audio = pad_to_frame(audio, self.config)
         if lengths is None and audio.shape[2] > num_samples:
-            lengths = jnp.full(audio.shape[0], num_samples)
+            lengths = jnp.full(audio.shape[0], num_samples, jnp.int32)
         lengths = lengths_of_active(active, lengths, len(audio), num_samples)
         if state is not None:
             check_state(state, jax.eval_shape(lambda: self.init_encoder_state(len(audio))))
@@ -206,7 +210,7 @@ class Mimi(nnx.Module):
         state, latents = step_all(self._layers("encoder"), state, x, lengths)
         return state, latents, None if lengths is None else ceil_div(lengths, self.config.frame_size)
 
-    @jax.jit
+    @compiled
     def encode_latents(self, audio: ArrayLike, padding_mask: ArrayLike | None = None) -> jax.Array:
         """Compute the latents before quantization, which are differentiable. Arguments are as for `encode`.
 
@@ -215,16 +219,16 @@ class Mimi(nnx.Module):
         """
         return self._encode_latents(audio, padding_mask)[1]
 
-    @functools.partial(jax.jit, static_argnames="num_quantizers")
+    @compiled
     def quantize(self, latents: ArrayLike, num_quantizers: int | None = None) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames], as for `encode`."""
         return self._quantize(latents, num_quantizers=num_quantizers)
 
     @with_model_settings
     def _quantize(self, latents: ArrayLike, *, num_quantizers: int | None) -> jax.Array:
-        return self.quantizer.encode(jnp.asarray(latents), self.quantizer.resolve_count(num_quantizers))
+        return self.quantizer.encode(jnp.asarray(latents), num_quantizers)
 
-    @jax.jit
+    @compiled
     @with_model_settings
     def dequantize(self, codes: ArrayLike) -> jax.Array:
         """Codes [batch, codebooks, frames] -> latents [batch, frames, hidden_size], as for `decode`."""
@@ -240,7 +244,7 @@ class Mimi(nnx.Module):
         state, x = step_all(self._layers("decoder"), state, x, lengths)
         return state, jnp.swapaxes(x, 1, 2)
 
-    @jax.jit
+    @compiled
     def decode_latents(self, latents: ArrayLike) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> audio [batch, channels, samples]; differentiable."""
         return self._decode_latents(latents)[1]
@@ -253,6 +257,7 @@ class Mimi(nnx.Module):
         """The state of `batch_size` fresh streams, for `decode_step`."""
         return self._init_state("decoder", batch_size)
 
+    @transfers_allowed()
     def _init_state(self, half: str, batch_size: int) -> Any:
         check_streamable(self.config)
         return tuple(layer.init_state(batch_size, self.dtype) for layer in self._layers(half))
@@ -261,13 +266,15 @@ class Mimi(nnx.Module):
         self, audio: ArrayLike, padding_mask: ArrayLike | None = None, num_quantizers: int | None = None
     ) -> MimiOutput:
         """Encode and decode. Arguments are those of `encode`. The audio is as long as the input."""
+        audio = as_array("audio", audio)
         codes, codes_mask = encode(self, audio, padding_mask, num_quantizers)
         if padding_mask is None:
-            padding_mask = jnp.ones((codes.shape[0], jnp.shape(audio)[2]), bool)
+            with transfers_allowed():
+                padding_mask = jnp.ones((codes.shape[0], audio.shape[2]), bool)
         return MimiOutput(codes, codes_mask, decode(self, codes, padding_mask).audio_values)
 
 
-@functools.partial(jax.jit, static_argnames="num_quantizers")
+@compiled
 def encode(
     model: Mimi,
     audio: ArrayLike,
@@ -294,8 +301,7 @@ def encode(
         TypeError: a list.
     """
     _, latents, lengths = model._encode_latents(audio, padding_mask)
-    codes, mask = _quantize_real(model, latents, lengths, num_quantizers)
-    return EncoderOutput(codes, mask)
+    return EncoderOutput(*_quantize_real(model, latents, lengths, num_quantizers))
 
 
 def _quantize_real(
@@ -309,7 +315,7 @@ def _quantize_real(
     return jnp.where(mask[:, None, :], codes, 0), mask
 
 
-@jax.jit
+@compiled
 def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None = None) -> DecoderOutput:
     """Decode codes to audio.
 
@@ -336,7 +342,7 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
     return DecoderOutput(jnp.where(is_real(lengths, audio.shape[2])[:, None, :], audio, 0))
 
 
-@functools.partial(jax.jit, static_argnames="num_quantizers")
+@compiled
 def encode_step(
     model: Mimi,
     state: EncoderState,
@@ -364,17 +370,12 @@ def encode_step(
     Raises:
         ValueError: another shape or dtype, a state of something else, or a model that cannot stream.
     """
-    num_samples, frame_size = jnp.shape(audio)[-1], model.config.frame_size
-    if num_samples % frame_size:
-        raise ValueError(
-            f"samples must be a positive multiple of frame_size={frame_size}, got {num_samples};"
-            " pad the last frame and mark it in padding_mask"
-        )
+    check_whole_frames(model.config, audio)
     state, latents, lengths = model._encode_latents(audio, padding_mask, state, active)
     return state, _quantize_real(model, latents, lengths, num_quantizers)[0]
 
 
-@jax.jit
+@compiled
 def decode_step(
     model: Mimi, state: DecoderState, audio_codes: ArrayLike, active: ArrayLike | None = None
 ) -> tuple[DecoderState, jax.Array]:

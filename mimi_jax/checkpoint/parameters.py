@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mimi_jax.config import MimiConfig
+from mimi_jax.config import MimiConfig, as_integer
 from mimi_jax.files.arrays import named_variables, with_values
 from mimi_jax.model import Mimi
 from mimi_jax.nn.quantizer import Codebook
@@ -43,6 +43,7 @@ def num_parameters(model: Mimi) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(values))
 
 
+@jax.transfer_guard("allow")  # from the file to the devices, or back
 def fill(
     model: Mimi,
     arrays: Mapping[str, Any],
@@ -67,6 +68,7 @@ def fill(
     return model
 
 
+@jax.transfer_guard("allow")  # from the file to the devices, or back
 def keep_codebooks(model: Mimi, num_quantizers: int) -> Mimi:
     """The same model with its first codebooks only. Its codes are the first ones of the whole model's codes.
 
@@ -76,7 +78,7 @@ def keep_codebooks(model: Mimi, num_quantizers: int) -> Mimi:
     Raises:
         ValueError: no acoustic codebook would be left, or the model has fewer codebooks.
     """
-    check_kept(model.config, num_quantizers)
+    num_quantizers = check_kept(model.config, num_quantizers)
     num_acoustic = num_quantizers - model.quantizer.num_semantic
     kept = nnx.clone(model)
     kept.config = dataclasses.replace(model.config, num_quantizers=num_quantizers)
@@ -88,11 +90,13 @@ def keep_codebooks(model: Mimi, num_quantizers: int) -> Mimi:
     return kept
 
 
-def check_kept(config: MimiConfig, num_quantizers: int) -> None:
+def check_kept(config: MimiConfig, num_quantizers: int) -> int:
     """Refuse a number of codebooks that a model of this configuration cannot be cut down to."""
     least = config.num_semantic_quantizers + 1
-    if type(num_quantizers) is not int or not least <= num_quantizers <= config.num_quantizers:
+    count = as_integer(num_quantizers)
+    if count is None or not least <= count <= config.num_quantizers:
         raise ValueError(
             f"num_quantizers must be an integer from {least} (the semantic and one acoustic codebook) to"
             f" {config.num_quantizers} (all codebooks of this model), got {num_quantizers!r}"
         )
+    return count

@@ -19,6 +19,7 @@ from mimi_jax.files.atomic import atomic_path
 from mimi_jax.model import HALVES, Mimi
 
 
+@jax.transfer_guard("allow")  # from the file to the devices, or back
 def load(
     name: str | Path,
     *,
@@ -81,6 +82,7 @@ def _read_config(files: ModelFiles, encoder: bool, decoder: bool) -> tuple[MimiC
     return config, halves
 
 
+@jax.transfer_guard("allow")  # from the file to the devices, or back
 def save(model: Mimi, folder: str | Path, layout: str | None = None) -> None:
     """Write a model folder, from which `load` makes the same model, bit for bit.
 

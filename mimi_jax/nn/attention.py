@@ -108,9 +108,9 @@ class Attention(StreamingLayer):
         else:
             past, state = state, self._write(state, key, value, lengths)
             if time <= SPARE:
-                out = self._attend_to_ring(state, query, jnp.arange(1 - time, 1))
+                out = self._attend_to_ring(state, query, jnp.arange(1 - time, 1, dtype=jnp.int32))
             else:
-                out = self._attend_to_ring(past, query, jnp.arange(1, time + 1), key, value)
+                out = self._attend_to_ring(past, query, jnp.arange(1, time + 1, dtype=jnp.int32), key, value)
         return state, self.output_proj(out.reshape(batch, time, self.num_heads * self.head_dim))
 
     def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -123,14 +123,14 @@ class Attention(StreamingLayer):
     ) -> AttentionState:
         """Write new steps into their slots. There are at most as many steps as slots."""
         time, slots = key.shape[1], self.slots
-        positions = (state.position[:, None] + jnp.arange(time)[None]) % slots
+        positions = (state.position[:, None] + jnp.arange(time, dtype=jnp.int32)[None]) % slots
         key = self._rotate(key, positions)
         end = state.position + time
         end = jnp.where(end < 2 * slots, end, slots + end % slots)
         if lengths is not None:  # an idle row writes nothing
             positions = jnp.where(lengths[:, None] > 0, positions, slots)
             end = jnp.where(lengths > 0, end, state.position)
-        rows = jnp.arange(len(key))[:, None]
+        rows = jnp.arange(len(key), dtype=jnp.int32)[:, None]
         return AttentionState(
             state.key.at[rows, :, positions].set(key, mode="drop"),
             state.value.at[rows, :, positions].set(value, mode="drop"),
@@ -157,7 +157,8 @@ class Attention(StreamingLayer):
         newest = (ring.position[:, None] - 1) % slots
         positions = newest + ahead[None]
         # A slot after the newest one holds a step of the round before. A query is one round further from it.
-        before = jnp.arange(slots)[None] > newest
+        slot = jnp.arange(slots, dtype=jnp.int32)[None]
+        before = slot > newest
         queries = jnp.stack([self._rotate(query, positions), self._rotate(query, positions + slots)], axis=1)
         queries = queries.reshape(batch, 2, time, key_value_heads, groups, head_dim)
         queries = jnp.transpose(queries, (0, 3, 4, 1, 2, 5))
@@ -165,7 +166,7 @@ class Attention(StreamingLayer):
         # The ring is the first operand, or XLA:CPU would rearrange it for the product.
         scores = jnp.moveaxis(products("bhsd,bhgrtd->bhsgrt", ring.key, queries), 2, -1)
         scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
-        key_positions = jnp.arange(slots)[None] - jnp.where(before, slots, 0)
+        key_positions = slot - jnp.where(before, slots, 0)
         if key is not None:
             new = products("bhgtd,bshd->bhgts", queries[:, :, :, 0], self._rotate(key, positions))
             scores = jnp.concatenate([scores, new], axis=-1)

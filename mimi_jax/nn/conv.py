@@ -79,9 +79,9 @@ class Conv1d(StreamingLayer):
         self.lookahead = 0 if causal else padding // 2
         self.context = padding - self.lookahead
         shape = (kernel_size, in_channels, out_channels)
-        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape))
+        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape, jnp.float32))
         bound = 1 / math.sqrt(in_channels * kernel_size)
-        bias = jax.random.uniform(rngs.params(), (out_channels,), minval=-bound, maxval=bound)
+        bias = jax.random.uniform(rngs.params(), (out_channels,), jnp.float32, -bound, bound)
         self.bias = nnx.Param(bias) if use_bias else None
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> ConvState:
@@ -147,9 +147,9 @@ class ConvTranspose1d(StreamingLayer):
         self.lookahead = stride - trim_right  # outputs trimmed on the left
         shape = (2, groups, in_channels // groups, stride, out_channels // groups)
         fan = 2 * stride * out_channels // groups
-        self.kernel = nnx.Param(math.sqrt(2 / fan) * jax.random.normal(rngs.params(), shape))
+        self.kernel = nnx.Param(math.sqrt(2 / fan) * jax.random.normal(rngs.params(), shape, jnp.float32))
         bound = 1 / math.sqrt(fan)
-        bias = jax.random.uniform(rngs.params(), (out_channels,), minval=-bound, maxval=bound)
+        bias = jax.random.uniform(rngs.params(), (out_channels,), jnp.float32, -bound, bound)
         self.bias = nnx.Param(bias) if use_bias else None
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> ConvTransposeState:
@@ -167,10 +167,11 @@ class ConvTranspose1d(StreamingLayer):
         if self.lookahead:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
         # The bias is added before strides become time: after that XLA:GPU would write it out as large as y.
-        y = self._strides(x).reshape(batch, -1, self.stride * self.out_channels)
+        y = self._strides(x)
+        y = y.reshape(batch, y.shape[1], self.stride * self.out_channels)
         if self.bias is not None:
             y += jnp.tile(self.bias[None, None], self.stride)
-        y = y.reshape(batch, -1, self.out_channels)
+        y = y.reshape(batch, y.shape[1] * self.stride, self.out_channels)
         return state, y[:, self.lookahead : self.lookahead + time * self.stride]
 
     def _strides(self, x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
-from mimi_jax.config import MimiConfig
+from mimi_jax.config import MimiConfig, as_integer
 from mimi_jax.nn.module import Module
 from mimi_jax.ops import policy
 
@@ -41,11 +41,12 @@ class ResidualQuantizer(Module):
         projects = dim != features
         self.input_proj = nnx.Linear(features, dim, use_bias=False, rngs=rngs) if projects else None
         self.output_proj = nnx.Linear(dim, features, use_bias=False, rngs=rngs) if projects else None
-        self.initialized = CodebookStatistic(jnp.ones(num_levels))
-        self.cluster_usage = CodebookStatistic(jnp.ones((num_levels, size)))
-        self.embedding_sum = CodebookStatistic(jax.random.normal(rngs.params(), (num_levels, size, dim)))
-        self.embedding = Codebook(jnp.zeros((num_levels, size, dim)))
-        self.half_square = Codebook(jnp.zeros((num_levels, size)))
+        self.initialized = CodebookStatistic(jnp.ones(num_levels, jnp.float32))
+        self.cluster_usage = CodebookStatistic(jnp.ones((num_levels, size), jnp.float32))
+        shape = num_levels, size, dim
+        self.embedding_sum = CodebookStatistic(jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.embedding = Codebook(jnp.zeros(shape, jnp.float32))
+        self.half_square = Codebook(jnp.zeros((num_levels, size), jnp.float32))
         self.derive()
 
     def derive(self) -> None:
@@ -68,7 +69,7 @@ class ResidualQuantizer(Module):
             codes = policy.search(residual, embedding, self.half_square[level])
             return residual - embedding[codes], codes
 
-        return jnp.moveaxis(lax.scan(step, residual, jnp.arange(num_levels))[1], 0, 1)
+        return jnp.moveaxis(lax.scan(step, residual, jnp.arange(num_levels, dtype=jnp.int32))[1], 0, 1)
 
     def decode(self, codes: Integer[Array, "batch levels frames"]) -> Float[Array, "batch frames hidden"]:
         """Add up the embeddings of the codes."""
@@ -81,7 +82,7 @@ class ResidualQuantizer(Module):
             codes = jnp.where(codes < 0, size, codes)
             return total + self.embedding[...].at[number, codes].get(mode="fill", fill_value=jnp.nan), None
 
-        levels = jnp.arange(num_levels), jnp.moveaxis(codes, 1, 0).astype(jnp.int32)
+        levels = jnp.arange(num_levels, dtype=jnp.int32), jnp.moveaxis(codes, 1, 0).astype(jnp.int32)
         # It is made of the codes, so that inside `shard_map` it differs between the devices as they do.
         zero = jnp.zeros_like(codes[:, 0, :, None], jnp.float32)
         total, _ = lax.scan(step, jnp.broadcast_to(zero, (batch, frames, dim)), levels)
@@ -108,14 +109,13 @@ class SplitResidualQuantizer(Module):
         """
         if num_quantizers is None:
             return self.num_quantizers
-        if type(num_quantizers) is not int or not (
-            self.num_semantic <= num_quantizers <= self.num_quantizers
-        ):
+        count = as_integer(num_quantizers)
+        if count is None or not self.num_semantic <= count <= self.num_quantizers:
             raise ValueError(
                 f"num_quantizers must be an integer from {self.num_semantic} to {self.num_quantizers},"
                 f" the codebooks of this model (axis 1 of codes), got {num_quantizers!r}"
             )
-        return num_quantizers
+        return count
 
     def encode(
         self, latents: Float[Array, "batch frames hidden"], num_quantizers: int | None = None

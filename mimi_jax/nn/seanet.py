@@ -101,7 +101,7 @@ class Network(Chain):
         step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
 
         def size(max_bytes: int, inputs_per_step: int) -> int:
-            return max(max_bytes // step_bytes, 1) * inputs_per_step
+            return max(max_bytes // max(step_bytes, 1), 1) * inputs_per_step
 
         def step_groups(state: tuple, x: Float[Array, "batch time in"], lengths: Lengths) -> StepResult:
             new_state = ()

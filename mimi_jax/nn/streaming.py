@@ -114,7 +114,7 @@ class Chain(StreamingLayer):
 
 def is_real(lengths: Int[Array, " batch"], size: int) -> Bool[Array, "batch {size}"]:
     """Which of the first `size` positions of each row come before its end."""
-    return jnp.arange(size)[None] < lengths[:, None]
+    return jnp.arange(size, dtype=lengths.dtype)[None] < lengths[:, None]
 
 
 def fill_beyond(

@@ -4,6 +4,7 @@ The first way of each table is the plain one, to which tests compare the others.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -58,7 +59,7 @@ def product_with_float32_sums(x: jax.Array, kernel: jax.Array, dimension_numbers
 
 def product_as_convolution(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
     """Call the product a convolution of one tap, which XLA:CPU gives to another library."""
-    y = plain_convolution(x.reshape(1, -1, x.shape[-1]), kernel[None])
+    y = plain_convolution(x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]), kernel[None])
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 

@@ -32,9 +32,9 @@ def step_in_pieces(
     # Inside `shard_map` a carry must differ between the devices from the start, as x does.
     zero = jnp.zeros_like(x[:, 0, 0])
     state = jax.tree.map(lambda s: s + jnp.expand_dims(zero, range(1, s.ndim)).astype(s.dtype), state)
-    state, y = lax.scan(step_piece, state, (jnp.arange(0, time - rest, size), pieces))
-    y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1])
+    state, y = lax.scan(step_piece, state, (jnp.arange(0, time - rest, size, dtype=jnp.int32), pieces))
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, count * y.shape[2], y.shape[3])
     if rest:
-        state, end = step_piece(state, (jnp.array(time - rest), x[:, time - rest :]))
+        state, end = step_piece(state, (jnp.array(time - rest, jnp.int32), x[:, time - rest :]))
         y = jnp.concatenate([y, end], axis=1)
     return state, y

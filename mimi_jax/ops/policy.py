@@ -207,7 +207,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int
     # Windows pay as soon as they leave out more keys than they add.
     choice = {"default": "banded" if query.shape[1] > 2 * window else "reference"}
     compute = _compute.get()
-    if query.dtype in HALF_PRECISION:  # fused device kernels compute in nothing else
+    # Fused device kernels compute in nothing else, and may not take an empty batch.
+    if query.dtype in HALF_PRECISION and query.size:
         if "cuda" in compute.fused:
             choice["cuda"] = "cudnn"
         if "tpu" in compute.fused and (compute.one_device or _is_divided_by_hand(query)):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mimi_jax.boundary import as_numpy, transfers_allowed
 from mimi_jax.files.batches import bucket_length, pad_batch
 from mimi_jax.model import Mimi, decode, decode_step, encode, encode_step
 from mimi_jax.streams.push import codes_as_numpy, fresh_state
@@ -40,13 +41,12 @@ def encode_chunks(
         ValueError: a piece has another shape or dtype, there are no samples, or the model has fewer
             codebooks.
     """
-    # None and the number of all codebooks would be two programs.
-    num_quantizers = model.quantizer.resolve_count(num_quantizers)
     if not model.config.is_streamable:
         audio, mask = pad_batch([np.concatenate(list(pieces), axis=1)], model.config.frame_size)
         length = int(mask.sum())
-        codes = encode(model, audio, mask, num_quantizers).audio_codes
-        yield np.asarray(codes)[0, :, : model.encoded_length(length)], length
+        with transfers_allowed():
+            codes = np.asarray(encode(model, audio, mask, num_quantizers).audio_codes)
+        yield codes[0, :, : model.encoded_length(length)], length
         return
     size = CHUNK_FRAMES * model.config.frame_size
     state = fresh_state(model.init_encoder_state, 1)
@@ -55,8 +55,10 @@ def encode_chunks(
         audio = np.pad(chunk, [(0, 0), (0, size - length)])
         # Full chunks get a mask too. Without it they would need a program of their own.
         mask = np.arange(size)[None] < length
-        state, codes = encode_step(model, state, audio[None], mask, num_quantizers=num_quantizers)
-        yield np.asarray(codes)[0, :, : model.encoded_length(length)], length
+        with transfers_allowed():
+            state, codes = encode_step(model, state, audio[None], mask, num_quantizers)
+            codes = np.asarray(codes)
+        yield codes[0, :, : model.encoded_length(length)], length
 
 
 def decode_chunks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -80,16 +82,19 @@ def decode_chunks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndar
         length, frame_size = codes.shape[1], model.config.frame_size
         codes = np.pad(codes, [(0, 0), (0, bucket_length(length, 1) - length)])
         mask = np.arange(codes.shape[1] * frame_size)[None] < length * frame_size
-        audio = decode(model, codes[None], mask).audio_values
-        yield np.asarray(audio, np.float32)[0, :, : length * frame_size]
+        with transfers_allowed():
+            audio = np.asarray(decode(model, codes[None], mask).audio_values, np.float32)
+        yield audio[0, :, : length * frame_size]
         return
     state = fresh_state(model.init_decoder_state, 1)
     for chunk in _chunks(pieces, CHUNK_FRAMES):
         length = chunk.shape[1]
         # No layer looks ahead, so the padding after the last frame does not change its audio.
         codes = np.pad(chunk, [(0, 0), (0, CHUNK_FRAMES - length)])
-        state, audio = decode_step(model, state, codes[None])
-        yield np.asarray(audio, np.float32)[0, :, : length * model.config.frame_size]
+        with transfers_allowed():
+            state, audio = decode_step(model, state, codes[None])
+            audio = np.asarray(audio, np.float32)
+        yield audio[0, :, : length * model.config.frame_size]
 
 
 def _chunks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -97,6 +102,7 @@ def _chunks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     pending: list[np.ndarray] = []
     total = length = 0
     for piece in pieces:
+        piece = as_numpy("a piece", piece)
         if piece.ndim != 2:
             raise ValueError(f"a piece of a clip must be [channels, samples], got {list(piece.shape)}")
         pending.append(piece)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mimi_jax.boundary import check_is_floating
+from mimi_jax.boundary import as_numpy, check_batch_size, check_is_floating, transfers_allowed
 from mimi_jax.files.codes import check_range
 from mimi_jax.model import DecoderState, EncoderState, Mimi, decode_step, encode_step
 from mimi_jax.nn.streaming import State
@@ -28,9 +28,7 @@ class _Stream(Generic[State]):
     """What both directions share: a batch of streams that continue together, and that may have stopped."""
 
     def __init__(self, model: Mimi, init_state: Callable[[int], State], batch_size: int):
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
-        self.config, self.batch_size, self._model = model.config, batch_size, model
+        self.config, self.batch_size, self._model = model.config, check_batch_size(batch_size), model
         self._parameters, self._structure = jax.tree.flatten(model)
         self._init_state = init_state
         self.reset()
@@ -48,9 +46,13 @@ class _Stream(Generic[State]):
 
     @contextlib.contextmanager
     def _stepping(self) -> Iterator[None]:
-        """Stop the stream unless all steps inside succeed: the memory of the old state was given away."""
+        """Stop the stream unless all steps inside succeed: the memory of the old state was given away.
+
+        What is pushed comes from the host, and what is returned goes there, so transfers are allowed.
+        """
         self._stopped = "the stream broke off in the middle of a push"
-        yield
+        with transfers_allowed():
+            yield
         self._stopped = ""
 
 
@@ -81,6 +83,7 @@ class StreamingEncoder(_Stream[EncoderState]):
         super().reset()
         self._pending = np.zeros((self.batch_size, self.config.audio_channels, 0), np.float32)
 
+    @transfers_allowed()
     def warmup(self) -> None:
         """Compile everything that `push` and `flush` run. The stream does not change."""
         for frames in STEP_FRAMES:
@@ -143,15 +146,14 @@ class StreamingEncoder(_Stream[EncoderState]):
 
     def _check_audio(self, audio: ArrayLike) -> np.ndarray:
         """The audio as float32 [batch, channels, samples]."""
-        array = np.asarray(audio)
+        array = as_numpy("audio", audio)
         batch, channels = self.batch_size, self.config.audio_channels
         if array.ndim == 1 and batch == channels == 1:
             array = array[None, None]
         if array.ndim != 3 or array.shape[:2] != (batch, channels):
             short = " or [samples]" if batch == channels == 1 else ""
             raise ValueError(
-                f"audio must be [batch={batch}, channels={channels}, samples]{short}, got"
-                f" {list(np.shape(audio))}"
+                f"audio must be [batch={batch}, channels={channels}, samples]{short}, got {list(array.shape)}"
             )
         check_is_floating(array)
         array = array.astype(np.float32)
@@ -182,6 +184,7 @@ class StreamingDecoder(_Stream[DecoderState]):
     def __init__(self, model: Mimi, batch_size: int = 1):
         super().__init__(model, model.init_decoder_state, batch_size)
 
+    @transfers_allowed()
     def warmup(self, num_quantizers: int | None = None) -> None:
         """Compile everything that `push` runs. The stream does not change.
 
@@ -233,14 +236,15 @@ def codes_as_numpy(model: Mimi, audio_codes: ArrayLike, batch_size: int = 1) -> 
     Raises:
         ValueError: the codes have another shape or dtype, or the model does not have such codes or codebooks.
     """
-    codes = np.asarray(audio_codes)
+    codes = as_numpy("codes", audio_codes)
+    shape = list(codes.shape)
     if codes.ndim == 2 and batch_size == 1:
         codes = codes[None]
     if codes.dtype.kind not in "iu" or codes.ndim != 3 or len(codes) != batch_size:
         short = " or [codebooks, frames]" if batch_size == 1 else ""
         raise ValueError(
             f"codes must be integers [batch={batch_size}, codebooks, frames]{short}, got"
-            f" {codes.dtype} {list(np.shape(audio_codes))}"
+            f" {codes.dtype} {shape}"
         )
     model.quantizer.resolve_count(codes.shape[1])
     check_range(codes, model.config.codebook_size)

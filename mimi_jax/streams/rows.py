@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from mimi_jax.boundary import check_rows
+from mimi_jax.boundary import as_numpy, check_rows, transfers_allowed
 from mimi_jax.nn.streaming import State, batch_size, select_rows
 
 
+@transfers_allowed()
 def reset_rows(state: State, rows: ArrayLike | Sequence[bool]) -> State:
     """Turn some rows of a batch of streams into fresh streams.
 
@@ -40,6 +41,7 @@ def _reset_rows(state: State, rows: jax.Array) -> State:
     return select_rows(rows, jax.tree.map(jnp.zeros_like, state), state)
 
 
+@transfers_allowed()
 def take_rows(state: State, rows: ArrayLike | Sequence[int]) -> State:
     """Copy some streams out of a batch, to move them to another batch or to save them.
 
@@ -62,6 +64,7 @@ def _take_rows(state: State, rows: jax.Array) -> State:
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="fill"), state)
 
 
+@transfers_allowed()
 def put_rows(state: State, rows: ArrayLike | Sequence[int], streams: State) -> State:
     """Replace some rows of a batch by other streams.
 
@@ -99,7 +102,7 @@ def _put_rows(state: State, rows: jax.Array, streams: State) -> State:
 
 def _check_numbers(rows: ArrayLike | Sequence[int], batch: int, distinct: bool = False) -> jax.Array:
     """Row numbers as int32 [count]. Inside `jit` their values are not known, so they are not checked."""
-    numbers = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    numbers = rows if isinstance(rows, jax.Array) else as_numpy("rows", rows)
     if not jnp.issubdtype(numbers.dtype, jnp.integer) or numbers.ndim > 1:
         raise ValueError(
             f"rows must be the numbers of rows, int [count], got {numbers.dtype} {list(numbers.shape)};"

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mimi_jax.boundary import transfers_allowed
 from mimi_jax.files.arrays import (
     ORBAX_MARK,
     SafetensorsFile,
@@ -28,6 +29,7 @@ from mimi_jax.nn.streaming import State
 FORMAT = "mimi_jax.state"
 
 
+@transfers_allowed()
 def save_state(path: str | os.PathLike[str], state: Any) -> None:
     """Write the state of a batch of streams, whole or not at all.
 
@@ -49,6 +51,7 @@ def save_state(path: str | os.PathLike[str], state: Any) -> None:
         write_orbax(path, arrays)
 
 
+@transfers_allowed()
 def load_state(path: str | os.PathLike[str], like: State) -> State:
     """Read a state that `save_state` wrote.
 
