@@ -15,6 +15,8 @@ import re
 
 import numpy as np
 
+from mimi_jax.files.containers import mpeg
+
 SAFETENSORS = "a safetensors file or a code stream"
 # What a file begins with, as a regular expression.
 MAGIC_NUMBERS = {
@@ -72,13 +74,7 @@ MAGIC_NUMBERS = {
 }
 _FILES = {name: re.compile(pattern, re.DOTALL) for name, pattern in MAGIC_NUMBERS.items()}
 
-# kbit/s of MPEG audio: of layers III and II in version 1, and of both in the later versions.
-_RATES_III = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-_RATES_II = (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
-_RATES_LATER = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-_SAMPLING_RATES = (44_100, 48_000, 32_000)  # Hz, in version 1; half of it in version 2, a quarter in 2.5
 _NUM_FRAMES = 3  # in a row are MPEG audio; PCM may begin with the same bytes as one
-_ADTS, _III, _II = 0, 1, 2  # layers, as the headers of frames number them; ADTS holds AAC
 
 _MIN_TEXT, _MAX_VALUES = 16, 8  # bytes of text; different bytes of a square wave, which may be letters
 _CONTROL = re.compile(r"[^\s\x20-\x7e\xa0-\U0010ffff]")
@@ -180,26 +176,19 @@ def _is_mpeg_audio(data: bytes) -> bool:
     """Whether complete frames stand one after the other from the beginning, all of one kind."""
     kinds = set()
     for _ in range(_NUM_FRAMES):
-        header = data[:6]
-        if not (size := _mpeg_frame_size(header)):
+        if header := mpeg.parse(data):
+            kind, size = header.kind, header.size
+        else:
+            kind, size = data[1:2], _adts_size(data)
+        if not size:
             return False
-        kinds.add((header[1], header[2] & 0x0C))
+        kinds.add(kind)
         data = data[size:]
     return len(kinds) == 1
 
 
-def _mpeg_frame_size(header: bytes) -> int:
-    """Return the bytes of the frame that begins with this header; 0 if it is none."""
-    if len(header) < 6 or header[0] != 0xFF or header[1] < 0xE0:
+def _adts_size(data: bytes) -> int:
+    """The bytes of the ADTS frame, which holds AAC, that begins with these bytes; 0 if none does."""
+    if len(data) < 6 or data[0] != 0xFF or data[1] & 0xF6 != 0xF0:
         return 0
-    version, layer = header[1] >> 3 & 3, header[1] >> 1 & 3  # versions: 3 is 1, 2 is 2, and 0 is 2.5
-    if layer == _ADTS:
-        return (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
-    rate, sampling_rate, padding = header[2] >> 4, header[2] >> 2 & 3, header[2] >> 1 & 1
-    if version == 1 or layer not in (_III, _II) or rate in (0, 15) or sampling_rate == 3:
-        return 0
-    if version == 3:
-        kbits, slots, divisor = (_RATES_III if layer == _III else _RATES_II)[rate], 144, 1
-    else:
-        kbits, slots, divisor = _RATES_LATER[rate], 72 if layer == _III else 144, 2 if version == 2 else 4
-    return slots * 1000 * kbits * divisor // _SAMPLING_RATES[sampling_rate] + padding
+    return (data[3] & 3) << 11 | data[4] << 3 | data[5] >> 5
