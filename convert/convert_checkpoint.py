@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from mimi_jax import cli
-from mimi_jax.cli.models import PYTORCH_SUFFIXES
+from mimi_jax.checkpoint.find import PYTORCH_SUFFIXES
 
 
 def unpickle(source: Path, folder: Path) -> None:

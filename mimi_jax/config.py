@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+MAX_SHOWN = 5  # problems of one kind in an error message
 PAD_MODES = ("constant", "replicate")  # the others would look ahead
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 
@@ -43,6 +44,12 @@ def as_integer(value: object) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
         return None
+
+
+def first_few(problems: list[str]) -> list[str]:
+    """The first problems of one kind, and how many more there are."""
+    more = len(problems) - MAX_SHOWN
+    return problems if more <= 0 else [*problems[:MAX_SHOWN], f"and {more} more like this"]
 
 
 def _is_count(value: Any) -> bool:
@@ -197,7 +204,7 @@ class MimiConfig:
         """Read the fields of a `transformers` Mimi configuration of any release.
 
         Raises:
-            ValueError: naming every unknown field and every field with a value that is not supported.
+            ValueError: naming the unknown fields and every field with a value that is not supported.
         """
         values = {k: v for k, v in fields.items() if k not in _IGNORED_FIELDS}
         problems = []
@@ -225,7 +232,7 @@ class MimiConfig:
         if not values.get("upsampling_ratios", True):
             del values["upsampling_ratios"]
         known = {field.name for field in dataclasses.fields(cls)}
-        problems += [f"unknown field {name!r}" for name in sorted(values.keys() - known)]
+        problems += first_few([f"unknown field {name!r}" for name in sorted(values.keys() - known)])
         if problems:
             raise ValueError(f"unsupported Mimi configuration: {'; '.join(problems)}")
         return cls(**values)

@@ -285,7 +285,7 @@ def load(path: str | os.PathLike[str]) -> ExportedMimi:
             was made by a version of JAX that this one cannot read.
         ImportError: `flatbuffers` is not installed.
     """
-    name = os.fspath(path)
+    name = path = os.path.expanduser(path)
     try:
         with zipfile.ZipFile(path) as file:
             metadata = _read_metadata(file.read("metadata.json"))

@@ -126,8 +126,8 @@ class Mimi(nnx.Module):
         Raises:
             FileNotFoundError: there is no such model, or the Hub cannot be reached.
             ImportError: int8 weights are to be made, and `qwix` is not installed.
-            ValueError: naming every tensor that is missing, unexpected or of another shape, and every field
-                of the configuration that is unknown or not supported; or naming a wrong argument.
+            ValueError: naming the tensors that are missing, unexpected or of another shape, and the fields
+                of the configuration that are unknown or not supported; or naming a wrong argument.
         """
         from mimi_jax import checkpoint  # which builds on this module
 

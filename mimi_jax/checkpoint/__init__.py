@@ -9,7 +9,7 @@
 
 A model is stored as a folder with a `config.json` and its weights in one of the `LAYOUTS`. Reading is
 strict: every tensor of the file must belong to the model, every parameter of the model must be in the file,
-and an error lists everything that does not fit.
+and an error lists what does not fit: the first names of each kind, and how many more there are.
 """
 
 from mimi_jax.checkpoint.find import BUNDLED, bundled_models, find

@@ -1,6 +1,7 @@
 """Load a model from any layout, and save it as a folder: a `config.json` and its weights in one layout."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def save(model: Mimi, folder: str | Path, layout: str | None = None) -> None:
             f"int8 weights cannot be stored in the layout {layout!r}, only in the layout 'int8'; save"
             " mimi_jax.checkpoint.int8.to_float(model) instead"
         )
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     LAYOUTS[layout].write(model, folder)
     absent = {f"{half}_config": None for half in HALVES if getattr(model, half) is None}
     fields = model.config.to_dict() | absent | config_fields(model)

@@ -7,10 +7,9 @@ from pathlib import Path
 from mimi_jax.cli.checks import UsageError, check_folder, check_is_no_pipe, other_kind
 from mimi_jax.cli.terminal import code_rows, print_table
 
-PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
 
 def run_info(arguments: argparse.Namespace) -> None:
+    from mimi_jax.checkpoint.find import PYTORCH_SUFFIXES
     from mimi_jax.files.codes import is_code_file
 
     name, path = arguments.name, Path(arguments.name)
@@ -57,8 +56,6 @@ def _describe_model(name: str) -> None:
 
 def run_convert(arguments: argparse.Namespace) -> None:
     source, output = arguments.source, arguments.output
-    if Path(source).is_file() and source.endswith(PYTORCH_SUFFIXES):
-        raise ValueError(f"{source} is a PyTorch file; convert it with convert/convert_checkpoint.py")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"{output} exists; name a new folder")
     check_folder(output)

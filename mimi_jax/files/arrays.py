@@ -6,6 +6,7 @@ can be restored over several devices. A reader compares what it finds with what 
 differences at once.
 """
 
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from mimi_jax.config import first_few
 from mimi_jax.files.atomic import atomic_path
 
 ORBAX_MARK = "_CHECKPOINT_METADATA"  # Orbax writes this file into every folder
@@ -68,7 +70,7 @@ def differences(
     optional: Collection[str] = (),
     any_float: bool = False,
 ) -> list[str]:
-    """All differences between two sets of named arrays, each as a phrase for an error message.
+    """The differences between two sets of named arrays, each as a phrase for an error message.
 
     Args:
         found, expected: anything with a shape and a dtype, by name.
@@ -76,7 +78,8 @@ def differences(
         any_float: accept any floating dtype where a floating dtype is expected.
 
     Returns:
-        An empty list where `found` fits: the same names, shapes and dtypes.
+        An empty list where `found` fits: the same names, shapes and dtypes. If many arrays are missing, are
+        unexpected or differ, the first of each kind, and how many more there are.
     """
 
     def kind(array: Any) -> str:
@@ -90,7 +93,7 @@ def differences(
         for name, array in expected.items()
         if name in found and kind(found[name]) != kind(array)
     ]
-    return missing + unexpected + misfits
+    return [*first_few(missing), *first_few(unexpected), *first_few(misfits)]
 
 
 def write_safetensors(
@@ -140,6 +143,42 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class SafetensorsShards(Mapping[str, np.ndarray]):
+    """The tensors of several safetensors files, by name, as `transformers` splits those of large models.
+
+    Args:
+        index: `model.safetensors.index.json`: its "weight_map" gives the file of each tensor, in its folder.
+
+    Raises:
+        ValueError: the index is damaged, a file is missing or damaged, or they hold other tensors than it
+            says.
+    """
+
+    def __init__(self, index: str | os.PathLike[str]):
+        name = os.fspath(index)
+        try:
+            self._files_by_tensor: dict[str, str] = dict(json.loads(Path(index).read_text())["weight_map"])
+            if any(Path(file).name != file for file in self._files_by_tensor.values()):
+                raise ValueError("its files must be in its own folder")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{name}: not a readable index of safetensors files ({error!r})") from None
+        files = sorted(set(self._files_by_tensor.values()))
+        self._files = {file: SafetensorsFile(Path(index).parent / file) for file in files}
+        stored = {(tensor, file) for file, tensors in self._files.items() for tensor in tensors}
+        if problems := sorted(tensor for tensor, _ in stored ^ set(self._files_by_tensor.items())):
+            listed = ", ".join(first_few(problems))
+            raise ValueError(f"{name}: the files do not hold what the index says; they differ in {listed}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[self._files_by_tensor[name]][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files_by_tensor)
+
+    def __len__(self) -> int:
+        return len(self._files_by_tensor)
 
 
 def write_orbax(folder: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:

@@ -22,8 +22,8 @@ def atomic_path(path: str | os.PathLike[str], folder: str | os.PathLike[str] | N
     stays and its target is replaced.
 
     Args:
-        path: of the file or folder to write. Its parent folder must exist. A file replaces a file, and a
-            folder replaces a folder **with everything in it**.
+        path: of the file or folder to write; "~" is the home folder. Its parent folder must exist. A file
+            replaces a file, and a folder replaces a folder **with everything in it**.
         folder: where the temporary path is, on the same file system; None for the folder of `path`.
 
     Yields:
@@ -35,7 +35,7 @@ def atomic_path(path: str | os.PathLike[str], folder: str | os.PathLike[str] | N
         IsADirectoryError, NotADirectoryError: a file would replace a folder, or a folder a file.
         OSError: `path` is a device, a pipe or a socket, which a rename would replace.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     target = Path(os.path.realpath(path))
     _check_place(path, target)
     name = f".tmp-{secrets.token_hex(8)}{path.suffix}"

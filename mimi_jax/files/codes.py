@@ -134,7 +134,7 @@ class CodeFile:
 def is_code_file(path: str | os.PathLike[str]) -> bool:
     """Whether the metadata of a file say that it is a code file. False if there is no such file."""
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(os.path.expanduser(path), framework="numpy") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except (SafetensorError, OSError):
         return False
@@ -227,6 +227,7 @@ def load_codes(path: str | os.PathLike[str]) -> CodeFile:
 @contextlib.contextmanager
 def open_codes(path: str | os.PathLike[str]) -> Iterator["CodeReader"]:
     """`load_codes` in pieces, in memory that does not grow with the length of the clip."""
+    path = os.path.expanduser(path)
     with contextlib.ExitStack() as stack:
         with _checking(path):
             # safe_open does not always say what is wrong with a path; open() does.

@@ -42,6 +42,7 @@ def save_state(path: str | os.PathLike[str], state: Any) -> None:
         ValueError: `path` is a folder with other files in it, which would be lost.
         OSError: the file or folder cannot be written.
     """
+    path = os.path.expanduser(path)
     arrays, folder = named_leaves(state, "/"), Path(path)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / ORBAX_MARK).exists():
         raise ValueError(f"{folder} is a folder of other files; name a new folder, or a .safetensors file")
@@ -69,8 +70,9 @@ def load_state(path: str | os.PathLike[str], like: State) -> State:
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: it is not a saved state, or does not fit `like`, because it is of another model, another
-            half, another dtype or another number of streams. The error names every array that does not fit.
+            half, another dtype or another number of streams. The error names what does not fit.
     """
+    path = os.path.expanduser(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"{os.fspath(path)}: there is no saved state")
     expected = named_leaves(like, "/")

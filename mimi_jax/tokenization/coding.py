@@ -80,9 +80,8 @@ class Coder:
         self.chunk_size = chunk_frames * model.config.frame_size
         self._mesh = Mesh(np.array(devices), *ROWS)
         self._by_row = NamedSharding(self._mesh, ROWS)
-        self._parameters, self._structure = jax.tree.flatten(
-            jax.device_put(model, NamedSharding(self._mesh, PartitionSpec()))
-        )
+        self._everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._parameters, self._structure = jax.tree.flatten(jax.device_put(model, self._everywhere))
         self._init_state = jax.jit(model.init_encoder_state, static_argnums=0, out_shardings=self._by_row)
         self._select = jax.jit(
             lambda state, rows: jax.tree.map(lambda x: x[rows], state), out_shardings=self._by_row
@@ -202,7 +201,8 @@ class Coder:
         num_empty = size - len(used)
         self._rows = [self._rows[row] for row in used] + [None] * num_empty
         if self._state is not None:
-            self._state = self._select(self._state, np.array(used + [0] * num_empty))
+            rows = jax.device_put(np.array(used + [0] * num_empty), self._everywhere)
+            self._state = self._select(self._state, rows)
 
     def _enqueue(self, codes: jax.Array, parts: list["_Part"]) -> Iterator[Result]:
         """Remember a batch that the device was given, and wait for the oldest if there are many."""
@@ -213,7 +213,7 @@ class Coder:
     def _collect(self) -> Iterator[Result]:
         """Wait for the oldest batch, and yield the clips that end in it."""
         codes, parts = self._running.popleft()
-        codes = np.asarray(codes)
+        codes = jax.device_get(codes)
         self._coded(sum(part.length for part in parts))
         for part in parts:
             clip, frames = part.clip, ceil_div(part.length, self.config.frame_size)

@@ -1,5 +1,6 @@
 """Every layout is read strictly, in all its variants, and written back bit for bit."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mimi_jax import Mimi, MimiConfig, checkpoint
+from mimi_jax.checkpoint.layouts.names import weight_table
 from tests.checkpoint.folders import (
     FLOAT_LAYOUTS,
+    Tensors,
     assert_same_model,
     assert_same_tensors,
     read_fixture,
@@ -108,6 +111,71 @@ def test_every_wrong_tensor_is_named(tmp_path: Path):
     assert "missing encoder.layers.0.conv.bias [2]" in message
     assert "unexpected encoder.layers.0.conv.wieght" in message
     assert "upsample.conv.weight is float32 [3, 1, 4], expected floating point [16, 1, 4]" in message
+
+
+def test_a_lone_file_of_another_configuration(tmp_path: Path):
+    _, tensors = read_fixture("base")
+    save_file(tensors, tmp_path / "alone.safetensors")
+    with pytest.raises(ValueError) as error:
+        Mimi.from_pretrained(tmp_path / "alone.safetensors")
+    message = str(error.value)
+    assert message.startswith(
+        f"{tmp_path}/alone.safetensors, read as the published model (put its config.json beside it): the"
+        " tensors do not fit the configuration: missing "
+    )
+    assert len(message) < 2000
+    published = {row.transformers for row in weight_table(MimiConfig())}
+    assert message.count("missing ") == 5
+    assert f"and {len(published - tensors.keys()) - 5} more like this; " in message
+
+
+def split(folder: Path, config: dict, tensors: Tensors, **changes: str) -> Path:
+    """A model folder with its tensors in two files."""
+    write(folder, config, {})
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-{1 + number % 2}-of-2.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": files | changes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["weights/", "kyutai/"])
+def test_tensors_in_several_files(prefix: str, tmp_path: Path):
+    config, tensors = read_fixture("kyutai", prefix)
+    model = Mimi.from_pretrained(split(tmp_path / "split", config, tensors))
+    assert_same_model(model, Mimi.from_pretrained(write(tmp_path / "whole", config, tensors)))
+    assert checkpoint.layout_of(tmp_path / "split") == ("transformers" if prefix == "weights/" else "kyutai")
+
+
+FIRST, SECOND = "model-1-of-2.safetensors", "model-2-of-2.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"more": FIRST}, r"the files do not hold what the index says; they differ in more$"),
+        ({"downsample.conv.weight": FIRST, "upsample.conv.weight": FIRST}, "they differ in (down|up)sample"),
+        ({"more": "model-3-of-2.safetensors"}, r"model-3-of-2\.safetensors: not a readable safetensors file"),
+        (
+            {"more": "../model.safetensors"},
+            r"index\.json: not a readable .*files must be in its own folder",
+        ),
+    ],
+)
+def test_an_index_that_is_wrong(changes: dict[str, str], error: str, tmp_path: Path):
+    folder = split(tmp_path / "split", *read_fixture("base"), **changes)
+    with pytest.raises(ValueError, match=error):
+        Mimi.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": [1]}'])
+def test_an_index_that_is_damaged(text: str, tmp_path: Path):
+    folder = split(tmp_path / "split", *read_fixture("base"))
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json: not a readable index of safetensors files"):
+        Mimi.from_pretrained(folder)
 
 
 def test_every_wrong_array_of_an_orbax_folder_is_named(base: Path, tmp_path: Path):

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from mimi_jax.files.arrays import SafetensorsFile
+from mimi_jax.checkpoint.find import INDEX_FILE, ORBAX_FOLDER, WEIGHTS_FILE
+from mimi_jax.files.arrays import SafetensorsFile, SafetensorsShards
 from mimi_jax.model import Mimi
-
-WEIGHTS_FILE = "model.safetensors"
-ORBAX_FOLDER = "params"
 
 
 class ModelFiles:
@@ -26,7 +24,9 @@ class ModelFiles:
     def __init__(self, path: Path):
         folder = path if path.is_dir() else path.parent
         self.path, self.config_path = path, folder / "config.json"
-        self.weights_path = path / WEIGHTS_FILE if path.is_dir() else path
+        names = (WEIGHTS_FILE, INDEX_FILE)
+        paths = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
+        self.weights_path = paths[0] if paths else path / WEIGHTS_FILE
         self.orbax_folder = path / ORBAX_FOLDER
 
     @functools.cached_property
@@ -39,13 +39,21 @@ class ModelFiles:
         return json.loads(self.config_path.read_text()) if self.config_path.is_file() else {}
 
     @functools.cached_property
-    def tensors(self) -> SafetensorsFile:
-        """The tensors of the safetensors file.
+    def tensors(self) -> SafetensorsFile | SafetensorsShards:
+        """The tensors of the safetensors file, or of all files of an index.
 
         Raises:
             ValueError: there is no such file, or it is damaged.
         """
-        return SafetensorsFile(self.weights_path)
+        read = SafetensorsShards if self.weights_path.name == INDEX_FILE else SafetensorsFile
+        return read(self.weights_path)
+
+    @property
+    def source(self) -> str:
+        """What to call the weights in errors about their shapes."""
+        if self.config_path.is_file():
+            return str(self.weights_path)
+        return f"{self.weights_path}, read as the published model (put its config.json beside it)"
 
 
 class Layout(NamedTuple):
@@ -55,7 +63,7 @@ class Layout(NamedTuple):
         recognizes: whether a model's files are in this layout.
         read: gives an abstract model its values. It takes the files, the model, the dtype (None keeps what
             is stored) and the sharding (None for the default device). It raises a `ValueError` that names
-            every array that is missing, unexpected, or of another shape or dtype.
+            the arrays that are missing, unexpected, or of another shape or dtype.
         write: writes the weights of a model to a folder, which it makes. It raises a `ValueError` where the
             layout cannot hold the model, and makes no folder then. `save` adds the config.json.
     """

@@ -44,7 +44,7 @@ def _layout(tensors: Mapping[str, np.ndarray]) -> str:
 def read(
     files: ModelFiles, model: Mimi, dtype: DTypeLike | None, sharding: jax.sharding.Sharding | None
 ) -> Mimi:
-    arrays = read_tensors(files.tensors, model, source=str(files.weights_path))
+    arrays = read_tensors(files.tensors, model, source=files.source)
     return fill(model, arrays, dtype, sharding)
 
 
@@ -57,7 +57,7 @@ def read_tensors(tensors: Mapping[str, np.ndarray], model: Mimi, source: str) ->
         source: what to call the checkpoint in errors.
 
     Raises:
-        ValueError: naming every tensor that is missing, unexpected, or of another shape or dtype.
+        ValueError: naming the tensors that are missing, unexpected, or of another shape or dtype.
     """
     layout, config, rows = _layout(tensors), model.config, _rows(model)
     # Zeros that take no memory, to learn the names and shapes of the tensors.
