@@ -125,8 +125,11 @@ class AudioReader:
             self._container = open_container(file)
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
+        source = self._container.file
+        if start and end is not None:
+            source = self._container.file_to_seek or source
         with self._reading():
-            self._sound = _ForwardReader(io.BufferedReader(self._container.file, READ_BYTES))
+            self._sound = _ForwardReader(io.BufferedReader(source, READ_BYTES))
         self._rate, self._channels = self._sound.samplerate, channels
         self.sampling_rate = sampling_rate or self._rate
         if self._rate < MIN_SAMPLING_RATE:
@@ -143,7 +146,8 @@ class AudioReader:
 
     def _stated_length(self) -> int | None:
         """How many samples the file states that it has; None if it does not."""
-        sound, (_, num_bytes, num_samples) = self._sound, self._container
+        sound, num_samples = self._sound, self._container.num_samples
+        num_bytes = self._container.num_bytes
         if sound.format == "FLAC":
             return num_samples
         frame_bytes = WIDTHS.get(sound.subtype, 0) * sound.channels  # of one sample in all channels

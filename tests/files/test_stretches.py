@@ -1,12 +1,13 @@
 """A stretch of a file, from one time to another, as manifests ask for it."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from mimi_jax.files.audio import AudioReader
+from mimi_jax.files.audio import AudioReader, load_audio, save_audio
 from tests.files.clips import RATE, noise
 
 
@@ -42,3 +43,22 @@ def test_a_stretch_outside_the_file_is_refused(start: float, end: float | None, 
 def test_a_stretch_may_end_slightly_after_the_file():
     reader = AudioReader(io.BytesIO(audio_bytes(2 * RATE)), "it", start=1.0, end=2.05)
     assert np.concatenate(list(reader), axis=1).shape[1] == RATE
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_a_late_stretch_does_not_read_all_that_stands_before_it(tmp_path: Path, suffix: str):
+    class Counting(io.FileIO):
+        num_bytes = 0
+
+        def readinto(self, buffer) -> int:
+            count = super().readinto(buffer)
+            self.num_bytes += count
+            return count
+
+    # Without the number of samples, libFLAC reads this file 40 times while it looks for the place.
+    path, rate = tmp_path / f"long{suffix}", 22_050
+    save_audio(path, np.sin(0.01 * np.arange(120 * rate)).astype(np.float32), rate)
+    raw = Counting(path)
+    (piece,) = AudioReader(io.BufferedReader(raw), "the file", rate, start=100.0, end=101.0)
+    np.testing.assert_array_equal(piece, load_audio(path, rate)[:, 100 * rate : 101 * rate])
+    assert raw.num_bytes < path.stat().st_size / 2

@@ -1,7 +1,8 @@
 """FLAC files. The header states how many samples there are, or 0 if the program could not know it.
 
 libFLAC stops after the stated number. Without the number it reads all of the file, and refuses everything
-that is not FLAC. So it does not get to see the number, and the number is compared with what was read.
+that is not FLAC. So it does not get to see the number, and the number is compared with what was read. But
+without the number it cannot look for a place by halves, and may read the file many times over.
 """
 
 from typing import BinaryIO
@@ -19,4 +20,6 @@ def open_flac(file: BinaryIO, start: int, end: int) -> Container:
     head[STATED] = bytes([head[STATED.start] & 0xF0, 0, 0, 0, 0])
     end = trim_tags(file, start + len(head), end)
     span = Span(file, start + len(head), end, bytes(head))
-    return Container(span, num_samples=num_samples or None)
+    if num_samples == 0:
+        return Container(span)
+    return Container(span, num_samples=num_samples, file_to_seek=Span(file, start, end))

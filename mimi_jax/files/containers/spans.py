@@ -13,6 +13,7 @@ class Container(NamedTuple):
     file: io.RawIOBase  # the audio alone
     num_bytes: int | None = None  # of samples that are not compressed, all channels; None if unknown
     num_samples: int | None = None  # of each channel; None if unknown
+    file_to_seek: io.RawIOBase | None = None  # instead of `file`, to read a part that does not reach the end
 
 
 class Span(io.RawIOBase):
