@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +124,8 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    check_installed("evaluate", "matplotlib", "pystoi", "visqol")
-    from tqdm import tqdm
-
+    visqol = not arguments.no_visqol
+    check_installed("evaluate", "matplotlib", "pystoi", *["visqol"] * visqol)
     from mimi_jax.files.corpus import find_clips
     from mimi_jax.model import Mimi
     from mimi_jax.quality import evaluation
@@ -135,19 +135,21 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if output is not None:
         check_output(output, arguments.data)
         check_picture(output.with_suffix(".png"), output, arguments.data)
-    clips = find_clips(arguments.data, arguments.include)
+    corpus = find_clips(arguments.data, arguments.include)
     model = Mimi.from_pretrained(arguments.model)
     config = model.config
     counts = arguments.num_quantizers
     counts = counts or evaluation.default_counts(config.num_quantizers, config.num_semantic_quantizers)
     for count in counts:
         check_num_quantizers(model, count)
-    bar = tqdm(clips, desc="evaluating", unit="clip", disable=None)
-    result = evaluation.evaluate(model, bar, counts)
+    result = evaluation.evaluate(model, corpus, counts, visqol=visqol, workers=arguments.workers)
+    for clip in result.left_out:
+        print(f"left out {clip.name}: {clip.reason}", file=sys.stderr)
     print(evaluation.table(result))
     shares = [perplexity / result.codebook_size for perplexity in result.perplexities]
+    left_out = f", {len(result.left_out)} left out" if result.left_out else ""
     print(
-        f"\n{result.num_clips} clips, {result.seconds:.0f} s; perplexity of the codebooks:"
+        f"\n{result.num_clips} clips, {result.seconds:.0f} s{left_out}; perplexity of the codebooks:"
         f" {min(shares):.0%} to {max(shares):.0%} of their {result.codebook_size} codes"
     )
     if output is not None:

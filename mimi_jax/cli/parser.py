@@ -13,8 +13,8 @@ from mimi_jax.cli.pipes import PCM_FORMATS
 from mimi_jax.cli.roundtrip import run_roundtrip
 
 MODEL_HELP = "a bundled model (mini), a folder, a .safetensors file or a Hugging Face repository"
-AUDIO_HELP = "WAV, FLAC, OGG or MP3 file, of any sampling rate"
-DATA_HELP = "a folder of audio, or a JSONL manifest"
+AUDIO_HELP = "audio file (WAV, FLAC, OGG, MP3 and others), of any sampling rate"
+DATA_HELP = "a folder of audio, a JSONL manifest, or one audio file"
 # Repeated here, since the modules that own them are slow to import.
 LAYOUTS = ("flax", "transformers", "kyutai")  # those of mimi_jax.checkpoint that hold float weights
 DTYPES = ("float32", "bfloat16")  # those of mimi_jax.tokenization.settings
@@ -197,5 +197,9 @@ def _add_evaluate(command: AddCommand) -> None:
     parser.add_argument("--num-quantizers", type=_integer, nargs="+", metavar="N", help=text)
     text = "use only paths that match, such as 'valid/*'"
     parser.add_argument("--include", metavar="PATTERN", default="*", help=text)
+    text = "leave out ViSQOL, which takes longer than the other measures"
+    parser.add_argument("--no-visqol", action="store_true", help=text)
+    text = "processes that compare clips (default: one less than the number of CPUs, at most 16)"
+    parser.add_argument("--workers", type=_positive, metavar="N", help=text)
     text = "file for all numbers; a picture of them is written beside it, with the suffix .png"
     parser.add_argument("-o", "--output", metavar="OUT.json", type=_path, help=text)

@@ -6,6 +6,7 @@ containers    the containers that audio is read from, checked for being whole
 batches       clips of different lengths in one array
 audio         audio files, whole or in pieces
 codes         code files
+processes     worker processes, without JAX
 corpus        corpora of audio: folders and manifests
 changes       recorded settings of a run, compared with new ones
 """

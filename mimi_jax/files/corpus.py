@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 from tqdm import tqdm
 
 from mimi_jax.config import MimiConfig, ceil_div
-from mimi_jax.files.audio import FORMATS, mix_channels
+from mimi_jax.files.audio import FORMATS, AudioReader
 
 AUDIO_SUFFIXES = (
     *FORMATS,
@@ -42,6 +41,7 @@ UNREADABLE_SUFFIXES = (
     *(".ra", ".rm", ".shn", ".tak", ".tta", ".weba", ".webm", ".wma", ".wmv", ".wv"),
 )
 MAX_SECONDS = 1e9  # of a time in a manifest; a larger one is a mistake
+SILENCE = 1e-4  # -80 dBFS; 16-bit audio has three steps below it
 MARGIN = 64  # samples around a crop, for the filter of the resampler
 
 
@@ -58,6 +58,13 @@ class Entry(NamedTuple):
     features: str | None = None  # a path to open
 
 
+class LeftOut(NamedTuple):
+    """A clip that cannot be used."""
+
+    name: str
+    reason: str
+
+
 class Clip(NamedTuple):
     """A stretch of an audio file, with what the header of the file says about it."""
 
@@ -68,6 +75,11 @@ class Clip(NamedTuple):
     num_samples: int  # at the file's own rate
     sampling_rate: int  # Hz, of the file
     features: Path | None  # .npy file with a teacher's features of the clip
+
+    @property
+    def name(self) -> str:
+        """The file, and where the clip begins in it if not at its beginning."""
+        return f"{self.path}, from {self.start / self.sampling_rate:g} s" if self.start else str(self.path)
 
 
 def find_files(
@@ -165,28 +177,55 @@ def _seconds(fields: dict[str, Any], name: str, place: str) -> float | None:
     return value
 
 
-def find_clips(data: str | os.PathLike[str], include: str = "*") -> list[Clip]:
+class Clips(NamedTuple):
+    """The clips of a corpus, and the files that are none."""
+
+    clips: list[Clip]
+    left_out: list[LeftOut]
+
+
+def find_clips(data: str | os.PathLike[str], include: str = "*") -> Clips:
     """List the clips of a folder or a manifest, and read the headers of their files.
 
+    A file that is missing, that is damaged as far as its header shows, or that is shorter than the manifest
+    says is left out, by name and with the reason.
+
     Args:
-        data: a folder or a manifest. In a folder, audio files are found at any depth, and each subfolder is a
-            source.
+        data: a folder, a manifest or one audio file. In a folder, audio files are found at any depth, and
+            each subfolder is a source.
         include: a pattern that the path must match, as the manifest has it or relative to the folder.
 
     Raises:
-        FileNotFoundError: the folder, the manifest or a file is missing.
-        ValueError: a line of the manifest is wrong, a file is not audio or is shorter than the manifest says,
-            or nothing was found.
+        FileNotFoundError: the folder, the manifest or the file is missing.
+        ValueError: a line of the manifest is wrong, nothing was found, or all files are left out.
     """
     data = Path(data)
     if not data.exists():
         raise FileNotFoundError(f"there is no folder or manifest {data}")
-    entries = list(read_entries(data)) if data.is_file() else _entries_of_folder(data)
-    bar = tqdm(entries, desc="reading headers", disable=None, leave=False)
-    clips = [_clip(entry) for entry in bar if fnmatch.fnmatch(entry.name, include)]
-    if not clips:
+    entries = [entry for entry in _entries_of(data) if fnmatch.fnmatch(entry.name, include)]
+    if not entries:
         raise ValueError(f"{data}: no audio files ({', '.join(AUDIO_SUFFIXES)}) match include={include!r}")
-    return clips
+    clips, left_out = [], []
+    for entry in tqdm(entries, desc="reading headers", disable=None, leave=False):
+        try:
+            clips.append(_clip(entry))
+        except (OSError, ValueError) as error:
+            left_out.append(LeftOut(entry.path, reason_of(error)))
+    if not clips:
+        first = left_out[0]
+        raise ValueError(f"{data}: none of {len(left_out)} clips can be used; {first.name}: {first.reason}")
+    return Clips(clips, left_out)
+
+
+def _entries_of(data: Path) -> list[Entry]:
+    if data.is_dir():
+        return _entries_of_folder(data)
+    if data.suffix.lower() in AUDIO_SUFFIXES:
+        return [Entry(data.name, str(data))]
+    with open(data, "rb") as file:
+        if b"\0" in file.read(4096):
+            raise ValueError(f"{data} is neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a manifest")
+    return list(read_entries(data))
 
 
 def _entries_of_folder(folder: Path) -> list[Entry]:
@@ -201,20 +240,14 @@ def _clip(entry: Entry) -> Clip:
     for path in (entry.path, entry.features):
         if path is not None and not os.path.isfile(path):
             raise FileNotFoundError(f"there is no file {path}")
-    try:
-        info = soundfile.info(entry.path)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{entry.path} is not a WAV, FLAC, OGG or MP3 file, or it is damaged") from error
-    rate, total = info.samplerate, info.frames  # libsndfile's word for samples per channel
-    start = round(entry.start * rate)
-    end = total if entry.end is None else min(round(entry.end * rate), total)
-    if not start < end:
-        until = "its end" if entry.end is None else f"{entry.end:g} s"
-        raise ValueError(
-            f"{entry.path} has no audio from {entry.start:g} s to {until}: it is {total / rate:g} s long"
-        )
+    with open(entry.path, "rb") as file:
+        reader = AudioReader(file, "the file", None, start=entry.start, end=entry.end)
+        num_samples, rate = reader.num_samples, reader.sampling_rate
+        if num_samples is None:  # the header does not state it
+            num_samples = sum(piece.shape[1] for piece in reader)
     features = None if entry.features is None else Path(entry.features)
-    return Clip(Path(entry.path), entry.source, entry.speaker, start, end - start, rate, features)
+    start = round(entry.start * rate)
+    return Clip(Path(entry.path), entry.source, entry.speaker, start, num_samples, rate, features)
 
 
 def read_crop(clip: Clip, start: float, num_samples: int, config: MimiConfig) -> np.ndarray:
@@ -230,21 +263,33 @@ def read_crop(clip: Clip, start: float, num_samples: int, config: MimiConfig) ->
         float32 [channels, num_samples]; zeros after the end of the clip.
 
     Raises:
-        ValueError: the file's channels cannot be mixed to those of the model.
+        OSError: the file cannot be read.
+        ValueError: the file is damaged here, or its channels cannot be mixed to those of the model.
     """
-    rate = clip.sampling_rate
+    rate, end = clip.sampling_rate, clip.start + clip.num_samples
     first = clip.start + round(start * rate)
-    before = min(MARGIN, first - clip.start)
-    after = min(
-        ceil_div(num_samples * rate, config.sampling_rate) + MARGIN, clip.start + clip.num_samples - first
-    )
-    samples, _ = soundfile.read(clip.path, before + after, first - before, dtype="float32", always_2d=True)
-    samples = mix_channels(samples, config.audio_channels, str(clip.path))
+    before = max(first - MARGIN, clip.start)
+    after = min(first + ceil_div(num_samples * rate, config.sampling_rate) + MARGIN, end)
+    with open(clip.path, "rb") as file:
+        reader = AudioReader(file, "the file", rate, config.audio_channels, before / rate, after / rate)
+        samples = np.concatenate(list(reader), axis=1)
+    if samples.shape[1] != after - before:
+        raise ValueError(f"the file has changed: it ends before {after / rate:g} s")
     if rate != config.sampling_rate:
-        samples = soxr.resample(samples, rate, config.sampling_rate)
-    skip = round(before * config.sampling_rate / rate)
-    crop = samples[skip : skip + num_samples].T
+        samples = soxr.resample(samples.T, rate, config.sampling_rate).T
+    skip = round((first - before) * config.sampling_rate / rate)
+    crop = samples[:, skip : skip + num_samples]
     return np.pad(crop, [(0, 0), (0, num_samples - crop.shape[1])]).astype(np.float32)
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    elif not isinstance(error, OSError | ValueError):
+        text = f"{type(error).__name__}: {text}"
+    return " ".join(text.split())
 
 
 def printable(path: str | os.PathLike[str]) -> str:

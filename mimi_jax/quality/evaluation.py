@@ -1,24 +1,28 @@
 """How good a model is on your own audio: several measures for each number of codebooks.
 
 SI-SDR, a mel distance, STOI (pystoi) and ViSQOL (visqol-python) compare decoded audio with the original.
-The perplexity of a codebook says how many of its codes are in use.
+The perplexity of a codebook says how many of its codes are in use. A clip that cannot be measured is left
+out, by name and with the reason.
 """
 
+import collections
+import contextlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import soxr
+from tqdm import tqdm
 
 from mimi_jax.checkpoint import code_spec
 from mimi_jax.files.batches import pad_batch
-from mimi_jax.files.corpus import Clip, read_crop
+from mimi_jax.files.corpus import SILENCE, Clip, Clips, LeftOut, read_crop, reason_of
+from mimi_jax.files.processes import default_num_workers
 from mimi_jax.model import Mimi, decode, encode
-from mimi_jax.quality.metrics import si_sdr
+from mimi_jax.quality.metrics import STOI_SECONDS, VISQOL_SECONDS
+from mimi_jax.quality.scoring import Scorer, Scores
 from mimi_jax.quality.spectrum import WINDOWS, mel_distance
-
-VISQOL_RATE = 16_000  # Hz, of its speech mode
 
 
 class Quality(NamedTuple):
@@ -29,7 +33,7 @@ class Quality(NamedTuple):
     si_sdr: float  # dB
     mel_distance: float  # dB, see `mimi_jax.quality.spectrum.mel_distance`
     stoi: float  # 0 to 1
-    visqol: float  # 1 to 5
+    visqol: float | None  # 1 to 5; None if it was not measured
 
 
 class Evaluation(NamedTuple):
@@ -38,6 +42,7 @@ class Evaluation(NamedTuple):
     codebook_size: int
     qualities: list[Quality]  # by rising number of codebooks
     perplexities: list[float]  # of each codebook, over all frames of all clips
+    left_out: list[LeftOut]  # clips that are in none of these numbers
 
 
 def default_counts(num_quantizers: int, num_semantic: int) -> list[int]:
@@ -47,38 +52,142 @@ def default_counts(num_quantizers: int, num_semantic: int) -> list[int]:
     return sorted(count for count in counts if num_semantic <= count <= num_quantizers)
 
 
-def evaluate(model: Mimi, clips: Iterable[Clip], counts: Sequence[int]) -> Evaluation:
+class _Coded(NamedTuple):
+    """A clip before and after the codec. The lists have an element for each number of codebooks."""
+
+    original: np.ndarray  # float32 [channels, samples]
+    decoded: list[np.ndarray]
+    mel_distances: list[float]
+    usage: np.ndarray  # how often each code occurred, [codebooks, codes]
+
+
+class _Measured(NamedTuple):
+    """The numbers of a clip."""
+
+    num_samples: int
+    usage: np.ndarray
+    mel_distances: list[float]
+    scores: list[Scores]
+
+
+def evaluate(
+    model: Mimi, corpus: Clips, counts: Sequence[int], *, visqol: bool = True, workers: int | None = None
+) -> Evaluation:
     """Encode and decode clips with several numbers of codebooks, and measure the quality.
 
     Args:
         model: the whole model.
-        clips: from `mimi_jax.files.corpus.find_clips`; their channels are mixed to those of the model.
+        corpus: from `mimi_jax.files.corpus.find_clips`; the channels of its clips are mixed to those of the
+            model.
         counts: numbers of codebooks.
+        visqol: whether to measure ViSQOL, which takes longer than the other measures.
+        workers: processes that compare clips; None for one less than the number of CPUs, at most 16. The
+            numbers do not depend on it.
 
     Raises:
-        ValueError: there are no clips, or the model does not have that many codebooks.
+        ValueError: no clip can be measured, or the model does not have that many codebooks.
+        ChildProcessError: the processes die as they start.
+    """
+    counts = sorted(counts)
+    kbits = [code_spec(model, count).kbits for count in counts]
+    measured, left_out = [], list(corpus.left_out)
+    with contextlib.ExitStack() as stack:
+        num_workers = default_num_workers() if workers is None else workers
+        scorers = [stack.enter_context(Scorer(visqol)) for _ in range(num_workers)]
+        outcomes = _measure(model, corpus.clips, counts, scorers, VISQOL_SECONDS if visqol else STOI_SECONDS)
+        for outcome in tqdm(outcomes, "evaluating", len(corpus.clips), unit="clip", disable=None):
+            if isinstance(outcome, LeftOut):
+                left_out.append(outcome)
+            else:
+                measured.append(outcome)
+    if not measured:
+        reason = f"{left_out[0].name}: {left_out[0].reason}" if left_out else "there are none"
+        raise ValueError(f"no clip can be measured; {reason}")
+    return Evaluation(
+        num_clips=len(measured),
+        seconds=sum(clip.num_samples for clip in measured) / model.config.sampling_rate,
+        codebook_size=model.config.codebook_size,
+        qualities=[
+            _quality(measured, level, *row) for level, row in enumerate(zip(counts, kbits, strict=True))
+        ],
+        perplexities=_perplexities(np.sum([clip.usage for clip in measured], axis=0)),
+        left_out=left_out,
+    )
+
+
+def _measure(
+    model: Mimi, clips: Sequence[Clip], counts: Sequence[int], scorers: Sequence[Scorer], shortest: float
+) -> Iterator[_Measured | LeftOut]:
+    """Measure clips, in their order. While one is encoded and decoded, those before it are scored."""
+    waiting: collections.deque[Callable[[], _Measured | LeftOut]] = collections.deque()
+    for clip, scorer in zip(clips, itertools.cycle(scorers), strict=False):
+        try:
+            coded = _code(model, clip, counts, shortest)
+        except (OSError, ValueError) as error:
+            coded = LeftOut(clip.name, reason_of(error))
+        if len(waiting) == len(scorers):  # the oldest clip is with the scorer whose turn it is
+            yield waiting.popleft()()
+        waiting.append(_start_to_score(scorer, clip, coded, model.config.sampling_rate))
+    while waiting:
+        yield waiting.popleft()()
+
+
+def _code(model: Mimi, clip: Clip, counts: Sequence[int], shortest: float) -> _Coded:
+    """Encode and decode a clip.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is damaged, or the clip is silent or shorter than `shortest` seconds.
     """
     config = model.config
-    kbits = {count: code_spec(model, count).kbits for count in sorted(counts)}
-    scores: dict[int, list[tuple[float, ...]]] = {count: [] for count in kbits}
-    usage = np.zeros((config.num_quantizers, config.codebook_size))
-    num_clips, num_samples, visqol = 0, 0, _make_visqol()
-    for clip in clips:
-        length = round(clip.num_samples * config.sampling_rate / clip.sampling_rate)
-        audio = read_crop(clip, 0.0, length, config)
-        batch, mask = pad_batch([audio], config.frame_size)
-        codes, codes_mask = encode(model, batch, mask)
-        for level, level_codes in enumerate(np.asarray(codes[0, :, np.asarray(codes_mask[0])]).T):
-            usage[level] += np.bincount(level_codes, minlength=config.codebook_size)
-        for count, rows in scores.items():
-            decoded = np.asarray(decode(model, codes[:, :count], mask).audio_values)[0, :, :length]
-            rows.append(_compare(audio, decoded, config.sampling_rate, visqol))
-        num_clips, num_samples = num_clips + 1, num_samples + length
-    if num_clips == 0:
-        raise ValueError("there are no clips to evaluate the model on; give at least one")
-    qualities = [Quality(count, kbits[count], *np.mean(rows, axis=0)) for count, rows in scores.items()]
-    seconds = num_samples / config.sampling_rate
-    return Evaluation(num_clips, seconds, config.codebook_size, qualities, _perplexities(usage))
+    seconds = clip.num_samples / clip.sampling_rate
+    if seconds < shortest:
+        raise ValueError(f"it is {seconds:.2f} s long; the measures need {shortest:g} s")
+    length = round(seconds * config.sampling_rate)
+    audio = read_crop(clip, 0.0, length, config)
+    if not (np.abs(audio) > SILENCE).any():
+        raise ValueError("it is silent: no sample is above -80 dBFS")
+    batch, mask = pad_batch([audio], config.frame_size)
+    codes, codes_mask = encode(model, batch, mask)
+    levels = np.asarray(codes[0, :, np.asarray(codes_mask[0])]).T
+    usage = np.array([np.bincount(level, minlength=config.codebook_size) for level in levels])
+    decoded = [
+        np.asarray(decode(model, codes[:, :count], mask).audio_values)[0, :, :length] for count in counts
+    ]
+    distances = [_mel_distance(audio, fake, config.sampling_rate) for fake in decoded]
+    return _Coded(audio, decoded, distances, usage)
+
+
+def _start_to_score(
+    scorer: Scorer, clip: Clip, coded: _Coded | LeftOut, sampling_rate: int
+) -> Callable[[], _Measured | LeftOut]:
+    """Let a worker score a clip, and return the function that waits for it."""
+    if isinstance(coded, LeftOut):
+        return lambda: coded
+    future = scorer.submit(coded.original, coded.decoded, sampling_rate)
+
+    def finish() -> _Measured | LeftOut:
+        try:
+            scores = scorer.wait(future)
+        except ValueError as error:
+            return LeftOut(clip.name, reason_of(error))
+        return _Measured(coded.original.shape[1], coded.usage, coded.mel_distances, scores)
+
+    return finish
+
+
+def _quality(clips: Sequence[_Measured], level: int, count: int, kbits: float) -> Quality:
+    """Compute the means over clips for one number of codebooks, whose numbers stand at index `level`."""
+    scores = [clip.scores[level] for clip in clips]
+    visqols = [score.visqol for score in scores if score.visqol is not None]
+    return Quality(
+        num_quantizers=count,
+        kbits=kbits,
+        si_sdr=float(np.mean([score.si_sdr for score in scores])),
+        mel_distance=float(np.mean([clip.mel_distances[level] for clip in clips])),
+        stoi=float(np.mean([score.stoi for score in scores])),
+        visqol=float(np.mean(visqols)) if visqols else None,
+    )
 
 
 def _perplexities(usage: np.ndarray) -> list[float]:
@@ -86,28 +195,6 @@ def _perplexities(usage: np.ndarray) -> list[float]:
     shares = usage / usage.sum(axis=1, keepdims=True)
     entropy = -np.sum(shares * np.log(np.maximum(shares, 1e-12)), axis=1)
     return list(np.exp(entropy))
-
-
-def _make_visqol() -> Any:
-    from visqol import VisqolApi
-
-    visqol = VisqolApi()
-    visqol.create(mode="speech")
-    return visqol
-
-
-def _compare(real: np.ndarray, fake: np.ndarray, sampling_rate: int, visqol: Any) -> tuple[float, ...]:
-    """Compute the measures of `Quality`, in their order, for audio [channels, samples]."""
-    from pystoi import stoi
-
-    mono = [channels.mean(axis=0) for channels in (real, fake)]
-    low = [soxr.resample(channel, sampling_rate, VISQOL_RATE).astype(np.float64) for channel in mono]
-    return (
-        si_sdr(real, fake),
-        _mel_distance(real, fake, sampling_rate),
-        float(stoi(mono[0], mono[1], sampling_rate)),
-        float(visqol.measure_from_arrays(*low, VISQOL_RATE).moslqo),
-    )
 
 
 def _mel_distance(real: np.ndarray, fake: np.ndarray, sampling_rate: int) -> float:
@@ -118,18 +205,23 @@ def _mel_distance(real: np.ndarray, fake: np.ndarray, sampling_rate: int) -> flo
 
 def table(evaluation: Evaluation) -> str:
     """Return the qualities as a table in Markdown."""
-    lines = [
-        "| codebooks | kbit/s | SI-SDR (dB) | mel distance (dB) | STOI | ViSQOL |",
-        "|---|---|---|---|---|---|",
+    names = ["codebooks", "kbit/s", "SI-SDR (dB)", "mel distance (dB)", "STOI", "ViSQOL"]
+    rows = [
+        [
+            f"{row.num_quantizers}",
+            f"{row.kbits:.2f}",
+            f"{row.si_sdr:.1f}",
+            f"{row.mel_distance:.2f}",
+            f"{row.stoi:.3f}",
+            *([] if row.visqol is None else [f"{row.visqol:.2f}"]),
+        ]
+        for row in evaluation.qualities
     ]
-    for row in evaluation.qualities:
-        lines.append(
-            f"| {row.num_quantizers} | {row.kbits:.2f} | {row.si_sdr:.1f} | {row.mel_distance:.2f} |"
-            f" {row.stoi:.3f} | {row.visqol:.2f} |"
-        )
-    return "\n".join(lines)
+    width = len(rows[0])
+    lines = [f"| {' | '.join(cells)} |" for cells in (names[:width], *rows)]
+    return "\n".join([lines[0], "|---" * width + "|", *lines[1:]])
 
 
 def to_json(evaluation: Evaluation) -> str:
-    fields = evaluation._asdict() | {"qualities": [row._asdict() for row in evaluation.qualities]}
-    return json.dumps(fields, indent=2, default=float) + "\n"
+    rows = {name: [row._asdict() for row in getattr(evaluation, name)] for name in ("qualities", "left_out")}
+    return json.dumps(evaluation._asdict() | rows, indent=2, default=float) + "\n"

@@ -132,6 +132,8 @@ def draw_evaluation(evaluation: "Evaluation", title: str) -> bytes:
         "mel_distance": "mel distance in dB (lower is better)",
         "si_sdr": "SI-SDR in dB (higher is better)",
     }
+    if evaluation.qualities[0].visqol is None:
+        del measures["visqol"]
     for axis, (name, label) in zip(axes, measures.items(), strict=False):
         axis.plot(counts, [getattr(row, name) for row in evaluation.qualities], marker="o")
         axis.set(title=label, xlabel="codebooks", xscale="log")
@@ -139,10 +141,11 @@ def draw_evaluation(evaluation: "Evaluation", title: str) -> bytes:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     shares = 100 * np.array(evaluation.perplexities) / evaluation.codebook_size
-    axes[4].bar(np.arange(1, len(shares) + 1), shares)
-    axes[4].set(
+    axes[len(measures)].bar(np.arange(1, len(shares) + 1), shares)
+    axes[len(measures)].set(
         title=f"perplexity in % of {evaluation.codebook_size} codes", xlabel="codebook (semantic first)"
     )
-    axes[4].set_ylim(0, 100)
-    axes[5].set_axis_off()
+    axes[len(measures)].set_ylim(0, 100)
+    for axis in axes[len(measures) + 1 :]:
+        axis.set_axis_off()
     return _to_png(figure)

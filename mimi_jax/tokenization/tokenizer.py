@@ -1,12 +1,12 @@
 """A model with its worker processes, which encodes shards on the devices of this process."""
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
+from mimi_jax.files.processes import default_num_workers
 from mimi_jax.model import Mimi
 from mimi_jax.tokenization.coding import Coder, Result
 from mimi_jax.tokenization.inputs import Shard
@@ -21,7 +21,6 @@ OTHER_BATCH_SIZE = 64
 # average half of a clip's last chunk is padding. On a CPU the fixed cost is small, so a chunk is only 1.28 s.
 CHUNK_FRAMES = {"cpu": 16}
 OTHER_CHUNK_FRAMES = 50
-MAX_WORKERS = 16  # by default; one core reads thousands of seconds of audio per second
 
 
 @contextlib.contextmanager
@@ -57,7 +56,7 @@ class Tokenizer:
         if batch_size is None:
             batch_size = BATCH_SIZE.get(platform, OTHER_BATCH_SIZE) * len(devices)
         if workers is None:
-            workers = min(max(_num_cpus() - 1, 1), MAX_WORKERS)
+            workers = default_num_workers()
         if settings["dtype"] != "float32":
             model = model.astype(settings["dtype"])
         chunk_frames = CHUNK_FRAMES.get(platform, OTHER_CHUNK_FRAMES)
@@ -167,10 +166,3 @@ class _OpenShards:
         self.totals += self._output.write(opened.shard.index, clips, failures, opened.left_out)
         self._progress.read(max(opened.shard.num_bytes - opened.num_bytes, 0))
         opened.release()
-
-
-def _num_cpus() -> int:
-    """How many CPUs this process may use, or how many there are if the system does not tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

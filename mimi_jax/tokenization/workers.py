@@ -6,15 +6,10 @@ imports JAX, so that the workers do without its threads and memory.
 """
 
 import collections
-import contextlib
 import io
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import BinaryIO, NamedTuple
 
@@ -22,10 +17,11 @@ import numpy as np
 
 from mimi_jax.files.audio import AudioReader
 from mimi_jax.files.containers.spans import Span
+from mimi_jax.files.corpus import SILENCE, reason_of
+from mimi_jax.files.processes import Worker
 from mimi_jax.tokenization.sources import Item
 
 PIECE_SECONDS = 30  # length of a piece
-SILENCE = 1e-4  # -80 dBFS; 16-bit audio has three steps below it
 
 
 class Target(NamedTuple):
@@ -121,7 +117,7 @@ class ClipReader:
             raise
         except Exception as error:
             self.close()
-            raise ValueError(_reason(error)) from error
+            raise ValueError(reason_of(error)) from error
         self.num_taken += 1
         if piece.is_last:
             self.close()
@@ -145,27 +141,17 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
-        self._pool = ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(self._target,))
-        self._process = self._pool.submit(os.getpid)  # its id, and a sign that it has started
+        self._process = Worker(_prepare, self._target)
         self._generation += 1
 
     def stop(self) -> None:
-        """Kill the process: it may be stuck in a file, and Python would wait for it when it exits."""
-        if self._process.done() and self._process.exception() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.result(), signal.SIGKILL)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._process.stop()
 
     def request(self, clip: ClipReader) -> None:
         """Ask for the next piece of a clip."""
         item = None if clip.known_by == self._generation else clip.item
         clip.known_by = self._generation
-        try:
-            future = self._pool.submit(_next_piece, clip.key, item, clip.num_taken)
-        except BrokenProcessPool as error:  # the process died a moment ago
-            future = Future()
-            future.set_exception(error)
+        future = self._process.submit(_next_piece, clip.key, item, clip.num_taken)
         self._asked[clip.key] = (clip, future)
 
     def result(self, clip: ClipReader) -> Piece:
@@ -185,11 +171,7 @@ class _Worker:
         The process died at the first of them, so that clip is blamed.
         """
         wait(future for _, future in self._asked.values())
-        if self._process.exception() is not None:
-            raise ChildProcessError(
-                "the processes that read audio die as they start; they import the script that started them,"
-                ' so it must be a file and do its work under if __name__ == "__main__":'
-            )
+        self._process.check_started()
         lost = [
             clip for clip, future in self._asked.values() if isinstance(future.exception(), BrokenProcessPool)
         ]
@@ -206,16 +188,6 @@ class _Worker:
                 self._asked[clip.key] = (clip, crashed)
 
 
-def _reason(error: Exception) -> str:
-    """An error in one line."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-    elif not isinstance(error, ValueError):
-        text = f"{type(error).__name__}: {text}"
-    return " ".join(text.split())
-
-
 # What follows runs in the worker process.
 
 _target: Target
@@ -226,16 +198,6 @@ def _prepare(target: Target) -> None:
     """Set up a new worker process."""
     global _target
     _target = target
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MP3 library writes to stderr about damaged files
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _next_piece(key: int, item: Item | None, num_taken: int) -> Piece:

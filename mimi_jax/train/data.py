@@ -2,15 +2,19 @@
 
 The number of an example decides which clip is drawn for it, where the crop lies and how loud it is. So a run
 that continues at example n sees what it would have seen without the break. Grain's threads read and resample.
+A crop that cannot be read is replaced by another one, which the number of the example decides too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mimi_jax.config import MimiConfig
-from mimi_jax.files.corpus import Clip, read_crop
+from mimi_jax.files.corpus import Clip, LeftOut, read_crop, reason_of
 from mimi_jax.train.recipe import DataRecipe
+
+MAX_DRAWS = 1000  # that fail one after another; then nearly all clips are bad
 
 
 class Sampler:
@@ -24,15 +28,22 @@ class Sampler:
         config: of the model.
         with_features: whether an example holds a teacher's features of its crop. The crop then begins with a
             frame.
+        leave_out: is called for each crop that cannot be read, from several threads.
 
     Raises:
         ValueError: the weights do not name exactly the sources of the clips, or a clip has no features.
     """
 
     def __init__(
-        self, clips: list[Clip], recipe: DataRecipe, config: MimiConfig, with_features: bool = False
+        self,
+        clips: list[Clip],
+        recipe: DataRecipe,
+        config: MimiConfig,
+        with_features: bool = False,
+        leave_out: Callable[[LeftOut], None] = lambda _: None,
     ):
         self.recipe, self.config, self.with_features = recipe, config, with_features
+        self.leave_out = leave_out
         self.num_samples = round(recipe.seconds * config.sampling_rate)
         speakers: dict[str, dict[str, list[Clip]]] = {}
         for clip in clips:
@@ -56,7 +67,24 @@ class Sampler:
         self.weights = weights / weights.sum()
 
     def __call__(self, _: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """float32 `audio` [channels, samples] and, with features, float32 `features` [vectors, dim]."""
+        """float32 `audio` [channels, samples] and, with features, float32 `features` [vectors, dim].
+
+        Raises:
+            ValueError: MAX_DRAWS crops in a row cannot be read.
+        """
+        for _ in range(MAX_DRAWS):
+            clip, seconds = self._draw(rng)
+            try:
+                return self._read(clip, seconds, rng)
+            except (OSError, ValueError) as error:
+                left_out = LeftOut(str(clip.path), reason_of(error))
+                self.leave_out(left_out)
+        raise ValueError(
+            f"{MAX_DRAWS} crops in a row cannot be read; the last is of {left_out.name}: {left_out.reason}"
+        )
+
+    def _draw(self, rng: np.random.Generator) -> tuple[Clip, float]:
+        """Draw a clip, and where its crop begins, in seconds."""
         source = list(self.speakers.values())[rng.choice(len(self.weights), p=self.weights)]
         clips = source[rng.integers(len(source))]
         lengths = np.array([clip.num_samples / clip.sampling_rate for clip in clips])
@@ -65,6 +93,10 @@ class Sampler:
         if self.with_features:
             frame = self.config.frame_size / self.config.sampling_rate
             seconds = seconds // frame * frame
+        return clip, seconds
+
+    def _read(self, clip: Clip, seconds: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Read a crop, and draw its gain."""
         audio = read_crop(clip, seconds, self.num_samples, self.config)
         gain = 10 ** (rng.uniform(*self.recipe.gain) / 20)
         audio *= min(gain, 1 / max(float(np.abs(audio).max()), 1e-9))  # never so loud that it clips
@@ -84,14 +116,26 @@ def read_features(clip: Clip, start: float, seconds: float) -> np.ndarray:
 
     Returns:
         float32 [vectors, dim]; the last vector is repeated after the end of the clip.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file does not hold such features, or they are not finite.
     """
     assert clip.features is not None
-    features = np.load(clip.features, mmap_mode="r")
+    try:
+        features = np.load(clip.features, mmap_mode="r")
+    except EOFError as error:  # an empty file
+        raise ValueError(f"{clip.features} is empty") from error
+    if features.ndim != 2 or len(features) == 0:
+        raise ValueError(f"{clip.features} must hold features [vectors, dim], got {list(features.shape)}")
     rate = len(features) / (clip.num_samples / clip.sampling_rate)
     # A teacher leaves out a vector or two at the end, so its true rate is the nearest multiple of 12.5 Hz.
     rate = round(rate / 12.5) * 12.5
     numbers = np.arange(round(seconds * rate)) + round(start * rate)
-    return np.asarray(features[np.minimum(numbers, len(features) - 1)], np.float32)
+    vectors = np.asarray(features[np.minimum(numbers, len(features) - 1)], np.float32)
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{clip.features} has features that are NaN or infinite")
+    return vectors
 
 
 def fit_features(features: np.ndarray, frames: int) -> np.ndarray:

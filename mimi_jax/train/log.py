@@ -1,16 +1,20 @@
-"""The log of a run: the means of all losses, in a file of JSON lines and for TensorBoard."""
+"""The logs of a run: the means of all losses, and the clips that cannot be read, in files of JSON lines."""
 
 import contextlib
 import importlib.util
 import json
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from mimi_jax.files.atomic import atomic_path
+from mimi_jax.files.corpus import LeftOut
 
 
 class NotFiniteError(ValueError):
@@ -72,6 +76,36 @@ class Log:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class LeftOutLog:
+    """Says which clips cannot be read, each once, and writes them to `left_out.jsonl`.
+
+    Args:
+        out: the folder of the run. It must exist when the first clip is added.
+    """
+
+    def __init__(self, out: Path):
+        self._path, self._names, self._lock = out / "left_out.jsonl", set(), threading.Lock()
+
+    def add(self, clip: LeftOut) -> None:
+        """Add a clip; several threads may do this at once."""
+        with self._lock:
+            if clip.name in self._names:
+                return
+            self._names.add(clip.name)
+            say(f"left out {clip.name}: {clip.reason}")
+            if clip.name not in {line.get("name") for line in _lines(self._path)}:  # of the resumed run
+                with self._path.open("a") as file:
+                    file.write(json.dumps(clip._asdict()) + "\n")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, above a progress bar."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

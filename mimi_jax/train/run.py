@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from mimi_jax.files.atomic import atomic_path, file_lock
 from mimi_jax.files.changes import describe_changes
 from mimi_jax.files.corpus import Clip, find_clips
 from mimi_jax.train.data import Sampler, fit_features, make_iterator
-from mimi_jax.train.log import Log, finite_means
+from mimi_jax.train.log import LeftOutLog, Log, finite_means, say
 from mimi_jax.train.recipe import Recipe
 from mimi_jax.train.states import open_states, restore_state, save_state
 from mimi_jax.train.step import Trainer, TrainState
@@ -49,12 +48,13 @@ def train(
 
         recipe.json         the recipe, and which clips it was trained on
         log.jsonl           the means of all losses, every `log_every` steps; the same in tensorboard/
+        left_out.jsonl      clips that cannot be read, with the reasons; training draws others instead
         checkpoints/        the newest states, with the position in the data
         model/              the running mean of the model, which `Mimi.from_pretrained` loads
 
     Args:
         recipe: what to do.
-        data: a folder of audio or a manifest; see `mimi_jax.files.corpus.find_clips`.
+        data: a folder of audio, a manifest or one audio file; see `mimi_jax.files.corpus.find_clips`.
         out: the folder. It may hold a run only if `resume` is true.
         resume: continue from the newest checkpoint, or begin if there is none yet.
         teacher: computes the features to distill. Without it, the manifest must name their files.
@@ -65,14 +65,16 @@ def train(
 
     Raises:
         NotFiniteError: a loss or a gradient is not finite.
-        ValueError: the folder holds another run, or the data does not fit the recipe.
+        ValueError: the folder holds another run, the data does not fit the recipe, or hardly any of it can be
+            read.
     """
     out = Path(out)
     model = start_model(recipe)
     recipe = dataclasses.replace(recipe, model=model.config)
     features = bool(recipe.losses.distillation) and teacher is None
-    clips = find_clips(Path(data), recipe.data.include)
-    sampler = Sampler(clips, recipe.data, model.config, features)
+    clips, unreadable = find_clips(Path(data), recipe.data.include)
+    left_out = LeftOutLog(out)
+    sampler = Sampler(clips, recipe.data, model.config, features, left_out.add)
     batches = make_iterator(sampler, recipe.seed, recipe.data.batch_size, recipe.steps)
     devices = devices or jax.devices()
     put = _placer(devices, recipe.data.batch_size)
@@ -80,12 +82,16 @@ def train(
     _check_out(out, fields, resume)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out, fields), open_states(out / "checkpoints") as states:
-        _say(_first_line(model, clips, devices))
+        for clip in unreadable:
+            left_out.add(clip)
+        say(_first_line(model, clips, devices))
         with _resume_hint(states, recipe):
             run = _Run(Trainer(recipe, model), batches, sampler, put, states, out / "model", teacher)
             state = run.first_state()
             with Log(out, int(state.step)) as log:
                 run.loop(state, log)
+        if left_out:
+            say(f"{len(left_out)} clips cannot be read and were left out; see {out / 'left_out.jsonl'}")
     return out / "model"
 
 
@@ -148,7 +154,7 @@ class _Run(NamedTuple):
                     text = ", ".join(f"{name}={means[name]:.3f}" for name in IN_BAR if name in means)
                     bar.set_postfix_str(text)
                     if bar.disable:  # stderr is not a terminal, but may be a log file
-                        _say(f"step {done} of {recipe.steps}: {text}")
+                        say(f"step {done} of {recipe.steps}: {text}")
                 if done % recipe.checkpoint_every == 0 or is_last:
                     save_state(self.states, state, self.batches)
                     trainer.export(state).save_pretrained(self.folder)
@@ -161,10 +167,6 @@ class _Run(NamedTuple):
             frames = self.trainer.recipe.num_samples // self.trainer.model.config.frame_size
             batch["features"] = fit_features(np.asarray(self.teacher(batch["audio"])), frames)
         return self.put(batch, by_rows=True)
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
 
 
 def _first_line(model: Any, clips: list[Clip], devices: list[Any]) -> str:

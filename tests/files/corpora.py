@@ -26,3 +26,12 @@ def write_manifest(folder: Path, *entries: dict) -> Path:
     manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return manifest
+
+
+def without_length(path: Path) -> Path:
+    """Make a FLAC file one of unknown length, as programs write it to a pipe."""
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0  # the total has 36 bits
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    return path

@@ -1,5 +1,6 @@
 """Folders and manifests give the same clips to everyone who reads them, and the same errors."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from mimi_jax import MimiConfig, load_audio, save_audio
 from mimi_jax.files.corpus import Entry, find_clips, find_files, read_crop, read_entries
 from mimi_jax.tokenization.inputs import find_shards
-from tests.files.corpora import tone, write_corpus, write_manifest
+from tests.files.corpora import tone, without_length, write_corpus, write_manifest
 
 CONFIG = MimiConfig()
 
@@ -77,11 +78,11 @@ def test_training_and_tokenization_refuse_the_same_lines(tmp_path: Path, line: s
 
 
 def test_subfolders_are_sources(data: Path):
-    clips = find_clips(data)
+    clips = find_clips(data).clips
     assert [(clip.source, clip.path.name, clip.sampling_rate) for clip in clips] == [
         (source, f"{n}.flac", rate) for source, rate in (("high", 24_000), ("low", 16_000)) for n in range(3)
     ]
-    assert [clip.path.name for clip in find_clips(data, "low/1*")] == ["1.flac"]
+    assert [clip.path.name for clip in find_clips(data, "low/1*").clips] == ["1.flac"]
 
 
 def test_clips_of_a_manifest(data: Path):
@@ -90,29 +91,104 @@ def test_clips_of_a_manifest(data: Path):
         {"path": "high/0.flac", "source": "a", "speaker": "x", "start": 0.5, "end": 1.0},
         {"path": "low/1.flac"},
     )
-    first, second = find_clips(manifest)
+    first, second = find_clips(manifest).clips
     assert (first.source, first.speaker, first.start, first.num_samples) == ("a", "x", 12_000, 12_000)
     assert (second.source, second.start, second.num_samples) == ("", 0, 24_000)
 
 
-@pytest.mark.parametrize(
-    ("entry", "error"),
-    [
-        ({"path": "high/9.flac"}, "there is no file .*high/9.flac"),
-        ({"path": "notes.txt"}, "is not a WAV, FLAC, OGG or MP3 file"),
-        ({"file": "high/0.flac"}, "manifest.jsonl, line 1: must be a JSON object with a path"),
-        (
-            {"path": "high/0.flac", "start": 2.0},
-            "high/0.flac has no audio from 2 s to its end: it is 1.5 s long",
-        ),
-        ({"path": "high/0.flac", "end": "1"}, "line 1: end must be seconds, got '1'"),
-        ({"path": "high/0.flac", "features": "no.npy"}, "there is no file .*no.npy"),
-    ],
-)
-def test_bad_manifests(data: Path, entry: dict, error: str):
+BAD_ENTRIES = [
+    ({"path": "high/9.flac"}, r"there is no file .*high/9\.flac"),
+    ({"path": "high/0.flac", "features": "no.npy"}, r"there is no file .*no\.npy"),
+    ({"path": "high"}, r"there is no file .*high"),
+    ({"path": "notes.txt"}, "the file is not audio|the file is not a WAV|libsndfile cannot read"),
+    ({"path": "empty.wav"}, r"the file is empty \(0 bytes\)"),
+    ({"path": "cut.wav"}, "the file is cut short"),
+    ({"path": "high/0.flac", "start": 2.0}, "has no audio from 2 s to its end: it is 1.5 s long"),
+    ({"path": "high/0.flac", "end": 2.0}, "the file is 1.5 s long, so it ends before 2 s"),
+]
+
+
+@pytest.fixture
+def broken(data: Path) -> Path:
+    """The corpus, and three files beside it that are no audio."""
     (data / "notes.txt").write_text("no audio")
-    with pytest.raises((ValueError, FileNotFoundError), match=error):
+    (data / "empty.wav").write_bytes(b"")
+    save_audio(data / "whole.wav", tone(300, 1.5))
+    (data / "cut.wav").write_bytes((data / "whole.wav").read_bytes()[:40_000])
+    return data
+
+
+@pytest.mark.parametrize(("entry", "reason"), BAD_ENTRIES)
+def test_a_bad_item_costs_one_item(broken: Path, entry: dict, reason: str):
+    clips, left_out = find_clips(
+        write_manifest(broken, {"path": "high/0.flac"}, entry, {"path": "low/0.flac"})
+    )
+    assert [str(clip.path) for clip in clips] == [
+        str(broken / name) for name in ("high/0.flac", "low/0.flac")
+    ]
+    ((name, found),) = left_out
+    assert name == str(broken / entry["path"]) and re.search(reason, found)
+
+
+def test_nothing_but_bad_items_is_an_error(broken: Path):
+    manifest = write_manifest(broken, {"path": "cut.wav"}, {"path": "empty.wav"})
+    with pytest.raises(ValueError, match=r"none of 2 clips can be used; .*/cut\.wav: the file is cut short"):
+        find_clips(manifest)
+
+
+@pytest.mark.parametrize("entry", [{"file": "high/0.flac"}, {"path": "high/0.flac", "end": "1"}])
+def test_a_bad_line_is_an_error(data: Path, entry: dict):
+    with pytest.raises(ValueError, match=r"manifest\.jsonl, line 1: "):
         find_clips(write_manifest(data, entry))
+
+
+def test_an_audio_file_is_a_corpus_of_one_clip(data: Path):
+    (clip,), left_out = find_clips(data / "high" / "0.flac")
+    assert (clip.path, clip.start, clip.num_samples, left_out) == (data / "high" / "0.flac", 0, 36_000, [])
+
+
+def test_other_files_are_neither_audio_nor_manifests(tmp_path: Path):
+    (tmp_path / "weights.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(
+        ValueError, match=r"weights\.bin is neither an audio file \(.*\.wav.*\) nor a manifest"
+    ):
+        find_clips(tmp_path / "weights.bin")
+
+
+def test_a_flac_file_of_unknown_length_is_counted(data: Path):
+    path = without_length(data / "low" / "1.flac")
+    clip = find_clips(path).clips[0]
+    assert (clip.num_samples, clip.sampling_rate) == (24_000, 16_000)
+    whole = load_audio(path)
+    np.testing.assert_allclose(read_crop(clip, 0.0, 36_000, CONFIG), whole, atol=2e-3)
+    np.testing.assert_allclose(read_crop(clip, 1.25, 9600, CONFIG)[:, :6000], whole[:, 30_000:], atol=2e-3)
+
+
+def test_a_crop_beyond_the_end_of_a_flac_file_of_unknown_length_is_refused(data: Path):
+    without_length(data / "high" / "0.flac")
+    clip = find_clips(write_manifest(data, {"path": "high/0.flac", "end": 9.0})).clips[0]
+    assert read_crop(clip, 1.0, 9600, CONFIG).any()
+    with pytest.raises(ValueError, match="the file is damaged or cut short: 36000 samples were read"):
+        read_crop(clip, 1.0, 24_000, CONFIG)
+
+
+def test_damage_is_found_by_the_crop_that_meets_it(tmp_path: Path):
+    path = tmp_path / "noise.flac"
+    save_audio(path, np.random.default_rng(0).normal(0, 0.1, (1, 240_000)).astype(np.float32))
+    damaged = bytearray(path.read_bytes())
+    damaged[-20_000:-19_000] = bytes(1000)
+    path.write_bytes(damaged)
+    clip = find_clips(path).clips[0]
+    assert read_crop(clip, 0.0, 9600, CONFIG).any()
+    with pytest.raises(ValueError, match="the file is damaged"):
+        read_crop(clip, 9.0, 24_000, CONFIG)
+
+
+def test_a_crop_of_a_file_that_became_shorter_is_refused(data: Path):
+    clip = find_clips(data / "high" / "0.flac").clips[0]
+    save_audio(clip.path, tone(300, 0.5))
+    with pytest.raises(ValueError, match=r"the file is 0\.5 s long, so it ends before 1\.5 s"):
+        read_crop(clip, 0.0, 36_000, CONFIG)
 
 
 def test_nothing_there(tmp_path: Path):
@@ -125,7 +201,7 @@ def test_nothing_there(tmp_path: Path):
 @pytest.mark.parametrize("source", ["high", "low"])
 @pytest.mark.parametrize("start", [0.0, 0.3, 1.1])
 def test_a_crop_is_a_slice_of_the_clip(data: Path, source: str, start: float):
-    clip = find_clips(data, f"{source}/1.flac")[0]
+    clip = find_clips(data, f"{source}/1.flac").clips[0]
     crop = read_crop(clip, start, 9600, CONFIG)
     first = round(start * 24_000)
     whole = np.pad(load_audio(clip.path), [(0, 0), (0, 9600)])[:, first : first + 9600]
@@ -138,6 +214,6 @@ def test_a_crop_has_the_channels_of_the_model(tmp_path: Path):
     save_audio(tmp_path / "mono.wav", tone(300, 0.1))
     save_audio(tmp_path / "stereo.wav", np.concatenate([tone(300, 0.1), tone(500, 0.1)]))
     for channels in (1, 2):
-        for clip in find_clips(tmp_path):
+        for clip in find_clips(tmp_path).clips:
             crop = read_crop(clip, 0.0, 2400, MimiConfig(audio_channels=channels))
             np.testing.assert_array_equal(crop, load_audio(clip.path, channels=channels))

@@ -82,7 +82,7 @@ def test_a_missing_file_is_refused_with_the_reason(readers: Readers):
 
 
 def kill_worker(readers: Readers) -> None:
-    os.kill(readers._workers[0]._process.result(), signal.SIGKILL)
+    os.kill(readers._workers[0]._process._pid.result(), signal.SIGKILL)
     time.sleep(0.3)
 
 

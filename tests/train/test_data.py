@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from mimi_jax import MimiConfig, load_audio, save_audio
-from mimi_jax.files.corpus import find_clips
-from mimi_jax.train.data import Sampler, fit_features, make_iterator
+from mimi_jax.files.corpus import LeftOut, find_clips
+from mimi_jax.train.data import Sampler, fit_features, make_iterator, read_features
 from mimi_jax.train.recipe import DataRecipe
 from tests.files.corpora import tone, write_corpus, write_manifest
 
@@ -23,7 +24,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_same_seed_and_position_give_the_same_examples(data: Path):
-    sampler = Sampler(find_clips(data), RECIPE, CONFIG)
+    sampler = Sampler(find_clips(data).clips, RECIPE, CONFIG)
     batches = [batch["audio"] for batch in make_iterator(sampler, 0, 2, 6)]
     assert len(batches) == 6 and batches[0].shape == (2, 1, 9600)
     iterator = make_iterator(sampler, 0, 2, 6)
@@ -39,10 +40,10 @@ def test_the_same_seed_and_position_give_the_same_examples(data: Path):
 
 def test_sources_have_their_weights(data: Path):
     recipe = DataRecipe(seconds=0.4, gain=(0.0, 0.0), weights={"high": 0.9, "low": 0.1})
-    sampler = Sampler(find_clips(data), recipe, CONFIG)
+    sampler = Sampler(find_clips(data).clips, recipe, CONFIG)
     np.testing.assert_allclose(sampler.weights, [0.9, 0.1])
     # Make the source "low" quieter, to tell which of the two an example is from.
-    for clip in find_clips(data, "low/*"):
+    for clip in find_clips(data, "low/*").clips:
         save_audio(clip.path, 0.1 * load_audio(clip.path, 16_000), 16_000)
     loud = [np.abs(sampler(0, np.random.default_rng(i))["audio"]).max() > 0.1 for i in range(200)]
     assert 0.83 < np.mean(loud) < 0.97
@@ -60,18 +61,18 @@ def test_sources_have_their_weights(data: Path):
 )
 def test_bad_weights(data: Path, weights: dict, error: str):
     with pytest.raises(ValueError, match=error):
-        Sampler(find_clips(data), DataRecipe(weights=weights), CONFIG)
+        Sampler(find_clips(data).clips, DataRecipe(weights=weights), CONFIG)
 
 
 def test_the_gain_is_random_and_never_clips(data: Path):
-    sampler = Sampler(find_clips(data, "high/*"), DataRecipe(seconds=0.4, gain=(-10.0, 12.0)), CONFIG)
+    sampler = Sampler(find_clips(data, "high/*").clips, DataRecipe(seconds=0.4, gain=(-10.0, 12.0)), CONFIG)
     peaks = [np.abs(sampler(0, np.random.default_rng(i))["audio"]).max() for i in range(60)]
     assert 0.15 < min(peaks) < 0.25 and 0.9 < max(peaks) <= 1.0
 
 
 def test_a_short_clip_ends_in_silence(data: Path):
     save_audio(data / "short.wav", tone(300, 0.1))
-    sampler = Sampler(find_clips(data, "short.wav"), RECIPE, CONFIG)
+    sampler = Sampler(find_clips(data, "short.wav").clips, RECIPE, CONFIG)
     audio = sampler(0, np.random.default_rng(0))["audio"]
     assert audio.shape == (1, 9600) and audio[0, :2400].any() and not audio[0, 2400:].any()
 
@@ -80,7 +81,7 @@ def test_features_come_with_their_crop(data: Path):
     for number in range(3):  # 50 Hz, without the last vector; the values count the vectors
         np.save(data / f"{number}.npy", np.arange(74, dtype=np.float32)[:, None] + 1000 * number)
     entries = [{"path": f"high/{n}.flac", "features": f"{n}.npy"} for n in range(3)]
-    clips = find_clips(write_manifest(data, *entries))
+    clips = find_clips(write_manifest(data, *entries)).clips
     sampler = Sampler(clips, RECIPE, CONFIG, with_features=True)
     starts = set()
     for seed in range(20):
@@ -108,4 +109,64 @@ def test_every_clip_needs_features(data: Path):
     with pytest.raises(
         ValueError, match=r"distillation needs the features of every clip; .*0\.flac has none"
     ):
-        Sampler(find_clips(data), RECIPE, CONFIG, with_features=True)
+        Sampler(find_clips(data).clips, RECIPE, CONFIG, with_features=True)
+
+
+@pytest.fixture
+def damaged(data: Path) -> Path:
+    """The corpus, after one of its six files was damaged behind its header."""
+    path = data / "high" / "1.flac"
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 4 :] = bytes(len(whole) - len(whole) // 4)
+    path.write_bytes(whole)
+    return path
+
+
+def test_a_crop_that_cannot_be_read_is_replaced_and_named(data: Path, damaged: Path):
+    left_out: list[LeftOut] = []
+    clips = find_clips(data).clips
+    assert damaged in {clip.path for clip in clips}  # its header is whole
+    sampler = Sampler(clips, RECIPE, CONFIG, leave_out=left_out.append)
+    loud = [np.abs(sampler(0, np.random.default_rng(i))["audio"]).max() > 0.4 for i in range(60)]
+    assert all(loud)
+    assert {clip.name for clip in left_out} == {str(damaged)}
+    assert len(left_out) > 5 and "the file is damaged" in left_out[0].reason
+
+
+def test_replaced_crops_are_the_same_from_any_example_on(data: Path, damaged: Path):
+    sampler = Sampler(find_clips(data).clips, RECIPE, CONFIG)
+    batches = [batch["audio"] for batch in make_iterator(sampler, 0, 2, 30)]
+    iterator = make_iterator(sampler, 0, 2, 30)
+    for _ in range(7):
+        next(iterator)
+    resumed = make_iterator(sampler, 0, 2, 30)
+    resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+    np.testing.assert_array_equal([batch["audio"] for batch in resumed], batches[7:])
+
+
+def test_nothing_but_unreadable_crops_is_an_error(data: Path):
+    (data / "nan").mkdir()
+    soundfile.write(data / "nan" / "0.wav", np.full(24_000, np.nan, np.float32), 24_000, subtype="FLOAT")
+    sampler = Sampler(find_clips(data, "nan/*").clips, RECIPE, CONFIG)
+    error = r"1000 crops in a row cannot be read; the last is of .*0\.wav: the file has samples that are NaN"
+    with pytest.raises(ValueError, match=error):
+        sampler(0, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("features", "error"),
+    [
+        (np.full((75, 2), np.nan, np.float32), "has features that are NaN or infinite"),
+        (np.zeros(75, np.float32), r"must hold features \[vectors, dim\], got \[75\]"),
+        (np.zeros((0, 2), np.float32), r"must hold features \[vectors, dim\], got \[0, 2\]"),
+        (None, "is empty"),
+    ],
+)
+def test_bad_features_are_refused(data: Path, features: np.ndarray | None, error: str):
+    if features is None:
+        (data / "0.npy").write_bytes(b"")
+    else:
+        np.save(data / "0.npy", features)
+    clips = find_clips(write_manifest(data, {"path": "high/0.flac", "features": "0.npy"})).clips
+    with pytest.raises(ValueError, match=error):
+        read_features(clips[0], 0.0, 0.4)

@@ -176,6 +176,44 @@ def test_a_run_can_start_from_a_model(whole: Path, data: Path, tmp_path: Path):
         )
 
 
+def broken_data(data: Path, folder: Path) -> Path:
+    """Two whole clips, one that is damaged behind its header, and one that is cut short."""
+    shutil.copytree(data, folder)
+    noise = np.random.default_rng(0).normal(0, 0.1, (1, 3 * TINY.sampling_rate)).astype(np.float32)
+    save_audio(folder / "0.flac", noise, TINY.sampling_rate)
+    whole = bytearray((folder / "0.flac").read_bytes())
+    whole[100:] = bytes(len(whole) - 100)
+    (folder / "0.flac").write_bytes(whole)
+    save_audio(folder / "1.wav", noise, TINY.sampling_rate)
+    (folder / "1.flac").unlink()
+    (folder / "1.wav").write_bytes((folder / "1.wav").read_bytes()[:5000])
+    return folder
+
+
+def test_clips_that_cannot_be_read_are_left_out_and_named(
+    data: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+):
+    broken = broken_data(data, tmp_path / "data")
+    train(RECIPE, broken, tmp_path / "whole", devices=ONE)
+    lines = (tmp_path / "whole" / "left_out.jsonl").read_text().splitlines()
+    reasons = {Path(line["name"]).name: line["reason"] for line in map(json.loads, lines)}
+    assert len(lines) == 2 and reasons.keys() == {"0.flac", "1.wav"}
+    assert "the file is damaged" in reasons["0.flac"] and "the file is cut short" in reasons["1.wav"]
+    stderr = capsys.readouterr().err
+    for name, reason in reasons.items():
+        assert stderr.count(f"left out {broken / name}: {reason}\n") == 1
+    assert (
+        f"2 clips cannot be read and were left out; see {tmp_path / 'whole' / 'left_out.jsonl'}\n" in stderr
+    )
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 8)
+        train(RECIPE, broken, tmp_path / "run", devices=ONE)
+    train(RECIPE, broken, tmp_path / "run", devices=ONE, resume=True)
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+    assert len((tmp_path / "run" / "left_out.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_run_that_diverges_stops_with_its_last_checkpoint(data: Path, tmp_path: Path):
     recipe = tiny_recipe(steps=100, optimizer__learning_rate=1e18, checkpoint_every=1)
     with pytest.raises(
