@@ -3,6 +3,9 @@
 All tests run with strict promotion of ranks and dtypes, see `conftest.py`.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,3 +286,29 @@ def test_files_under_a_strict_setting(setting: Any, tmp_path: Path):
     np.testing.assert_array_equal(stepped, CODES[:, :, :1])
     assert relative_error(decoded, VALUES) < 1e-5
     assert model.config.num_quantizers == 2
+
+
+PROGRAM = """
+import jax
+import numpy as np
+import mimi_jax
+
+model = mimi_jax.Mimi.from_pretrained("mini", num_quantizers=8)
+audio = jax.device_put(np.random.default_rng(0).normal(0, 0.1, (1, 1, 1920)).astype(np.float32))
+codes = mimi_jax.encode(model, audio).audio_codes
+mimi_jax.decode(model, codes)
+assert np.array_equal(mimi_jax.encode_step(model, model.init_encoder_state(1), audio)[1], codes)
+assert np.array_equal(mimi_jax.StreamingEncoder(model).push(np.asarray(audio)), codes)
+assert mimi_jax.StreamingDecoder(model).push(np.asarray(codes)).shape == (1, 1, 1920)
+"""
+
+
+@pytest.mark.slow
+def test_all_settings_at_once_in_a_fresh_process():
+    settings = {
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_ENABLE_X64": "true",
+        "JAX_TRANSFER_GUARD": "disallow",
+    }
+    subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | settings, check=True)
