@@ -38,8 +38,10 @@ def ceil_div(numerator, denominator: int):
 
 
 def as_integer(value: object) -> int | None:
-    """An integer of any type, such as `np.int64(8)`, as a Python integer. None for anything else, and for
-    booleans and values that are traced."""
+    """An integer of any type, such as `np.int64(8)`, as a Python integer.
+
+    None for anything else, which booleans and traced values are too.
+    """
     try:
         return None if isinstance(value, bool) else operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:

@@ -84,5 +84,5 @@ def _connection_problem(repository: str) -> str:
     except (huggingface_hub.errors.HfHubHTTPError, ValueError):
         return ""  # it answers, and the download will say what is wrong
     except Exception as error:  # of an HTTP library that differs between versions of huggingface_hub
-        return str(error).strip() or type(error).__name__
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
