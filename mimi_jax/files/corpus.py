@@ -78,8 +78,7 @@ class Clip(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The file, and where the clip begins in it if not at its beginning."""
-        return f"{self.path}, from {self.start / self.sampling_rate:g} s" if self.start else str(self.path)
+        return _name(self.path, self.start / self.sampling_rate)
 
 
 def find_files(
@@ -210,11 +209,16 @@ def find_clips(data: str | os.PathLike[str], include: str = "*") -> Clips:
         try:
             clips.append(_clip(entry))
         except (OSError, ValueError) as error:
-            left_out.append(LeftOut(entry.path, reason_of(error)))
+            left_out.append(LeftOut(_name(entry.path, entry.start), reason_of(error)))
     if not clips:
         first = left_out[0]
         raise ValueError(f"{data}: none of {len(left_out)} clips can be used; {first.name}: {first.reason}")
     return Clips(clips, left_out)
+
+
+def _name(path: str | Path, start: float) -> str:
+    """The file of a clip, and the second where the clip begins, if not at the beginning of the file."""
+    return f"{path}, from {start:g} s" if start else str(path)
 
 
 def _entries_of(data: Path) -> list[Entry]:

@@ -77,7 +77,7 @@ class Sampler:
             try:
                 return self._read(clip, seconds, rng)
             except (OSError, ValueError) as error:
-                left_out = LeftOut(str(clip.path), reason_of(error))
+                left_out = LeftOut(clip.name, reason_of(error))
                 self.leave_out(left_out)
         raise ValueError(
             f"{MAX_DRAWS} crops in a row cannot be read; the last is of {left_out.name}: {left_out.reason}"
