@@ -85,15 +85,18 @@ def evaluate(
             numbers do not depend on it.
 
     Raises:
-        ValueError: no clip can be measured, or the model does not have that many codebooks.
+        ValueError: no clip can be measured, the model does not have that many codebooks, or `workers` is not
+            positive.
         ChildProcessError: the processes die as they start.
     """
+    workers = default_num_workers() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers must be positive, got {workers}")
     counts = sorted(counts)
     kbits = [code_spec(model, count).kbits for count in counts]
     measured, left_out = [], list(corpus.left_out)
     with contextlib.ExitStack() as stack:
-        num_workers = default_num_workers() if workers is None else workers
-        scorers = [stack.enter_context(Scorer(visqol)) for _ in range(num_workers)]
+        scorers = [stack.enter_context(Scorer(visqol)) for _ in range(workers)]
         outcomes = _measure(model, corpus.clips, counts, scorers, VISQOL_SECONDS if visqol else STOI_SECONDS)
         for outcome in tqdm(outcomes, "evaluating", len(corpus.clips), unit="clip", disable=None):
             if isinstance(outcome, LeftOut):

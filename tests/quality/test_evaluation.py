@@ -124,6 +124,11 @@ def test_without_visqol_shorter_clips_can_be_measured(bad: Path, result: Evaluat
     assert (found.num_clips, found.left_out, found.qualities[0].visqol) == (3, [], None)
 
 
+def test_the_number_of_workers_is_positive(clips: Path):
+    with pytest.raises(ValueError, match="workers must be positive, got 0"):
+        evaluation.evaluate(Mimi.from_pretrained("mini"), find_clips(clips), [1], workers=0)
+
+
 def test_no_clip_that_can_be_measured_is_an_error(bad: Path):
     with pytest.raises(ValueError, match=r"no clip can be measured; .*a_silent\.wav: it is silent"):
         evaluation.evaluate(Mimi.from_pretrained("mini"), find_clips(bad, "a_silent*"), [1])
