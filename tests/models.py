@@ -19,6 +19,7 @@ from mimi_jax.config import MimiConfig
 from mimi_jax.model import Mimi
 
 FIXTURES = Path(__file__).parent / "fixtures"
+SMALLEST_GAP = 1e-5  # of two distances that rounding cannot tell apart, in units of the vector's norm
 
 Tree = TypeVar("Tree")
 
@@ -79,3 +80,29 @@ def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def check_ties(model: Mimi, latents: np.ndarray, actual: np.ndarray, expected: np.ndarray) -> None:
+    """Allow a code to differ where two entries are equally near but for rounding, and those that follow it.
+
+    Args:
+        model: the model that the codes are of.
+        latents: [frames, hidden_size].
+        actual, expected: int [codebooks, frames].
+    """
+    levels = model.quantizer.num_semantic
+    for half, rows in (
+        (model.quantizer.semantic, slice(levels)),
+        (model.quantizer.acoustic, slice(levels, None)),
+    ):
+        assert half.input_proj is not None
+        left = latents.astype(np.float64) @ np.asarray(half.input_proj.kernel)
+        norm = np.linalg.norm(left, axis=1)
+        tied = np.zeros(len(latents), bool)
+        for entries, got, wanted in zip(
+            np.asarray(half.embedding), actual[rows], expected[rows], strict=False
+        ):
+            gap = np.linalg.norm(left - entries[got], axis=1) - np.linalg.norm(left - entries[wanted], axis=1)
+            assert (tied | (np.abs(gap) < SMALLEST_GAP * norm)).all()
+            tied |= got != wanted
+            left -= entries[wanted]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mimi_jax.model import decode, decode_step, encode, encode_step
 from mimi_jax.streams.rows import put_rows, reset_rows, take_rows
-from tests.models import load_fixture, relative_error
+from tests.models import check_ties, load_fixture, relative_error
 
 MODEL = load_fixture("base").model  # 16 samples a frame, and a window of 5 steps
 FRAME, CODEBOOKS = MODEL.config.frame_size, MODEL.config.num_quantizers
@@ -24,7 +24,6 @@ BATCH, MAX_FRAMES = 4, 3  # rows of a batch, frames of a step
 MAX_STEPS = 12
 LONGEST = MAX_STEPS * MAX_FRAMES * FRAME
 SPEECH = np.random.default_rng(0).normal(0, 0.3, 100_000).astype(np.float32)
-SMALLEST_GAP = 1e-5  # of two distances that rounding cannot tell apart, in units of the vector's norm
 
 
 class Step(NamedTuple):
@@ -150,31 +149,6 @@ def alone(audio: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     return MODEL.encode_latents(audio, mask), codes, decode(MODEL, codes).audio_values
 
 
-def check_ties(latents: np.ndarray, actual: np.ndarray, expected: np.ndarray) -> None:
-    """Allow a code to differ where two entries are equally near but for rounding, and those that follow it.
-
-    Args:
-        latents: [frames, hidden_size].
-        actual, expected: int [codebooks, frames].
-    """
-    levels = MODEL.quantizer.num_semantic
-    for half, rows in (
-        (MODEL.quantizer.semantic, slice(levels)),
-        (MODEL.quantizer.acoustic, slice(levels, None)),
-    ):
-        assert half.input_proj is not None
-        left = latents.astype(np.float64) @ np.asarray(half.input_proj.kernel)
-        norm = np.linalg.norm(left, axis=1)
-        tied = np.zeros(len(latents), bool)
-        for entries, got, wanted in zip(
-            np.asarray(half.embedding), actual[rows], expected[rows], strict=False
-        ):
-            gap = np.linalg.norm(left - entries[got], axis=1) - np.linalg.norm(left - entries[wanted], axis=1)
-            assert (tied | (np.abs(gap) < SMALLEST_GAP * norm)).all()
-            tied |= got != wanted
-            left -= entries[wanted]
-
-
 def check(streams: list[Stream]) -> None:
     lengths = np.array(
         [stream.stop - stream.start for stream in streams] + [0] * (MAX_STREAMS - len(streams))
@@ -189,7 +163,7 @@ def check(streams: list[Stream]) -> None:
         expected = codes[row, :, :frames]
         assert actual.shape == expected.shape
         if (actual != expected).any():
-            check_ties(latents[row, :frames], actual, expected)
+            check_ties(MODEL, latents[row, :frames], actual, expected)
             continue
         assert relative_error(np.concatenate(stream.audio, axis=1), decoded[row, :, : frames * FRAME]) < 1e-5
 

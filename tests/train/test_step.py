@@ -165,7 +165,9 @@ def test_only_transformers_decay():
 
 @pytest.mark.parametrize("adversarial", [0.0, pytest.param(4.0, marks=SLOW)])
 def test_devices_share_a_batch(adversarial: float):
-    recipe = tiny_recipe(data__batch_size=8, losses__adversarial=adversarial, losses__features=adversarial)
+    weights = {"losses__adversarial": adversarial, "losses__features": adversarial}
+    # With larger steps, Adam turns the rounding of gradients near zero into visible differences.
+    recipe = tiny_recipe(data__batch_size=8, optimizer__learning_rate=1e-4, **weights)
     # With the lowest floor, logarithms of near silence would show the rounding of sums.
     recipe = dataclasses.replace(recipe, losses=dataclasses.replace(recipe.losses, mel_floor=1e-2))
     trainer = Trainer(recipe, start_model(recipe))
@@ -185,7 +187,7 @@ def test_devices_share_a_batch(adversarial: float):
     for one, eight in zip(*traces, strict=True):
         assert one.keys() == eight.keys()
         for name, value in one.items():
-            assert eight[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+            assert eight[name] == pytest.approx(value, rel=5e-4, abs=1e-5), name
 
 
 def test_the_average_is_not_biased_by_its_start():
