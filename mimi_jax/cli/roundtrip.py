@@ -53,7 +53,7 @@ def run_roundtrip(arguments: argparse.Namespace) -> None:
         {
             "model": f"{arguments.model} ({spec.model_id})",
             **code_rows(spec, num_samples),
-            "SI-SDR": f"{si_sdr(audio, decoded):.1f} dB",
+            "SI-SDR": f"{si_sdr(audio, decoded):.1f} dB" if audio.any() else "none, since the clip is silent",
             "encoding": speed(spec, num_samples, encode_seconds),
             "decoding": speed(spec, num_samples, decode_seconds),
         }

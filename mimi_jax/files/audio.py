@@ -31,13 +31,14 @@ FORMATS = {
 }
 MIN_SAMPLING_RATE = 1000  # Hz; a lower rate means a broken header, and would resample to a gigantic clip
 CHUNK_SAMPLES = 65_536  # per read or write; libsndfile crashes when it writes minutes of Vorbis at once
-INEXACT = ("MP3", "OGG")  # formats in which seeking is not exact to the sample
+# Seconds to read and drop before a stretch: these decoders need some audio until they forget how they began.
+# The samples then equal those of the whole file, those of MP3 to the last bit or two.
+LEAD = {"MP3": 1, "OGG": 2}
 # The bytes of a sample in formats that are not compressed.
 WIDTHS = {
     **{"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4},
     **{"FLOAT": 4, "DOUBLE": 8, "ALAW": 1, "ULAW": 1},
 }
-READ_BYTES = 1 << 16  # that are read from a file at once
 ROUNDING = 0.1  # seconds by which the end of a stretch may lie beyond the end of its file
 MAX_WAV_BYTES = 2**32 - 4096  # of samples; the header has 32 bits for the size of the file
 UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of samples for a FLAC file that was written to a pipe
@@ -65,7 +66,7 @@ def load_audio(path: str | os.PathLike[str], sampling_rate: int = 24_000, channe
             cannot be recognized: an MP3 file without a note of its length (Xing or Info) that was cut exactly
             between two MPEG frames is a shorter MP3 file.
     """
-    with open(path, "rb") as file:
+    with open(os.path.expanduser(path), "rb") as file:
         return read_audio(file, os.fspath(path), sampling_rate, channels)
 
 
@@ -129,7 +130,8 @@ class AudioReader:
         if start and end is not None:
             source = self._container.file_to_seek or source
         with self._reading():
-            self._sound = _ForwardReader(io.BufferedReader(source, READ_BYTES))
+            source.seek(0)
+            self._sound = _ForwardReader(source)
         self._rate, self._channels = self._sound.samplerate, channels
         self.sampling_rate = sampling_rate or self._rate
         if self._rate < MIN_SAMPLING_RATE:
@@ -224,19 +226,17 @@ class AudioReader:
         stated = self._total if self._end is None else self._end
         if stated is not None and position != stated:
             problem = "is damaged or cut short" if position < stated else "has a wrong header"
-            raise ValueError(
-                f"{self._name} {problem}: {position} samples were read, but its header states {stated}"
-            )
+            wanted = "its header states" if self._end is None else "the stretch ends at"
+            raise ValueError(f"{self._name} {problem}: {position} samples were read, but {wanted} {stated}")
 
     def _skip(self) -> int:
-        """Go to the first sample of the stretch: by seeking where that is exact, otherwise by reading."""
+        """Go to the first sample of the stretch."""
         with self._reading():
-            if self._start and self._sound.format not in INEXACT:
-                self._sound.seek(self._start)
-            else:
-                left = self._start
-                while left and (count := len(self._sound.read(min(CHUNK_SAMPLES, left)))):
-                    left -= count
+            left = min(LEAD.get(self._sound.format, 0) * self._rate, self._start)
+            if self._start:
+                self._sound.seek(self._start - left)
+            while left and (count := len(self._sound.read(min(CHUNK_SAMPLES, left)))):
+                left -= count
         return self._start
 
     @contextmanager
@@ -246,8 +246,10 @@ class AudioReader:
             yield
         except soundfile.LibsndfileError as error:
             raise ValueError(
-                f"{self._name} is damaged or cut short, or libsndfile cannot read its format"
+                f"{self._name} is damaged or cut short, or has several streams in one file"
             ) from error
+        except TypeError as error:  # what soundfile raises for a name that ends in .raw
+            raise ValueError(f"{self._name} is raw audio, which does not state its format") from error
 
 
 class _ForwardReader(soundfile.SoundFile):

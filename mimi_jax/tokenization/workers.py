@@ -6,6 +6,7 @@ imports JAX, so that the workers do without its threads and memory.
 """
 
 import collections
+import contextlib
 import io
 import itertools
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mimi_jax.files.audio import AudioReader
-from mimi_jax.files.containers.spans import Span
+from mimi_jax.files.containers.spans import part_of
 from mimi_jax.files.corpus import SILENCE, reason_of
 from mimi_jax.files.processes import Worker
 from mimi_jax.tokenization.sources import Item
@@ -250,11 +251,11 @@ def _check_length(num_samples: int, target: Target) -> None:
         )
 
 
-def _open_file(item: Item) -> BinaryIO:
-    if item.data is not None:
-        return io.BytesIO(item.data)
-    file = open(item.path, "rb")  # noqa: SIM115 - closed by the caller, also within a span
-    if item.offset == 0:
-        return file
-    assert item.size is not None
-    return io.BufferedReader(Span(file, item.offset, item.offset + item.size))
+@contextlib.contextmanager
+def _open_file(item: Item) -> Iterator[BinaryIO]:
+    with io.BytesIO(item.data) if item.data is not None else open(item.path, "rb") as file:
+        if item.offset == 0:
+            yield file
+        else:
+            assert item.size is not None
+            yield part_of(file, item.offset, item.offset + item.size)

@@ -7,7 +7,7 @@ without the number it cannot look for a place by halves, and may read the file m
 
 from typing import BinaryIO
 
-from mimi_jax.files.containers.spans import Container, Span, read_at, trim_tags
+from mimi_jax.files.containers.spans import Container, part_of, read_at, trim_tags
 
 STATED = slice(21, 26)  # the bytes of the header whose last 36 bits are the number of samples
 
@@ -19,7 +19,7 @@ def open_flac(file: BinaryIO, start: int, end: int) -> Container:
     num_samples = int.from_bytes(head[STATED], "big") & (1 << 36) - 1
     head[STATED] = bytes([head[STATED.start] & 0xF0, 0, 0, 0, 0])
     end = trim_tags(file, start + len(head), end)
-    span = Span(file, start + len(head), end, bytes(head))
+    part = part_of(file, start + len(head), end, bytes(head))
     if num_samples == 0:
-        return Container(span)
-    return Container(span, num_samples=num_samples, file_to_seek=Span(file, start, end))
+        return Container(part)
+    return Container(part, num_samples=num_samples, file_to_seek=part_of(file, start, end))

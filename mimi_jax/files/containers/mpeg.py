@@ -8,7 +8,7 @@ with that count is put in front of them.
 
 from typing import BinaryIO, NamedTuple
 
-from mimi_jax.files.containers.spans import Container, Span, is_padding, read_at, skip_tags
+from mimi_jax.files.containers.spans import Container, is_padding, part_of, read_at, skip_tags
 
 BLOCK = 1 << 20  # bytes that are read at once
 MAX_FRAME = 4096  # bytes
@@ -85,7 +85,7 @@ def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
     first = first[: header.size]
     count, end = _count_frames(file, start, end, header)
     if header.layer != LAYER_III:
-        return Container(Span(file, start, end), num_samples=count * header.samples)
+        return Container(part_of(file, start, end), num_samples=count * header.samples)
     at = _place_of_note(first, header)
     match first[at : at + 4]:
         case b"Xing" | b"Info" if first[at + 7] & 1:
@@ -104,8 +104,10 @@ def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
         case _ if first[VBRI : VBRI + 4] == b"VBRI":  # a note of another kind, which mpg123 would play
             head = _make_note(first, header, count - 1)
         case _:
-            return Container(Span(file, start, end, _make_note(first, header, count)))
-    return Container(Span(file, start + header.size, end, head))
+            return Container(part_of(file, start, end, _make_note(first, header, count)))
+    if head == first:
+        return Container(part_of(file, start, end))
+    return Container(part_of(file, start + header.size, end, head))
 
 
 def _first_frame(file: BinaryIO, start: int, end: int) -> int:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from mimi_jax.files.containers.spans import Container, Span, is_padding, read_at
+from mimi_jax.files.containers.spans import Container, is_padding, part_of, read_at
 
 HEADER = 27  # bytes of a page, before the lengths of its segments
 FIRST, LAST = 2, 4  # flags of a page
@@ -40,7 +40,7 @@ def open_ogg(file: BinaryIO, start: int, end: int) -> Container:
             f"goes on for {end - position} bytes after the end of its stream: there are several streams in"
             " one file; convert it to WAV or FLAC"
         )
-    return Container(Span(file, start, end))
+    return Container(part_of(file, start, end))
 
 
 def _pages(file: BinaryIO, position: int, end: int) -> Iterator[bytes]:

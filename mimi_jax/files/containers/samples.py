@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from mimi_jax.config import ceil_div
 from mimi_jax.files.containers import mpeg
-from mimi_jax.files.containers.spans import Container, Span, is_padding, read_at
+from mimi_jax.files.containers.spans import Container, is_padding, part_of, read_at
 
 PCM, MP3_IN_WAV = (1, 3, 0xFFFE), 0x55  # format tags of WAV files: samples that are not compressed, and MP3
 UNKNOWN = 8192  # bytes around 2 and 4 GiB: lengths that programs write which cannot know the length
@@ -82,9 +82,9 @@ def open_au(file: BinaryIO, start: int, end: int) -> Container:
     order = "big" if read_at(file, start, 4) == b".snd" else "little"
     header, length = (int.from_bytes(read_at(file, start + at, 4), order) for at in (4, 8))
     if length == 2**32 - 1:
-        return Container(Span(file, start, end))
+        return Container(part_of(file, start, end))
     check_end(file, start + header + length, end)
-    return Container(Span(file, start, start + header + length), num_bytes=length)
+    return Container(part_of(file, start, start + header + length), num_bytes=length)
 
 
 def open_nist(file: BinaryIO, start: int, end: int) -> Container:
@@ -96,7 +96,7 @@ def open_nist(file: BinaryIO, start: int, end: int) -> Container:
         raise ValueError("is damaged: its header does not state how long it is")
     length = math.prod(int(fields[name]) for name in names)
     check_end(file, start + size + length, end)
-    return Container(Span(file, start, start + size + length), num_bytes=length)
+    return Container(part_of(file, start, start + size + length), num_bytes=length)
 
 
 def check_not_cut(stated: int, end: int) -> None:
@@ -135,11 +135,11 @@ def _open_sections(file: BinaryIO, start: int, end: int, style: Style) -> Contai
             stated = end if length is None else data.start + length
             return mpeg.open_mpeg(file, data.start, min(stated, end))
     if length is None:
-        return Container(Span(file, start, end))
+        return Container(part_of(file, start, end))
     stated = data.start + length
     _check_after(file, start, stated, end, style)
     end = stated if style is W64 else end  # libsndfile reads a W64 file to its end
-    return Container(Span(file, start, end), num_bytes=length - _before_samples(file, data, style))
+    return Container(part_of(file, start, end), num_bytes=length - _before_samples(file, data, style))
 
 
 def _sections(file: BinaryIO, base: int, position: int, end: int, style: Style) -> Iterator[Section]:

@@ -4,23 +4,24 @@ import io
 import os
 from typing import BinaryIO, NamedTuple
 
+BUFFER_BYTES = 1 << 16
 MAX_PADDING = 4096  # bytes; so many zeros may follow the audio, since some programs fill up blocks of a disk
 
 
 class Container(NamedTuple):
     """An audio file as libsndfile should read it, and what its header states."""
 
-    file: io.RawIOBase  # the audio alone
+    file: BinaryIO  # the audio alone
     num_bytes: int | None = None  # of samples that are not compressed, all channels; None if unknown
     num_samples: int | None = None  # of each channel; None if unknown
-    file_to_seek: io.RawIOBase | None = None  # instead of `file`, to read a part that does not reach the end
+    file_to_seek: BinaryIO | None = None  # instead of `file`, to read a part that does not reach the end
 
 
 class Span(io.RawIOBase):
     """Some bytes, and after them a range of another file, as a file of its own.
 
     Args:
-        file: binary and seekable. It is closed with the span.
+        file: binary and seekable. It stays open when the span is closed.
         start, end: the range of bytes.
         head: bytes that stand before the range.
     """
@@ -40,6 +41,9 @@ class Span(io.RawIOBase):
         self._position = max(base + offset, 0)
         return self._position
 
+    def tell(self) -> int:
+        return self._position
+
     def readinto(self, buffer) -> int:
         view = memoryview(buffer).cast("B")
         if self._position < len(self._head):
@@ -52,10 +56,15 @@ class Span(io.RawIOBase):
         self._position += count
         return count
 
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
+
+def part_of(file: BinaryIO, start: int, end: int, head: bytes = b"") -> BinaryIO:
+    """A `Span` with a buffer, or the file itself if that is the same.
+
+    The file stays open when the part is closed.
+    """
+    if start == 0 and not head and end == file.seek(0, os.SEEK_END):
+        return file
+    return io.BufferedReader(Span(file, start, end, head), BUFFER_BYTES)
 
 
 def read_at(file: BinaryIO, position: int, size: int) -> bytes:
