@@ -16,12 +16,20 @@ def test_roundtrip(place: Path, run, tiny: list[str], num_samples: int):
     mimi_jax.save_audio("in.wav", tone(num_samples))
     result = run("roundtrip", "in.wav", "-o", "out.wav", "--num-quantizers", "2", *tiny)
     assert result.status == 0, result.stderr
-    for word in ("model ", f"{num_samples} samples", "2 x 16 codes", "12.00 kbit/s", " dB\n", "x realtime"):
+    for word in ("model ", f"{num_samples} samples", "2 x 16 codes", "12.00 kbit/s", "SI-SDR ", "x realtime"):
         assert word in result.stdout
     assert "so they do not include compilation" in result.stdout
     assert soundfile.info("out.wav").frames == num_samples
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
     assert not list(place.glob(".tmp*"))
+
+
+def test_a_silent_clip_has_no_si_sdr(place: Path, run, tiny: list[str]):
+    mimi_jax.save_audio("in.wav", 0 * tone(2000))
+    assert (
+        "SI-SDR     none, since the clip is silent\n"
+        in run("roundtrip", "in.wav", "-o", "out.wav", *tiny).stdout
+    )
 
 
 def test_roundtrip_of_a_model_that_cannot_stream(place: Path, run, models: Path):
