@@ -246,10 +246,9 @@ class AudioReader:
             yield
         except soundfile.LibsndfileError as error:
             raise ValueError(
-                f"{self._name} is damaged or cut short, or has several streams in one file"
+                f"{self._name} is damaged or cut short, has several streams in one file, or is in an encoding"
+                " that cannot be read"
             ) from error
-        except TypeError as error:  # what soundfile raises for a name that ends in .raw
-            raise ValueError(f"{self._name} is raw audio, which does not state its format") from error
 
 
 class _ForwardReader(soundfile.SoundFile):

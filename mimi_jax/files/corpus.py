@@ -32,13 +32,13 @@ from mimi_jax.files.audio import FORMATS, AudioReader
 AUDIO_SUFFIXES = (
     *FORMATS,
     *(".aif", ".aiff", ".aifc", ".au", ".bwf", ".caf", ".mp1", ".mp2", ".nist", ".oga", ".rf64"),
-    *(".snd", ".sph", ".spx", ".w64", ".wave"),
+    *(".snd", ".sph", ".w64", ".wave"),
 )
 # Audio and video that cannot be read.
 UNREADABLE_SUFFIXES = (
     *(".3g2", ".3gp", ".aac", ".ac3", ".adts", ".amr", ".ape", ".avi", ".awb", ".dff", ".dsf", ".dts"),
     *(".eac3", ".flv", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp4", ".mpc", ".mpeg", ".mpg"),
-    *(".ra", ".rm", ".shn", ".tak", ".tta", ".weba", ".webm", ".wma", ".wmv", ".wv"),
+    *(".ra", ".rm", ".shn", ".spx", ".tak", ".tta", ".weba", ".webm", ".wma", ".wmv", ".wv"),
 )
 MAX_SECONDS = 1e9  # of a time in a manifest; a larger one is a mistake
 SILENCE = 1e-4  # -80 dBFS; 16-bit audio has three steps below it
@@ -186,8 +186,8 @@ class Clips(NamedTuple):
 def find_clips(data: str | os.PathLike[str], include: str = "*") -> Clips:
     """List the clips of a folder or a manifest, and read the headers of their files.
 
-    A file that is missing, that is damaged as far as its header shows, or that is shorter than the manifest
-    says is left out, by name and with the reason.
+    A file that is missing, that cannot be read or is damaged as far as its header shows, or that is shorter
+    than the manifest says is left out, by name and with the reason.
 
     Args:
         data: a folder, a manifest or one audio file. In a folder, audio files are found at any depth, and
@@ -234,7 +234,7 @@ def _entries_of(data: Path) -> list[Entry]:
 
 def _entries_of_folder(folder: Path) -> list[Entry]:
     entries = []
-    for path in sorted(map(Path, find_files(folder, AUDIO_SUFFIXES))):
+    for path in sorted(map(Path, find_files(folder, (*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES)))):
         name = path.relative_to(folder)
         entries.append(Entry(str(name), str(path), source=name.parts[0] if len(name.parts) > 1 else ""))
     return entries
@@ -298,7 +298,11 @@ def reason_of(error: Exception) -> str:
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text that can be written in UTF-8, whatever bytes are in it."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may have and no file system does
+        encoded = str(path).encode("utf-8", "backslashreplace")
+    return encoded.decode("utf-8", "backslashreplace")
 
 
 def expand_home(path: str | os.PathLike[str]) -> str:

@@ -123,9 +123,9 @@ def read_features(clip: Clip, start: float, seconds: float) -> np.ndarray:
     """
     assert clip.features is not None
     try:
-        features = np.load(clip.features, mmap_mode="r")
-    except EOFError as error:  # an empty file
-        raise ValueError(f"{clip.features} is empty") from error
+        features = np.lib.format.open_memmap(clip.features, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{clip.features} is not a .npy file of numbers: {error}") from error
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"{clip.features} must hold features [vectors, dim], got {list(features.shape)}")
     rate = len(features) / (clip.num_samples / clip.sampling_rate)

@@ -87,6 +87,7 @@ class LeftOutLog:
 
     def __init__(self, out: Path):
         self._path, self._names, self._lock = out / "left_out.jsonl", set(), threading.Lock()
+        self._written = {line.get("name") for line in _lines(self._path)}  # by the run that is resumed
 
     def add(self, clip: LeftOut) -> None:
         """Add a clip; several threads may do this at once."""
@@ -95,7 +96,7 @@ class LeftOutLog:
                 return
             self._names.add(clip.name)
             say(f"left out {clip.name}: {clip.reason}")
-            if clip.name not in {line.get("name") for line in _lines(self._path)}:  # of the resumed run
+            if clip.name not in self._written:
                 with self._path.open("a") as file:
                     file.write(json.dumps(clip._asdict()) + "\n")
 

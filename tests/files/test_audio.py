@@ -128,6 +128,13 @@ def test_a_file_that_is_not_audio_is_refused(tmp_path: Path, suffix: str, conten
     assert "\n" not in str(info.value)
 
 
+def test_the_content_decides_what_a_file_is(tmp_path: Path, path: Path):
+    expected = load_audio(write(path, speech_like(1000)))
+    for name in ("a.raw", "b.RAW", "c.mp3", "d"):
+        (tmp_path / name).write_bytes(path.read_bytes())
+        np.testing.assert_array_equal(load_audio(tmp_path / name), expected)
+
+
 def test_an_empty_file_is_refused(path: Path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=f"{path} is empty"):

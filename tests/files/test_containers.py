@@ -226,4 +226,28 @@ def test_an_mp3_file_in_a_wav_file_is_read():
     sections = b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(mp3)) + mp3
     data = b"RIFF" + struct.pack("<I", 4 + len(sections)) + b"WAVE" + sections
     np.testing.assert_array_equal(read(data), read(mp3))
+    np.testing.assert_array_equal(read(data + b"LIST\4\0\0\0INFO"), read(mp3))
     assert "cut short" in refusal(data[:-1])
+    starts = [at for at in range(0, len(mp3), 4) if mp3[at : at + 4] == mp3[:4]]
+    assert "cut short" in refusal(data[: len(data) - len(mp3) + starts[-1]])  # between two MPEG frames
+    assert "several streams in one file" in refusal(data + data)
+    short = data.replace(b"data" + struct.pack("<I", len(mp3)), b"data" + struct.pack("<I", starts[-1]))
+    assert "the header is wrong" in refusal(short)
+
+
+def test_a_caf_file_from_a_pipe_is_whole():
+    data = FILES["caf"]
+    at = data.index(b"data") + 4
+    for tag in (b"", id3(7)):
+        np.testing.assert_array_equal(read(tag + data[:at] + b"\xff" * 8 + data[at + 8 :]), whole("caf"))
+
+
+def test_shorten_in_nist_files_is_named():
+    data = FILES["nist"].replace(b"sample_coding -s3 pcm", b"sample_coding -s26 pcm,embedded-shorten-v2.00")
+    assert "is compressed with shorten" in refusal(data[:20_000])
+
+
+def test_an_encoding_that_libsndfile_does_not_know_is_not_called_damage_alone():
+    data = FILES["wav"]
+    aac = data[:20] + struct.pack("<H", 0xFF) + data[22:]
+    assert "in an encoding that cannot be read" in refusal(aac)

@@ -131,6 +131,15 @@ def test_a_bad_item_costs_one_item(broken: Path, entry: dict, reason: str):
     assert name == f"{broken / entry['path']}{start}" and re.search(reason, found)
 
 
+def test_audio_that_cannot_be_read_is_left_out_of_a_folder(data: Path):
+    (data / "high" / "x.M4A").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    (data / "notes.txt").write_text("no audio")
+    clips, left_out = find_clips(data)
+    assert len(clips) == 6
+    ((name, reason),) = left_out
+    assert name == str(data / "high" / "x.M4A") and reason.startswith("the file is not a WAV")
+
+
 def test_nothing_but_bad_items_is_an_error(broken: Path):
     manifest = write_manifest(broken, {"path": "cut.wav"}, {"path": "empty.wav"})
     with pytest.raises(ValueError, match=r"none of 2 clips can be used; .*/cut\.wav: the file is cut short"):

@@ -150,6 +150,14 @@ def test_ids_of_a_manifest_are_printable(tmp_path: Path):
     assert ids(read(shard)) == ["x.wav", "0", "bad\\udcff.wav"]
 
 
+def test_half_a_surrogate_pair_in_a_path_costs_one_clip(tmp_path: Path):
+    """JSON may have it, and no file system does."""
+    (tmp_path / "x.wav").write_bytes(WAV)
+    (tmp_path / "m.jsonl").write_text('{"path": "\\ud800.wav"}\n{"path": "x.wav"}\n')
+    (bad, good) = read_file(tmp_path / "m.jsonl")
+    assert bad == ("\\ud800.wav", f"there is no file {tmp_path}/\\ud800.wav") and good == ("x.wav", "")
+
+
 def read_file(path: Path, **options: Any) -> list[tuple[str, str]]:
     """The id and the problem of each clip."""
     (shard,) = find_shards([path], **options)

@@ -159,12 +159,13 @@ def test_nothing_but_unreadable_crops_is_an_error(data: Path):
         (np.full((75, 2), np.nan, np.float32), "has features that are NaN or infinite"),
         (np.zeros(75, np.float32), r"must hold features \[vectors, dim\], got \[75\]"),
         (np.zeros((0, 2), np.float32), r"must hold features \[vectors, dim\], got \[0, 2\]"),
-        (None, "is empty"),
+        (b"", r"0\.npy is not a \.npy file"),
+        (b"PK\3\4", r"0\.npy is not a \.npy file"),
     ],
 )
-def test_bad_features_are_refused(data: Path, features: np.ndarray | None, error: str):
-    if features is None:
-        (data / "0.npy").write_bytes(b"")
+def test_bad_features_are_refused(data: Path, features: np.ndarray | bytes, error: str):
+    if isinstance(features, bytes):
+        (data / "0.npy").write_bytes(features)
     else:
         np.save(data / "0.npy", features)
     clips = find_clips(write_manifest(data, {"path": "high/0.flac", "features": "0.npy"})).clips

@@ -8,7 +8,7 @@ spans     a part of a file as a file of its own; the tags of music players befor
 mpeg      MP3, and MPEG audio of layers I and II
 samples   WAV, AIFF, W64, CAF, AU and NIST SPHERE: a header, and samples
 flac      FLAC
-ogg       Ogg: Vorbis, Opus, FLAC and Speex
+ogg       Ogg: Vorbis and Opus
 """
 
 from collections.abc import Callable

@@ -90,7 +90,10 @@ def open_au(file: BinaryIO, start: int, end: int) -> Container:
 def open_nist(file: BinaryIO, start: int, end: int) -> Container:
     header = read_at(file, start, 1024)
     size = int(header[8:16]) if header[8:16].strip().isdigit() else 1024
-    fields = dict(re.findall(rb"(\w+) -i (\d+)", read_at(file, start, min(size, 1 << 20))))
+    header = read_at(file, start, min(size, 1 << 20))
+    fields = dict(re.findall(rb"(\w+) -i (\d+)", header))
+    if b"shorten" in header:
+        raise ValueError("is compressed with shorten, which cannot be read; unpack it with sph2pipe")
     names = (b"sample_count", b"channel_count", b"sample_n_bytes")
     if not fields.keys() >= {*names}:
         raise ValueError("is damaged: its header does not state how long it is")
@@ -129,15 +132,18 @@ def _open_sections(file: BinaryIO, start: int, end: int, style: Style) -> Contai
         raise ValueError("is damaged: it has no section with samples, or the length of a section is wrong")
     data = sections[style.data]
     length = _length_of_data(file, start, end, sections, style)
+    stated = end if length is None else data.start + length
+    if length is not None:
+        _check_after(file, start, stated, end, style)
     if b"fmt " in sections and style is not W64:
         form = _wav_format(file, sections[b"fmt "], style)
         if form.tag == MP3_IN_WAV:
-            stated = end if length is None else data.start + length
-            return mpeg.open_mpeg(file, data.start, min(stated, end))
+            return mpeg.open_mpeg(file, data.start, stated)
+    if style is CAF and length is None:  # libsndfile needs the length
+        head = read_at(file, start, data.start - start - 8) + (end - data.start).to_bytes(8, "big")
+        return Container(part_of(file, data.start, end, head))
     if length is None:
         return Container(part_of(file, start, end))
-    stated = data.start + length
-    _check_after(file, start, stated, end, style)
     end = stated if style is W64 else end  # libsndfile reads a W64 file to its end
     return Container(part_of(file, start, end), num_bytes=length - _before_samples(file, data, style))
 

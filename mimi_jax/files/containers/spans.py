@@ -62,7 +62,8 @@ def part_of(file: BinaryIO, start: int, end: int, head: bytes = b"") -> BinaryIO
 
     The file stays open when the part is closed.
     """
-    if start == 0 and not head and end == file.seek(0, os.SEEK_END):
+    is_all = start == 0 and not head and end == file.seek(0, os.SEEK_END)
+    if is_all and not str(getattr(file, "name", "")).lower().endswith(".raw"):  # raw PCM for soundfile
         return file
     return io.BufferedReader(Span(file, start, end, head), BUFFER_BYTES)
 
