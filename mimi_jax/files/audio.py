@@ -62,9 +62,10 @@ def load_audio(path: str | os.PathLike[str], sampling_rate: int = 24_000, channe
     Raises:
         OSError: the file is missing (FileNotFoundError), is a folder, or cannot be read.
         ValueError: the file is empty, is not audio, is damaged, was cut short, holds several streams, has no
-            samples, has samples that are not finite, or has channels that cannot be mixed. One kind of cut
-            cannot be recognized: an MP3 file without a note of its length (Xing or Info) that was cut exactly
-            between two MPEG frames is a shorter MP3 file.
+            samples, has samples that are not finite, or has channels that cannot be mixed. A cut cannot be
+            recognized in a file that does not state its length: an MP3 file without a note (Xing or Info),
+            or a FLAC file from a pipe, that was cut exactly between two frames, and any WAV, AU or CAF file
+            from a pipe.
     """
     with open(os.path.expanduser(path), "rb") as file:
         return read_audio(file, os.fspath(path), sampling_rate, channels)

@@ -164,6 +164,15 @@ def test_an_mp3_file_cut_between_frames_is_refused_if_it_has_a_note():
     assert "cut short" in refusal(FILES["mp3"][: len(FILES["mp3"]) - len(first) + one_frame])
 
 
+def test_a_note_stands_at_the_same_place_in_a_frame_with_a_checksum():
+    """LAME writes it so, over the side information."""
+    data = FILES["mp3"]
+    protected = data[:1] + bytes([data[1] & 0xFE]) + data[2:4] + b"\x12\x34" + data[6:]
+    np.testing.assert_allclose(read(protected), whole("mp3"), atol=1e-6)
+    too_many = with_wrong_length("mp3", protected, 1)
+    assert too_many is not None and "cut short" in refusal(too_many)
+
+
 def test_a_flac_file_cut_between_frames_is_refused():
     data = FILES["flac"]
     cuts = [i for i in range(42, len(data)) if data[i : i + 2] == b"\xff\xf8"]  # where FLAC frames may begin

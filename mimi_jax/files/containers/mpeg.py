@@ -86,7 +86,7 @@ def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
     count, end = _count_frames(file, start, end, header)
     if header.layer != LAYER_III:
         return Container(part_of(file, start, end), num_samples=count * header.samples)
-    at = _place_of_note(first, header)
+    at = _place_of_note(header)
     match first[at : at + 4]:
         case b"Xing" | b"Info" if first[at + 7] & 1:
             stated = int.from_bytes(first[at + 8 : at + NOTE_BYTES], "big")
@@ -150,11 +150,10 @@ def _count_frames(file: BinaryIO, position: int, end: int, header: Header) -> tu
     return count, position
 
 
-def _place_of_note(frame: bytes, header: Header) -> int:
-    """Where the note would be in a frame: after the side information, which is zero in such a frame."""
+def _place_of_note(header: Header) -> int:
+    """Where the note would be in a frame: after the side information, as if there were no checksum."""
     mono, others = (17, 32) if header.version == MPEG_1 else (9, 17)
-    side = mono if header.is_mono else others
-    return 4 + side + (0 if frame[1] & 1 else 2)  # a bit that is 0 says that a checksum follows the header
+    return 4 + (mono if header.is_mono else others)
 
 
 def _make_note(frame: bytes, header: Header, count: int) -> bytes:
@@ -174,7 +173,7 @@ def _fill(content: bytes, frame: bytes, header: Header) -> bytes:
     """A frame of the same kind as another, with this in the place of a note, at the lowest bit rate."""
     for kbits in range(1, 15):
         start = bytes([0xFF, frame[1] | 1, kbits << 4 | frame[2] & 0x0C, frame[3]])  # without a checksum
-        start = start.ljust(_place_of_note(start, header), b"\0") + content
+        start = start.ljust(_place_of_note(header), b"\0") + content
         if (size := _Sizes(header.kind)[start[:4]]) >= len(start):
             return start.ljust(size, b"\0")
     raise AssertionError("a frame of the highest bit rate has room for a note")
