@@ -126,7 +126,7 @@ def _measure(
     for clip, scorer in zip(clips, itertools.cycle(scorers), strict=False):
         try:
             coded = _code(model, clip, counts, shortest)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # JAX's is a RuntimeError
             coded = LeftOut(clip.name, reason_of(error))
         if len(waiting) == len(scorers):  # the oldest clip is with the scorer whose turn it is
             yield waiting.popleft()()
@@ -141,6 +141,7 @@ def _code(model: Mimi, clip: Clip, counts: Sequence[int], shortest: float) -> _C
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is damaged, or the clip is silent or shorter than `shortest` seconds.
+        RuntimeError, MemoryError: the device or the computer has too little memory for the clip.
     """
     config = model.config
     seconds = clip.num_samples / clip.sampling_rate

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -115,6 +116,24 @@ def test_a_bad_clip_costs_one_clip(bad: Path, result: Evaluation, workers: int):
     assert [Path(clip.name).name for clip in found.left_out] == list(REASONS)
     for clip, reason in zip(found.left_out, REASONS.values(), strict=True):
         assert clip.reason.startswith(reason)
+
+
+def test_a_clip_that_is_too_long_for_the_memory_costs_one_clip(clips: Path, monkeypatch: pytest.MonkeyPatch):
+    encode, calls = evaluation.encode, []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return encode(*arguments)
+
+    monkeypatch.setattr(evaluation, "encode", fail_once)
+    model = Mimi.from_pretrained("mini")
+    found = evaluation.evaluate(model, find_clips(clips), [1], visqol=False, workers=1)
+    assert found.num_clips == 1
+    assert found.left_out == [
+        (str(clips / "0.flac"), "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"),
+    ]
 
 
 def test_without_visqol_shorter_clips_can_be_measured(bad: Path, result: Evaluation):
