@@ -154,7 +154,7 @@ def _files(
     paths = [source] if is_named else sorted(glob.glob(source, recursive=True))
     if not paths:
         raise FileNotFoundError(f"there is no folder or file {printable(source)}, and nothing matches it")
-    for path in paths:
+    for path in _outermost(paths):
         if os.path.isdir(path):
             files = _in_folder(path, without, left_out)
         elif not path.lower().endswith(COMPRESSED):
@@ -168,6 +168,17 @@ def _files(
             left_out[printable(path)] += 1
         for file in files:
             yield printable(file), os.path.abspath(file)
+
+
+def _outermost(paths: Iterable[str]) -> Iterator[str]:
+    """Leave out what lies in a folder that is among the sorted paths: `**` matches both."""
+    folders: set[str] = set()
+    for path in paths:
+        place = os.path.normpath(path)
+        if os.path.dirname(place) not in folders:
+            yield path
+        if os.path.isdir(path):
+            folders.add(place)
 
 
 def _in_folder(folder: str, without: str | os.PathLike[str] | None, left_out: Counter[str]) -> Iterator[str]:

@@ -113,6 +113,20 @@ def test_a_pattern_may_match_folders(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ids(read(shard)) == ["speaker 0/clip_000.wav", "speaker 1/clip_000.wav"]
 
 
+@pytest.mark.parametrize("pattern", ["**", "data/**", "dat*/**"])
+def test_a_pattern_may_match_a_folder_and_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+):
+    write_folder(tmp_path / "data", [100, 200, 300])
+    (tmp_path / "data" / "speaker 0" / "x.txt").write_text("no audio")
+    monkeypatch.chdir(tmp_path)
+    assert left_out(Path(pattern)) == [{".txt": 1}]
+    (shard,) = find_shards([pattern])
+    assert ids(read(shard)) == [
+        f"data/speaker {name}.wav" for name in ("0/clip_000", "0/clip_001", "1/clip_000")
+    ]
+
+
 def test_pipes_and_broken_links_are_reported(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.wav")
     (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
