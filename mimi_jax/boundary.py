@@ -6,6 +6,7 @@ Each argument is used as it is meant, or refused with the rule, the value and wh
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from jax.typing import ArrayLike
 
 from mimi_jax.config import MimiConfig, as_integer
 from mimi_jax.ops import policy
+
+COUNT = "num_quantizers"  # the parameter that is static
 
 
 class EncoderOutput(NamedTuple):
@@ -72,6 +75,7 @@ def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
     return _as_int32(array) if array.dtype.kind in "iu" else array
 
 
+@transfers_allowed()
 def as_numpy(name: str, value: Any) -> np.ndarray:
     """An argument as a NumPy array in native byte order. It may also be a list of numbers.
 
@@ -95,37 +99,56 @@ def _read(name: str, value: Any) -> jax.Array | np.ndarray:
 
 
 def _as_int32(array: Any) -> Any:
-    """Integers of 64 bits in 32, as JAX has them. It would drop the upper half, and make 2**32 the code 0."""
+    """Integers in at most 32 bits. What does not fit becomes -1 or 2**31 - 1, which no codebook has.
+
+    JAX itself drops the upper half of 64 bits, so 2**32 would be the code 0.
+    """
     if array.dtype.itemsize <= 4:
         return array
     return array.clip(max(np.iinfo(array.dtype).min, -1), 2**31 - 1).astype(np.int32)
 
 
-def compiled(function: Callable) -> Callable[..., Any]:
-    """`jax.jit` for the functions of a model that users call.
+class Compiled:
+    """`jax.jit` for the functions and methods of a model that users call.
 
     The parameters that are annotated as `ArrayLike` go through `as_array`, before `jax.jit` sees them: it
     would take a list for many scalars. `num_quantizers` is static.
     """
-    signature = inspect.signature(function)
-    parameters = signature.parameters
-    arrays = [name for name, p in parameters.items() if p.annotation in (ArrayLike, ArrayLike | None)]
-    jitted = jax.jit(function, static_argnames=[name for name in parameters if name == "num_quantizers"])
 
-    @functools.wraps(function)
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(model, *args, **kwargs)
+    def __init__(self, function: Callable):
+        functools.update_wrapper(self, function)
+        self._name, self._signature = function.__qualname__, inspect.signature(function)
+        parameters = self._signature.parameters
+        arrays = (name for name, p in parameters.items() if p.annotation in (ArrayLike, ArrayLike | None))
+        self._arrays = {name: parameters[name].default for name in arrays}
+        self._jitted = jax.jit(function, static_argnames=[name for name in parameters if name == COUNT])
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind(model, *args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        for name in arrays:
-            if given[name] is not parameters[name].default:
+        for name, default in self._arrays.items():
+            if given[name] is not default:
                 given[name] = as_array(name, given[name])
-        if "num_quantizers" in given:
-            given["num_quantizers"] = model.quantizer.resolve_count(given["num_quantizers"])
-        return jitted(*given.values())
+        if COUNT in given:
+            given[COUNT] = model.quantizer.resolve_count(given[COUNT])
+        return self._jitted(*given.values())
 
-    vars(call)["lower"] = jitted.lower  # for those who compile ahead of time
-    return call
+    def __get__(self, model: Any, _: type | None = None) -> Any:
+        return self if model is None else types.MethodType(self, model)
+
+    def __reduce__(self) -> str:  # pickled by its name, as functions are
+        return self._name
+
+    # These are methods, since `jax.jit(encode)` copies attributes, and they would replace its own.
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As that of `jax.jit`, to compile ahead of time."""
+        return self._jitted.lower(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """As that of `jax.jit`. `jax.export` needs it."""
+        return self._jitted.trace(*args, **kwargs)
 
 
 def with_model_settings(method):

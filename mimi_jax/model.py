@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from mimi_jax.boundary import (
+    Compiled,
     DecoderOutput,
     EncoderOutput,
     MimiOutput,
@@ -28,7 +29,6 @@ from mimi_jax.boundary import (
     check_state,
     check_streamable,
     check_whole_frames,
-    compiled,
     lengths_of_active,
     pad_to_frame,
     transfers_allowed,
@@ -210,7 +210,7 @@ class Mimi(nnx.Module):
         state, latents = step_all(self._layers("encoder"), state, x, lengths)
         return state, latents, None if lengths is None else ceil_div(lengths, self.config.frame_size)
 
-    @compiled
+    @Compiled
     def encode_latents(self, audio: ArrayLike, padding_mask: ArrayLike | None = None) -> jax.Array:
         """Compute the latents before quantization, which are differentiable. Arguments are as for `encode`.
 
@@ -219,7 +219,7 @@ class Mimi(nnx.Module):
         """
         return self._encode_latents(audio, padding_mask)[1]
 
-    @compiled
+    @Compiled
     def quantize(self, latents: ArrayLike, num_quantizers: int | None = None) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> int32 codes [batch, codebooks, frames], as for `encode`."""
         return self._quantize(latents, num_quantizers=num_quantizers)
@@ -228,7 +228,7 @@ class Mimi(nnx.Module):
     def _quantize(self, latents: ArrayLike, *, num_quantizers: int | None) -> jax.Array:
         return self.quantizer.encode(jnp.asarray(latents), num_quantizers)
 
-    @compiled
+    @Compiled
     @with_model_settings
     def dequantize(self, codes: ArrayLike) -> jax.Array:
         """Codes [batch, codebooks, frames] -> latents [batch, frames, hidden_size], as for `decode`."""
@@ -244,7 +244,7 @@ class Mimi(nnx.Module):
         state, x = step_all(self._layers("decoder"), state, x, lengths)
         return state, jnp.swapaxes(x, 1, 2)
 
-    @compiled
+    @Compiled
     def decode_latents(self, latents: ArrayLike) -> jax.Array:
         """Latents [batch, frames, hidden_size] -> audio [batch, channels, samples]; differentiable."""
         return self._decode_latents(latents)[1]
@@ -274,7 +274,7 @@ class Mimi(nnx.Module):
         return MimiOutput(codes, codes_mask, decode(self, codes, padding_mask).audio_values)
 
 
-@compiled
+@Compiled
 def encode(
     model: Mimi,
     audio: ArrayLike,
@@ -315,7 +315,7 @@ def _quantize_real(
     return jnp.where(mask[:, None, :], codes, 0), mask
 
 
-@compiled
+@Compiled
 def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None = None) -> DecoderOutput:
     """Decode codes to audio.
 
@@ -332,17 +332,17 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
         ValueError: another shape or dtype, more codebooks than the model has, or no decoder.
         TypeError: a list.
     """
+    codes = check_codes(audio_codes)
     if padding_mask is None:
-        return DecoderOutput(model.decode_latents(model.dequantize(audio_codes)))
-    mask, lengths = check_mask(padding_mask, jnp.shape(audio_codes)[0])
+        return DecoderOutput(model.decode_latents(model.dequantize(codes)))
+    mask, lengths = check_mask(padding_mask, len(codes))
     frames = ceil_div(lengths, model.config.frame_size)
-    codes = jnp.where(is_real(frames, jnp.shape(audio_codes)[2])[:, None, :], audio_codes, 0)
-    _, audio = model._decode_latents(model.dequantize(codes), frames)
-    audio = audio[:, :, : mask.shape[1]]
+    codes = jnp.where(is_real(frames, codes.shape[2])[:, None, :], codes, 0)
+    audio = model._decode_latents(model.dequantize(codes), frames)[1][:, :, : mask.shape[1]]
     return DecoderOutput(jnp.where(is_real(lengths, audio.shape[2])[:, None, :], audio, 0))
 
 
-@compiled
+@Compiled
 def encode_step(
     model: Mimi,
     state: EncoderState,
@@ -375,7 +375,7 @@ def encode_step(
     return state, _quantize_real(model, latents, lengths, num_quantizers)[0]
 
 
-@compiled
+@Compiled
 def decode_step(
     model: Mimi, state: DecoderState, audio_codes: ArrayLike, active: ArrayLike | None = None
 ) -> tuple[DecoderState, jax.Array]:

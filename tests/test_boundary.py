@@ -4,6 +4,7 @@ All tests run with strict promotion of ranks and dtypes, see `conftest.py`.
 """
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -269,6 +270,26 @@ def test_streams_under_a_strict_setting(setting: Any, tmp_path: Path):
     assert relative_error(sound, VALUES[0]) < 1e-5
 
 
+class OnDevice(Foreign):
+    """An array that goes to the host only where that is allowed, as an array on a GPU does."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        assert jax.config.jax_transfer_guard_device_to_host == "allow"  # pyright: ignore[reportAttributeAccessIssue]
+        return super().__array__(dtype, copy)
+
+
+def test_streams_take_arrays_on_a_device_under_a_transfer_guard():
+    audio: Any = OnDevice(AUDIO[0])
+    with jax.transfer_guard("disallow"):
+        pushed = StreamingEncoder(MODEL, 2).push(OnDevice(AUDIO))
+        decoded = StreamingDecoder(MODEL, 2).push(OnDevice(CODES))
+        (chunk, _), *_ = encode_chunks(MODEL, [audio])
+    assert pushed is not None and decoded is not None
+    np.testing.assert_array_equal(pushed, CODES)
+    np.testing.assert_array_equal(chunk, CODES[0])
+    assert relative_error(decoded, VALUES) < 1e-5
+
+
 def test_files_under_a_strict_setting(setting: Any, tmp_path: Path):
     path = tmp_path / "mimi.zip"
     audio, codes = jax.device_put((AUDIO, CODES))
@@ -286,6 +307,28 @@ def test_files_under_a_strict_setting(setting: Any, tmp_path: Path):
     np.testing.assert_array_equal(stepped, CODES[:, :, :1])
     assert relative_error(decoded, VALUES) < 1e-5
     assert model.config.num_quantizers == 2
+
+
+# functions that are compiled
+
+
+def test_they_have_the_methods_of_jit():
+    shapes = MODEL, jax.ShapeDtypeStruct(AUDIO.shape, AUDIO.dtype)
+    calls: list[Any] = [encode.lower(*shapes).compile(), jax.export.export(encode)(*shapes).call]
+    for call in calls:
+        np.testing.assert_array_equal(call(MODEL, AUDIO).audio_codes, CODES)
+    assert jax.eval_shape(MODEL.encode_latents, AUDIO).shape == LATENTS.shape
+
+
+def test_a_jit_around_them_keeps_its_options():
+    step = jax.jit(encode_step, donate_argnames="state")
+    lowered = step.lower(MODEL, MODEL.init_encoder_state(2), AUDIO)
+    assert "tf.aliasing_output" in lowered.as_text() or "jax.buffer_donor" in lowered.as_text()
+
+
+def test_they_are_pickled_by_name():
+    assert pickle.loads(pickle.dumps(encode)) is encode
+    assert pickle.loads(pickle.dumps(Mimi.quantize)) is Mimi.quantize
 
 
 PROGRAM = """

@@ -71,9 +71,7 @@ def test_activations():
 
 def test_every_matrix_product_is_exact_float32():
     """On GPUs and TPUs the default would be TF32 or bfloat16."""
-    encode: Any = mimi_jax.encode  # with the methods of `jax.jit`
-    decode: Any = mimi_jax.decode
-    for lowered in (encode.lower(MODEL, AUDIO), decode.lower(MODEL, CODES)):
+    for lowered in (mimi_jax.encode.lower(MODEL, AUDIO), mimi_jax.decode.lower(MODEL, CODES)):
         lines = lowered.as_text().splitlines()
         products = [line for line in lines if "dot_general" in line or "stablehlo.convolution" in line]
         assert len(products) > 20
@@ -223,6 +221,7 @@ def test_bad_codes_are_refused(codes: np.ndarray, message: str):
     state = MODEL.init_decoder_state(2)
     for function in (
         lambda: mimi_jax.decode(MODEL, codes),
+        lambda: mimi_jax.decode(MODEL, codes, np.ones((2, 256))),
         lambda: mimi_jax.decode_step(MODEL, state, codes),
         lambda: MODEL.dequantize(codes),
     ):

@@ -43,7 +43,6 @@ def num_parameters(model: Mimi) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(values))
 
 
-@jax.transfer_guard("allow")  # from the file to the devices, or back
 def fill(
     model: Mimi,
     arrays: Mapping[str, Any],
@@ -68,7 +67,7 @@ def fill(
     return model
 
 
-@jax.transfer_guard("allow")  # from the file to the devices, or back
+@jax.transfer_guard("allow")  # the indices of a slice come from the host
 def keep_codebooks(model: Mimi, num_quantizers: int) -> Mimi:
     """The same model with its first codebooks only. Its codes are the first ones of the whole model's codes.
 
