@@ -198,7 +198,7 @@ def check_audio(
 
 def check_whole_frames(config: MimiConfig, audio: ArrayLike) -> None:
     """Refuse audio for a step that does not end with a frame."""
-    if (num_samples := jnp.shape(audio)[-1]) % config.frame_size:
+    if jnp.ndim(audio) and (num_samples := jnp.shape(audio)[-1]) % config.frame_size:
         raise ValueError(
             f"samples must be a positive multiple of frame_size={config.frame_size}, got {num_samples};"
             " pad the last frame and mark it in padding_mask"

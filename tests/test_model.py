@@ -242,6 +242,11 @@ def test_a_step_takes_whole_frames(samples: int, message: str):
         mimi_jax.encode_step(MODEL, MODEL.init_encoder_state(2), AUDIO[:, :, :samples])
 
 
+def test_a_step_takes_no_scalar():
+    with pytest.raises(ValueError, match=r"audio must be \[batch, channels=1, samples > 0\], got \[\]"):
+        mimi_jax.encode_step(MODEL, MODEL.init_encoder_state(1), np.float32(0))
+
+
 def test_a_step_of_no_frames_gives_no_audio():
     state = MODEL.init_decoder_state(2)
     after, audio = jax.eval_shape(mimi_jax.decode_step, MODEL, state, CODES[:, :, :0])
