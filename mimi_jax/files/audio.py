@@ -132,7 +132,7 @@ class AudioReader:
             source = self._container.file_to_seek or source
         with self._reading():
             source.seek(0)
-            self._sound = _ForwardReader(source)
+            self._sound = _ForwardReader(_Source(source))  # pyright: ignore
         self._rate, self._channels = self._sound.samplerate, channels
         self.sampling_rate = sampling_rate or self._rate
         if self._rate < MIN_SAMPLING_RATE:
@@ -250,6 +250,20 @@ class AudioReader:
                 f"{self._name} is damaged or cut short, has several streams in one file, or is in an encoding"
                 " that cannot be read"
             ) from error
+
+
+class _Source:
+    """A file as soundfile gets it: without its name, which could decide the format.
+
+    libsndfile may seek to a place before the beginning of a damaged file. The exception could not pass
+    through it, and Python would print it.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.readinto, self.tell, self._seek = file.readinto, file.tell, file.seek  # pyright: ignore
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._seek(max(offset, 0) if whence == os.SEEK_SET else offset, whence)
 
 
 class _ForwardReader(soundfile.SoundFile):

@@ -62,8 +62,7 @@ def part_of(file: BinaryIO, start: int, end: int, head: bytes = b"") -> BinaryIO
 
     The file stays open when the part is closed.
     """
-    is_all = start == 0 and not head and end == file.seek(0, os.SEEK_END)
-    if is_all and not str(getattr(file, "name", "")).lower().endswith(".raw"):  # raw PCM for soundfile
+    if start == 0 and not head and end == file.seek(0, os.SEEK_END):
         return file
     return io.BufferedReader(Span(file, start, end, head), BUFFER_BYTES)
 
