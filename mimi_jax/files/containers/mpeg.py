@@ -77,7 +77,7 @@ class _Sizes(dict[bytes, int]):
 
 def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
     """Count the frames, and put a note with their number in front of them."""
-    start = _first_frame(file, start, end)
+    start = _skip_zeros(file, start, end)
     first = read_at(file, start, MAX_FRAME)
     header = parse(first)
     if header is None:
@@ -110,20 +110,12 @@ def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
     return Container(part_of(file, start + header.size, end, head))
 
 
-def _first_frame(file: BinaryIO, start: int, end: int) -> int:
-    """Where the first frame begins, after zeros and tags; the end if none does.
-
-    Three frames must follow it, unless the file ends before, since one can be there by chance.
-    """
-    zeros = read_at(file, start, min(MAX_ZEROS, end - start))
-    position = first = skip_tags(file, start + len(zeros) - len(zeros.lstrip(b"\0")))
-    kind = None
-    for _ in range(4):
-        header = parse(read_at(file, position, 4))
-        if header is None or (kind is not None and header.kind != kind):
-            return first if position + 4 > end and kind is not None else end
-        kind, position = header.kind, position + header.size
-    return first
+def _skip_zeros(file: BinaryIO, start: int, end: int) -> int:
+    """Where zeros and tags end that stand before the first frame, if there are any."""
+    if read_at(file, start, 1) == b"\0":
+        zeros = read_at(file, start, min(MAX_ZEROS, end - start))
+        start = skip_tags(file, start + len(zeros) - len(zeros.lstrip(b"\0")))
+    return start
 
 
 def _count_frames(file: BinaryIO, position: int, end: int, header: Header) -> tuple[int, int]:
