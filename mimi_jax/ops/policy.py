@@ -198,8 +198,9 @@ def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: 
 
 
 def elu(x: jax.Array) -> jax.Array:
-    """ELU. In half precision the rounding of the faster way would be too coarse."""
-    return _call("elu", {"default": "plain" if x.dtype in HALF_PRECISION else "exp"}, x)
+    """ELU. In half precision, 1 is rounded too coarsely for the faster way."""
+    choice = {"default": "plain", "cpu": "float32"} if x.dtype in HALF_PRECISION else {"default": "exp"}
+    return _call("elu", choice, x)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int) -> jax.Array:
