@@ -118,7 +118,7 @@ class Compute:
     asked: tuple[tuple[str, str], ...] = ()  # operations, and the implementation that each must use
     fused: tuple[str, ...] = ()  # platforms whose fused device kernels may be used
     one_device: bool = False  # so that no program is partitioned between devices
-    tensor_cores: bool = False  # those of NVIDIA GPUs may be used for products of float32
+    tensor_cores: bool = False  # whether those of NVIDIA GPUs may compute products of float32
 
 
 def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
@@ -152,8 +152,9 @@ def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
     device = jax.local_devices()[0]
     can_fuse = {"cuda": _has_flash_attention(device), "tpu": device.platform == "tpu"}
     fused = tuple(platform for platform, holds in can_fuse.items() if holds)
-    tensor_cores = _capability(device) in FAST and are_exact(device)
-    return Compute(tuple(sorted(asked.items())), fused, jax.device_count() == 1, tensor_cores)
+    one_device = jax.device_count() == 1
+    tensor_cores = one_device and _capability(device) in FAST and are_exact(device)
+    return Compute(tuple(sorted(asked.items())), fused, one_device, tensor_cores)
 
 
 def _has_flash_attention(device: Any) -> bool:
@@ -197,10 +198,9 @@ def _exact_choice(x: jax.Array, size_in: int, size_out: int) -> Choice:
     """For the product of x, as [rows, size_in], with [size_in, size_out]: tensor cores where they help."""
     choice, rows = {"default": "plain"}, x.size // size_in
     num_bytes = 4 * (rows * size_in + size_in * size_out + rows * size_out)
-    is_float32 = x.dtype == jnp.float32 and _precision() in EXACT
-    if _compute.get().tensor_cores and is_float32:
-        if 2 * rows * size_in * size_out > FLOPS_PER_BYTE * num_bytes:
-            choice["cuda"] = "tensor_cores"
+    pays = 2 * rows * size_in * size_out > FLOPS_PER_BYTE * num_bytes
+    if pays and _compute.get().tensor_cores and x.dtype == jnp.float32 and _precision() in EXACT:
+        choice["cuda"] = "tensor_cores"
     return choice
 
 
@@ -259,7 +259,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int
     # Windows pay as soon as they leave out more keys than they add.
     choice = {"default": "banded" if query.shape[1] > 2 * window else "reference"}
     compute = _compute.get()
-    # Fused device kernels compute in nothing else, and may not take an empty batch.
+    # Fused device kernels compute in nothing else, and may not take an empty batch. In float32, memory is the
+    # limit of both products on an NVIDIA GPU, about as much as float32 units are, so these compute them.
     if query.dtype in HALF_PRECISION and query.size:
         if "cuda" in compute.fused:
             choice["cuda"] = "cudnn"

@@ -4,9 +4,9 @@ Tensor cores round what they multiply to TF32, 11 bits. So each number is split 
 and three products are added up in float32: all but rest times rest, which is as small as float32's rounding.
 XLA does this where a product asks for the algorithm `TF32_TF32_F32_X3` (`jax.lax.DotAlgorithmPreset`).
 
-If XLA partitions a program between devices, it forgets the algorithm of a product of two matrices (XLA of JAX
-0.10), which would then be plain TF32. It keeps that of products with a batch, such as [batch, time, in] with
-[in, out]. All products here are of that kind.
+If XLA partitions a program between devices, it forgets the algorithm of products of two matrices (that of JAX
+0.10.2 does), and they become plain TF32. So this is for programs of one device. XLA computes a product in one
+device kernel, made by Triton, or in three of cuBLAS, whichever is faster where the program is compiled.
 """
 
 import functools
@@ -47,8 +47,8 @@ def convolution_by_shifts(
 ) -> jax.Array:
     """Compute one product for all strides of the kernel, and add up its parts, each shifted in time.
 
-    So x is read once and never copied. Taps must be a multiple of the stride. The kernel may be dilated if the
-    stride is 1.
+    So x is read once and never copied. Taps must be a multiple of the stride, and a dilated kernel must have
+    a stride of 1.
     """
     taps, size_in, size_out = kernel.shape
     batch, time, _ = x.shape
