@@ -173,18 +173,19 @@ _compute = contextvars.ContextVar("compute", default=PORTABLE)
 
 
 @contextlib.contextmanager
-def computing(compute: Compute, precision: str | None = EXACT[0]) -> Iterator[None]:
+def computing(compute: Compute, precision: str | None = None) -> Iterator[None]:
     """Choose as `compute` says in everything that is traced inside. Outside, everything is portable.
 
     Args:
-        precision: of products, as in `jax.default_matmul_precision`. `PLAIN_FLOAT32` is "highest" without
-            tensor cores. To JAX, that name says nothing about convolutions, which would become TF32.
+        precision: of products, as in `jax.default_matmul_precision`; None for what it is outside.
+            `PLAIN_FLOAT32` is "highest" without tensor cores. JAX itself uses that name for products alone,
+            and convolutions would become TF32.
     """
     if precision == PLAIN_FLOAT32:
         compute, precision = dataclasses.replace(compute, tensor_cores=False), EXACT[0]
     token = _compute.set(compute)
     try:
-        with jax.default_matmul_precision(precision):
+        with jax.default_matmul_precision(precision or _precision()):
             yield
     finally:
         _compute.reset(token)

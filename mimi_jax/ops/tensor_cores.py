@@ -4,8 +4,8 @@ Tensor cores round what they multiply to TF32, 11 bits. So each number is split 
 and three products are added up in float32: all but rest times rest, which is as small as float32's rounding.
 XLA does this where a product asks for the algorithm `TF32_TF32_F32_X3` (`jax.lax.DotAlgorithmPreset`).
 
-If XLA partitions a program between devices, it forgets the algorithm of products of two matrices (that of JAX
-0.10.2 does), and they become plain TF32. So this is for programs of one device. XLA computes a product in one
+If XLA partitions a program between devices, it forgets the algorithm of products of two matrices (in JAX 0.10
+and 0.12), and they become plain TF32. So this is for programs of one device. XLA computes a product in one
 device kernel, made by Triton, or in three of cuBLAS, whichever is faster where the program is compiled.
 """
 
