@@ -43,24 +43,24 @@ class Resources(NamedTuple):
     shared: int  # bytes
 
 
-def kernels(config: MimiConfig, dtype: str) -> dict[str, Kernel]:
+def kernels(config: MimiConfig, dtype: str, capability: int) -> dict[str, Kernel]:
     """The device kernels of all stages of a model, by what they compute."""
     found: dict[str, Kernel] = {}
 
-    def call(name: str, *arrays: Any, outputs: list, tile: triton_stages.Tile, programs: int, **sizes: int):
+    def call(name: str, _: int, *arrays: Any, outputs: list, tile: Any, programs: int, **sizes: int):
         types = [TYPES[array.dtype.name] for array in arrays] + [TYPES[dtype]] * len(outputs)
-        kernel = Kernel(name, tuple(types), tile, sizes)
-        found.setdefault(f"{name}, {sizes['C']} channels", kernel)
+        found.setdefault(f"{name}, {sizes['C']} channels", Kernel(name, tuple(types), tile, sizes))
         return [jnp.zeros(shape, dtype) for shape in outputs]
 
-    def trace(stage: Any, state: Any) -> Any:
-        channels = jax.tree.leaves(state)[0].shape[-1]
-        return getattr(triton_stages, stage.operation)(stage, state, jnp.zeros((1, 1920, channels), dtype), None)
+    def trace(stage: Any) -> Any:
+        state = stage.init_state(1, dtype)
+        x = jnp.zeros((1, config.frame_size, jax.tree.leaves(state)[0].shape[-1]), dtype)
+        return triton_stages.step(stage, state, x, None, capability=capability)
 
-    model = abstract_model(config)
+    model = jax.eval_shape(lambda model: model.astype(dtype), abstract_model(config))
     with mock.patch.object(triton_stages, "call", call):
         for stage in (*model.encoder.stages, *model.decoder.stages):
-            jax.eval_shape(trace, stage, jax.eval_shape(lambda stage: stage.init_state(1, dtype), stage))
+            jax.eval_shape(trace, stage)
     return found
 
 
@@ -95,18 +95,19 @@ def assemble(file: Path, capability: int) -> str:
     """What NVIDIA's assembler says about a program."""
     import triton
 
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    assembler = Path(triton.__path__[0]) / "backends/nvidia/bin/ptxas"
     architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
     command = [assembler, "-v", f"-arch={architecture}", file, "-o", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def rows(capabilities: Sequence[int], dtype: str) -> Iterator[list[str]]:
-    for name, kernel in kernels(MimiConfig(), dtype).items():
-        for capability in capabilities:
-            used = compile_kernel(kernel, capability)
+    """The lines of the table."""
+    for capability in capabilities:
+        for name, kernel in kernels(MimiConfig(), dtype, capability).items():
             tile = f"{kernel.tile.rows} rows, {kernel.tile.warps} warps"
-            yield [name, tile, f"sm_{capability}", *map(str, used)]
+            used = compile_kernel(kernel, capability)
+            yield [f"sm_{capability}", name, tile, *map(str, used)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 89, 90])
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     options = parser.parse_args(arguments)
-    columns = ["device kernel", "tile", "GPU", "registers", "bytes of spills", "bytes of shared memory"]
+    columns = ["GPU", "device kernel", "tile", "registers", "bytes of spills", "bytes of shared memory"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows(options.capabilities, options.dtype):
         print(f"| {' | '.join(row)} |", flush=True)

@@ -7,7 +7,9 @@ one for the residual block, whose result is already what the next convolution re
 JAX calls Triton through jax_triton, which needs Python 3.12. Both are imported when a stage is computed.
 """
 
+import functools
 import importlib.util
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -19,51 +21,99 @@ MOST_CHANNELS = 1024  # more would not fit a program's registers
 
 
 class Tile(NamedTuple):
-    """The sizes of a program, by the compiler's word that no registers spill. They change no result."""
+    """The sizes of a program. They change no result."""
 
     rows: int
     warps: int
-    stages: int = 1
+    stages: int = 1  # of the pipeline of loads
 
 
-# By the channels of the residual block.
-BLOCKS = {32: Tile(128, 4), 64: Tile(128, 4), 128: Tile(128, 8), 256: Tile(128, 8), 512: Tile(64, 8)}
-WIDEST_BLOCK = Tile(32, 8)
-# Stages with no more channels are one device kernel.
-ENCODER_STAGES = {32: Tile(64, 4), 64: Tile(64, 4)}
-DECODER_STAGES = {32: Tile(64, 4), 64: Tile(64, 4)}
+# By the channels of the residual block, as large as possible without spilled registers: the compiler says so
+# (`benchmarks/triton_kernels.py`). Which of them is fastest has not been measured.
+BLOCKS = {128: Tile(128, 8, 2), 256: Tile(128, 8, 2), 512: Tile(64, 8)}
+OTHER_BLOCKS = Tile(64, 8)
+# Stages with no more channels are one device kernel. Up to Ada, and from Hopper on.
+WHOLE_STAGES = 64
+ENCODER_STAGE = {False: Tile(32, 4), True: Tile(64, 4)}
+DECODER_STAGE = {False: Tile(64, 8), True: Tile(64, 4)}
+HOPPER = 90
 
 
 def is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in ("jax_triton", "triton"))
 
 
+@functools.cache
+def say_what_is_missing() -> None:
+    """Once, where a GPU could do more."""
+    logging.getLogger("mimi_jax").warning(
+        "half precision is faster on this GPU with jax_triton: pip install 'mimi_jax[cuda]' on Python 3.12"
+    )
+
+
 def fits(part: Any, x: jax.Array) -> bool:
-    """Whether the device kernels can compute this stage on this input."""
+    """Whether the device kernels can compute an `EncoderStage` or a `DecoderStage` on this input."""
     if len(part.blocks) != 1 or x.dtype not in DTYPES or not x.size:
         return False
-    conv1, conv2 = part.blocks[0].layers()
-    channels, hidden = conv1.in_channels, conv2.in_channels
+    [block] = part.blocks
+    resampling = part.layers()[0 if part.operation == "decoder_stage" else -1]
+    channels, hidden = block.conv1.in_channels, block.conv2.in_channels
     return (
         channels.bit_count() == 1
         and FEWEST_CHANNELS <= channels <= MOST_CHANNELS
         and channels == 2 * hidden
-        and part.blocks[0].shortcut is None
-        and conv1.context > 0
-        and conv1.pad_mode == "constant"
-        and not conv1.lookahead
-        and not getattr(part, "upsample", conv1).lookahead
+        and block.shortcut is None
+        and block.conv1.context > 0
+        and block.conv1.pad_mode == "constant"
+        and not block.conv1.lookahead
+        and not resampling.lookahead
+        and (part.operation == "decoder_stage" or x.shape[1] % resampling.stride == 0)
     )
 
 
-def call(kernel: str, *arrays: jax.Array, outputs: list[tuple[int, ...]], tile: Tile, programs: int, **sizes):
-    """Run a device kernel of `triton_kernels` on `programs` tiles of each row of the batch.
+def step(
+    part: Any, state: Any, x: jax.Array, lengths: jax.Array | None, *, capability: int | None
+) -> tuple[Any, jax.Array]:
+    """`part.step_layers` for an `EncoderStage` or a `DecoderStage` that `fits`. `vmap` goes layer by layer.
+
+    Args:
+        capability: of the GPUs to compile for, times ten. None looks at the first GPU, and takes tiles that
+            fit all of them.
 
     Raises:
+        ValueError: the device kernels cannot compute it.
         ImportError: jax_triton is not installed.
     """
+    if not fits(part, x):
+        raise ValueError(
+            f'compute[{part.operation!r}]="triton" needs bfloat16 or float16, and a causal residual block of'
+            f" {FEWEST_CHANNELS} to {MOST_CHANNELS} channels, a power of two, with compress=2,"
+            ' pad_mode="constant" and without use_conv_shortcut; "auto" uses it where it can'
+        )
+    stage = {"encoder_stage": encoder_stage, "decoder_stage": decoder_stage}[part.operation]
+    fused = jax.custom_batching.custom_vmap(functools.partial(stage, capability))
+    fused.def_vmap(_vmap_layers)
+    return fused(part, state, x, lengths)
+
+
+def _vmap_layers(_: int, batched: Any, *arguments: Any) -> tuple[Any, Any]:
+    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+    results = jax.vmap(lambda part, *inputs: part.step_layers(*inputs), axes)(*arguments)
+    return results, jax.tree.map(lambda _: True, results)
+
+
+def call(
+    kernel: str,
+    capability: int | None,
+    *arrays: jax.Array,
+    outputs: list[tuple[int, ...]],
+    tile: Tile,
+    programs: int,
+    **sizes: int,
+) -> list[jax.Array]:
+    """Run a device kernel of `triton_kernels` on `programs` tiles of each row of the batch."""
     try:
-        import jax_triton
+        import jax_triton  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             "fused stages need jax_triton and Python 3.12 or newer: pip install 'mimi_jax[cuda]'; or leave"
@@ -77,7 +127,8 @@ def call(kernel: str, *arrays: jax.Array, outputs: list[tuple[int, ...]], tile: 
         kernel=getattr(triton_kernels, kernel),
         out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in outputs],
         grid=(programs, batch),
-        name=f"mimi_{kernel}",
+        name=kernel,
+        compute_capability=capability,
         num_warps=tile.warps,
         num_stages=tile.stages,
         ROWS=tile.rows,
@@ -101,15 +152,21 @@ def _keep_idle(lengths: jax.Array | None, new: jax.Array, old: jax.Array) -> jax
 
 
 def _block(
-    block: Any, past: jax.Array, next_past: jax.Array | None, x: jax.Array, lengths: jax.Array
+    capability: int | None,
+    block: Any,
+    past: jax.Array,
+    next_past: jax.Array | None,
+    x: jax.Array,
+    lengths: jax.Array,
 ) -> list[jax.Array]:
     """Residual block: its output and, if there is a `next_past`, what the next layer needs."""
     batch, time, channels = x.shape
     lead = 0 if next_past is None else next_past.shape[1]
-    tile = BLOCKS.get(channels, WIDEST_BLOCK)
+    tile = BLOCKS.get(channels, OTHER_BLOCKS)
     taps, _, hidden = block.conv1.kernel.shape
     return call(
         "residual_block",
+        capability,
         *(x, past, past if next_past is None else next_past, lengths, *_weights(block.conv1, block.conv2)),
         outputs=[(batch, lead + time, channels), (batch, lead or 1, channels)],
         tile=tile,
@@ -125,20 +182,24 @@ def _block(
     )
 
 
-def _has_short_past(block: Any) -> bool:
-    return block.conv1.context == 2 and block.conv1.dilation == 1
+def _is_whole_stage(block: Any) -> bool:
+    """Whether one device kernel computes the stage: with few channels, and kernels of three neighbours."""
+    return block.conv1.in_channels <= WHOLE_STAGES and block.conv1.kernel.shape[0] == 3
 
 
-def encoder_stage(part: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> tuple[Any, jax.Array]:
-    """`part.step_layers` for an `EncoderStage`."""
+def encoder_stage(
+    capability: int | None, part: Any, state: Any, x: jax.Array, lengths: jax.Array | None
+) -> tuple[Any, jax.Array]:
+    """`step` for an `EncoderStage`."""
     batch, time, channels = x.shape
     [block], down = part.blocks, part.downsample
     (conv1, conv2), last = state or part.init_state(batch, x.dtype)
     ends = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
-    if channels in ENCODER_STAGES and _has_short_past(block) and last.past.shape[1] == down.stride:
-        tile, strides = ENCODER_STAGES[channels], time // down.stride
+    if _is_whole_stage(block):
+        tile, strides = ENCODER_STAGE[(capability or 0) >= HOPPER], time // down.stride
         y, kept = call(
             "encoder_stage",
+            capability,
             *(x, conv1.past, last.past, ends, *_weights(block.conv1, block.conv2, down)),
             outputs=[(batch, strides, 2 * channels), last.past.shape],
             tile=tile,
@@ -149,22 +210,25 @@ def encoder_stage(part: Any, state: Any, x: jax.Array, lengths: jax.Array | None
             RATIO=down.stride,
         )
     else:
-        activated, kept = _block(block, conv1.past, last.past, x, ends)
+        activated, kept = _block(capability, block, conv1.past, last.past, x, ends)
         y = down.convolve(activated)
     conv1 = conv1._replace(past=_advance(conv1.past, x, lengths))
     return ((conv1, conv2), last._replace(past=_keep_idle(lengths, kept, last.past))), y
 
 
-def decoder_stage(part: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> tuple[Any, jax.Array]:
-    """`part.step_layers` for a `DecoderStage`."""
+def decoder_stage(
+    capability: int | None, part: Any, state: Any, x: jax.Array, lengths: jax.Array | None
+) -> tuple[Any, jax.Array]:
+    """`step` for a `DecoderStage`."""
     batch, time, _ = x.shape
     [block], up = part.blocks, part.upsample
     first, (conv1, conv2) = state or part.init_state(batch, x.dtype)
     channels = up.out_channels
-    if channels in DECODER_STAGES and _has_short_past(block) and up.stride > 1:
-        tile = DECODER_STAGES[channels]
+    if _is_whole_stage(block) and up.stride > 1:
+        tile = DECODER_STAGE[(capability or 0) >= HOPPER]
         y, kept = call(
             "decoder_stage",
+            capability,
             *(x, first.past, conv1.past, *_weights(up, block.conv1, block.conv2)),
             outputs=[(batch, time * up.stride, channels), conv1.past.shape],
             tile=tile,
@@ -180,6 +244,6 @@ def decoder_stage(part: Any, state: Any, x: jax.Array, lengths: jax.Array | None
         first, x = up.step(first, x, lengths)
         lengths = up.output_lengths(lengths)
         ends = jnp.full(batch, x.shape[1], jnp.int32)
-        y, _ = _block(block, conv1.past, None, x, ends)
+        y, _ = _block(capability, block, conv1.past, None, x, ends)
         past = _advance(conv1.past, x, lengths)
     return (first, (conv1._replace(past=past), conv2)), y
