@@ -38,7 +38,7 @@ def _load(x, past, row, t, T, c, C: tl.constexpr, PAST: tl.constexpr):
 @triton.jit
 def residual_block(
     x, past, next_past, lengths, w1, b1, w2, b2, out, kept, T, C: tl.constexpr, H: tl.constexpr,
-    TAPS: tl.constexpr, DILATION: tl.constexpr, LEAD: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    TAPS: tl.constexpr, LEAD: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     # fmt: on
@@ -48,7 +48,7 @@ def residual_block(
 
     Args:
         x: [batch, T, C].
-        past: [batch, (TAPS - 1) * DILATION, C], of the first convolution.
+        past: [batch, TAPS - 1, C], of the first convolution.
         next_past: [batch, LEAD, C], of the layer after the block.
         lengths: [batch].
         w1, b1, w2, b2: [TAPS, C, H] and [H], [H, C] and [C].
@@ -57,7 +57,7 @@ def residual_block(
         DEPTH: input channels of one product.
         WIDTH: output channels computed at once.
     """
-    PAST: tl.constexpr = (TAPS - 1) * DILATION
+    PAST: tl.constexpr = TAPS - 1
     PARTS: tl.constexpr = C // DEPTH
     dtype: tl.constexpr = out.dtype.element_ty
     batch = tl.program_id(1).to(tl.int64)
@@ -76,7 +76,7 @@ def residual_block(
     for part in tl.range(0, TAPS * PARTS):
         tap = part // PARTS
         c = part % PARTS * DEPTH + tl.arange(0, DEPTH)
-        back = (TAPS - 1 - tap) * DILATION
+        back = PAST - tap
         a = _elu(_load(x, past, row - back, t - back, T, c, C, PAST), dtype)
         hidden = tl.dot(a, tl.load(w1 + (tap * C + c)[:, None] * H + h[None, :]), hidden)
     hidden = _elu(_add(hidden, tl.load(b1 + h), dtype), dtype)

@@ -8,7 +8,6 @@ JAX calls Triton through jax_triton, which needs Python 3.12. Both are imported 
 """
 
 import functools
-import importlib.util
 import logging
 from typing import Any, NamedTuple
 
@@ -39,16 +38,19 @@ DECODER_STAGE = {False: Tile(64, 8), True: Tile(64, 4)}
 HOPPER = 90
 
 
-def is_installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("jax_triton", "triton"))
-
-
 @functools.cache
-def say_what_is_missing() -> None:
-    """Once, where a GPU could do more."""
-    logging.getLogger("mimi_jax").warning(
-        "half precision is faster on this GPU with jax_triton: pip install 'mimi_jax[cuda]' on Python 3.12"
-    )
+def is_available() -> bool:
+    """Whether JAX can call Triton. If it cannot, a line of the log says so, once."""
+    try:
+        import jax_triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except Exception as error:  # it fails in many ways beside a Triton that it does not know
+        logging.getLogger("mimi_jax").warning(
+            "half precision would be faster on this GPU with jax_triton (%s); on Python 3.12 or newer:"
+            " pip install 'mimi_jax[cuda]'",
+            error,
+        )
+        return False
+    return True
 
 
 def fits(part: Any, x: jax.Array) -> bool:
@@ -72,8 +74,8 @@ def fits(part: Any, x: jax.Array) -> bool:
 
 
 def step(
-    part: Any, state: Any, x: jax.Array, lengths: jax.Array | None, *, capability: int | None
-) -> tuple[Any, jax.Array]:
+    part: Any, state: tuple | None, x: jax.Array, lengths: jax.Array | None, *, capability: int | None
+) -> tuple[tuple, jax.Array]:
     """`part.step_layers` for an `EncoderStage` or a `DecoderStage` that `fits`. `vmap` goes layer by layer.
 
     Args:
@@ -93,7 +95,8 @@ def step(
     stage = {"encoder_stage": encoder_stage, "decoder_stage": decoder_stage}[part.operation]
     fused = jax.custom_batching.custom_vmap(functools.partial(stage, capability))
     fused.def_vmap(_vmap_layers)
-    return fused(part, state, x, lengths)
+    new_state, y = fused(part, state or part.init_state(x.shape[0], x.dtype), x, lengths)
+    return new_state if state else (None,) * len(part.layers()), y
 
 
 def _vmap_layers(_: int, batched: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -175,7 +178,6 @@ def _block(
         C=channels,
         H=hidden,
         TAPS=taps,
-        DILATION=block.conv1.dilation,
         LEAD=lead,
         DEPTH=min(channels, 64),
         WIDTH=min(channels, 128),
@@ -188,12 +190,12 @@ def _is_whole_stage(block: Any) -> bool:
 
 
 def encoder_stage(
-    capability: int | None, part: Any, state: Any, x: jax.Array, lengths: jax.Array | None
-) -> tuple[Any, jax.Array]:
+    capability: int | None, part: Any, state: tuple, x: jax.Array, lengths: jax.Array | None
+) -> tuple[tuple, jax.Array]:
     """`step` for an `EncoderStage`."""
     batch, time, channels = x.shape
     [block], down = part.blocks, part.downsample
-    (conv1, conv2), last = state or part.init_state(batch, x.dtype)
+    (conv1, conv2), last = state
     ends = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
     if _is_whole_stage(block):
         tile, strides = ENCODER_STAGE[(capability or 0) >= HOPPER], time // down.stride
@@ -217,12 +219,12 @@ def encoder_stage(
 
 
 def decoder_stage(
-    capability: int | None, part: Any, state: Any, x: jax.Array, lengths: jax.Array | None
-) -> tuple[Any, jax.Array]:
+    capability: int | None, part: Any, state: tuple, x: jax.Array, lengths: jax.Array | None
+) -> tuple[tuple, jax.Array]:
     """`step` for a `DecoderStage`."""
     batch, time, _ = x.shape
     [block], up = part.blocks, part.upsample
-    first, (conv1, conv2) = state or part.init_state(batch, x.dtype)
+    first, (conv1, conv2) = state
     channels = up.out_channels
     if _is_whole_stage(block) and up.stride > 1:
         tile = DECODER_STAGE[(capability or 0) >= HOPPER]

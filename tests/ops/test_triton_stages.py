@@ -23,7 +23,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; what compiles with it needs another process
 
-BATCH = 3
+BATCH = 3  # one row ends early, and one is idle
 TOLERANCE = 2e-3  # float16 rounds by 5e-4, and each layer's result is rounded
 CONFIG = MimiConfig()
 Stage = EncoderStage | DecoderStage
@@ -137,11 +137,9 @@ CASES = {
 def test_the_numbers_are_those_of_the_layers(case: str):
     kind, channels, ratio, fields = CASES[case]
     stage = make_stage(kind, MimiConfig(**fields), channels, ratio)
-    strides = 19 if kind is EncoderStage else 21
+    strides = 17 if kind is EncoderStage else 18
     x = inputs(channels, strides * (ratio if kind is EncoderStage else 1))  # several tiles, none of them full
-    fresh = stage.init_state(BATCH, jnp.float16)
-    compare(stage, x, fresh)
-    running = jax.tree.map(jnp.asarray, random_like(fresh, 1))
+    running = random_like(stage.init_state(BATCH, jnp.float16), 1)
     compare(stage, x, running)
     compare(stage, x, running, jnp.array([x.shape[1], x.shape[1] // 2 + 1, 0], jnp.int32))
 
@@ -152,7 +150,7 @@ def test_streams_give_the_numbers_of_whole_clips(case: str):
     stage = make_stage(kind, MimiConfig(**fields), channels, ratio)
     x = inputs(channels, 5 * ratio)
     _, expected = step_fused(stage, None, x, None)
-    state, parts = None, []
+    state, parts = stage.init_state(BATCH, jnp.float16), []
     for start in range(0, x.shape[1], ratio):
         state, y = step_fused(stage, state, x[:, start : start + ratio], None)
         parts.append(np.asarray(y))
