@@ -216,12 +216,12 @@ def decoder_stage(
     kept += (batch * 2 + 2 - RATIO) * C
     before2 = _elu(_load(x, x_past, row - 2, j - 2, T, d, SIZE, 1), dtype)
     before = _elu(_load(x, x_past, row - 1, j - 1, T, d, SIZE, 1), dtype)
-    own = _elu(_load(x, x_past, row, j, T, d, SIZE, 1), dtype)
     is_first = (j == 0)[:, None]
     u2 = _upsample(before2, before, w0, RATIO - 2, c, d, b0, C, RATIO, dtype)
     u1 = _upsample(before2, before, w0, RATIO - 1, c, d, b0, C, RATIO, dtype)
     e2 = _elu(tl.where(is_first, tl.load(past + c)[None, :], u2), dtype)
     e1 = _elu(tl.where(is_first, tl.load(past + C + c)[None, :], u1), dtype)
+    own = _elu(_load(x, x_past, row, j, T, d, SIZE, 1), dtype)
     for i in tl.range(RATIO, disable_licm=True):
         u = _upsample(before, own, w0, i, c, d, b0, C, RATIO, dtype)
         is_last = (j == T - 1) & (i >= RATIO - 2)
