@@ -94,16 +94,14 @@ PARTS: dict[str, Implementations] = {
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
-    "encoder_stage": {"layers": layer_by_layer, "triton": in_triton},
-    "decoder_stage": {"layers": layer_by_layer, "triton": in_triton},
+    **{part: {"layers": layer_by_layer, "triton": in_triton} for part in triton_stages.PARTS},
 }
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
 PART_CHOICES: dict[str, Choice] = {
     "network": {"cpu": "small_pieces", "cuda": "large_pieces", "default": "layers"},
-    "encoder_stage": {"default": "layers"},
-    "decoder_stage": {"default": "layers"},
+    **{part: {"default": "layers"} for part in triton_stages.PARTS},
 }
 
 

@@ -24,8 +24,8 @@ def test_no_device_kernel_spills_registers(dtype: str):
     rows = [dict(zip(heads, line, strict=True)) for line in lines]
     assert {row["GPU"] for row in rows} == {"sm_80", "sm_89", "sm_90"}
     assert {row["device kernel"].split(",")[0] for row in rows} == {
-        "encoder_stage",
-        "decoder_stage",
+        "encoder_front",
+        "decoder_back",
         "residual_block",
     }
     assert {row["bytes of spills"] for row in rows} == {"0"}
