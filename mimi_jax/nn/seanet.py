@@ -71,13 +71,13 @@ class Group(Chain):
     def __init__(
         self, *layers: StreamingLayer, inputs_per_step: int, is_wide: bool = False, operation: str = ""
     ):
-        self.parts = nnx.List(layers)
+        self.parts = nnx.data(layers)
         self.inputs_per_step = inputs_per_step  # positions of the input for each step of 25 Hz
         self.is_wide = is_wide  # whether it lies next to the waveform, where activations are largest
         self.operation = operation
 
     def layers(self) -> Sequence[StreamingLayer]:
-        return tuple(self.parts)
+        return self.parts
 
 
 class Network(Chain):
