@@ -170,7 +170,6 @@ def encoder_front(
     row = tl.arange(0, ROWS)
     j = start + row
     c = tl.arange(0, C)
-    n = tl.arange(0, WIDTH)
     x += batch * T + start * RATIO
     x_past += batch * (TAPS - 1) + TAPS - 1 + start * RATIO
     past += batch * 2 * C
@@ -186,7 +185,8 @@ def encoder_front(
     x1 = _first(x, x_past, w0, b0, row * RATIO - 1, j * RATIO - 1, T, TAPS, C, WINDOW, dtype)
     e2 = _elu(_load_or(past, j == 0, x2, C), dtype)
     e1 = _elu(_load_or(past + C, j == 0, x1, C), dtype)
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    low = tl.zeros((ROWS, C), tl.float32)  # the first half of the output channels
+    high = tl.zeros((ROWS, C), tl.float32)
     for i in tl.range(RATIO, disable_licm=True):
         t = j * RATIO + i
         x0 = _first(x, x_past, w0, b0, row * RATIO + i, t, T, TAPS, C, WINDOW, dtype)
@@ -200,11 +200,16 @@ def encoder_front(
             _store_row(next_kept + i * C, y, is_last, C, ROWS)
         y = _elu(y, dtype)
         before = tl.dot(shift, y).to(dtype)
-        total = tl.dot(before, tl.load(w3 + (i * C + c)[:, None] * WIDTH + n[None, :]), total)
-        total = tl.dot(y, tl.load(w3 + ((RATIO + i) * C + c)[:, None] * WIDTH + n[None, :]), total)
+        at = (i * C + c)[:, None] * WIDTH + c[None, :]
+        low = tl.dot(before, tl.load(w3 + at), low)
+        high = tl.dot(before, tl.load(w3 + C + at), high)
+        low = tl.dot(y, tl.load(w3 + RATIO * C * WIDTH + at), low)
+        high = tl.dot(y, tl.load(w3 + RATIO * C * WIDTH + C + at), high)
         e2, e1 = e1, e0
     keep = (row > 0) & (j < T // RATIO)
-    tl.store(out + row[:, None] * WIDTH + n[None, :], _add(total, tl.load(b3 + n), dtype), mask=keep[:, None])
+    to = out + row[:, None] * WIDTH + c[None, :]
+    tl.store(to, _add(low, tl.load(b3 + c), dtype), mask=keep[:, None])
+    tl.store(to + C, _add(high, tl.load(b3 + C + c), dtype), mask=keep[:, None])
 
 
 @triton.jit
