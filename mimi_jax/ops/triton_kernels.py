@@ -218,7 +218,7 @@ def _upsample(before, own, w0, b0, i, C: tl.constexpr, RATIO: tl.constexpr, dtyp
     SIZE: tl.constexpr = 2 * C
     c = tl.arange(0, C)
     at = tl.arange(0, SIZE)[:, None] * (RATIO * C) + i * C + c[None, :]
-    y = tl.dot(own, tl.load(w0 + SIZE * RATIO * C + at), tl.dot(before, tl.load(w0 + at)))
+    y = tl.dot(before, tl.load(w0 + at), tl.dot(own, tl.load(w0 + SIZE * RATIO * C + at)))
     return _add(y, tl.load(b0 + c), dtype)
 
 
