@@ -77,7 +77,7 @@ def test_compiles_for_eight_gpus(gpus: Mesh, function: str, kind: tuple[str, str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("function", ["encode", "decode"])
-def test_stages_in_triton_move_less_than_half_the_bytes(gpus: Mesh, function: str):
+def test_stages_in_triton_save_more_than_half_of_the_bytes(gpus: Mesh, function: str):
     """64 clips of 30 s in bfloat16. Layer by layer, they take about 150 GB and 140 GB."""
     pytest.importorskip("jax_triton", reason="needs mimi_jax[triton], on Python 3.12 or newer")
     if os.environ.get("TRITON_INTERPRET"):

@@ -115,6 +115,37 @@ def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
+    ("fields", "fused"),
+    [
+        ({}, ["encoder_front", "decoder_back"]),
+        ({"num_filters": 64}, ["encoder_front", "decoder_back"]),
+        ({"num_filters": 128}, []),
+        ({"audio_channels": 2}, []),
+        ({"residual_kernel_size": 5}, []),
+        ({"kernel_size": 17, "last_kernel_size": 4}, []),
+        ({"kernel_size": 17}, ["decoder_back"]),
+        ({"pad_mode": "replicate"}, []),
+    ],
+    ids=str,
+)
+def test_ends_next_to_the_waveform_are_chosen_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], fused: list[str]
+):
+    monkeypatch.setattr(triton_stages, "is_available", lambda: True)
+    config = dataclasses.replace(FITS, **fields)
+    model = checkpoint.abstract_model(config)
+    found = []
+    with policy.computing(policy.Compute(fused=("cuda",), one_device=True, capability=80)):
+        for network in (model.encoder, model.decoder):
+            for group in network.groups():
+                if group.operation:
+                    channels = config.audio_channels if network is model.encoder else 2 * config.num_filters
+                    x = jnp.zeros((1, config.frame_size, channels), "bfloat16")
+                    found += [group.operation] if "cuda" in policy.part_choice(group, x) else []
+    assert found == fused
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"num_filters": 16},
@@ -178,12 +209,12 @@ def test_stages_under_vmap_are_computed_layer_by_layer(monkeypatch: pytest.Monke
     x = jnp.asarray(noise(2, 1, 8, 32), jnp.bfloat16)
     expected = jax.vmap(stage)(x)
 
-    def call(*_: Any, **__: Any) -> list[jax.Array]:
-        return [jnp.zeros((1, 4, 64), "bfloat16"), jnp.zeros((1, 2, 32), "bfloat16")]
+    def call(*_: Any, outputs: list[tuple[int, ...]], **__: Any) -> list[jax.Array]:
+        return [jnp.zeros(shape, "bfloat16") for shape in outputs]
 
     monkeypatch.setattr(triton_stages, "call", call)
     with policy.computing(policy.resolve({"encoder_stage": "triton"})):
-        assert not stage(x[0]).any()
+        assert not np.array_equal(stage(x[0]), expected[0])
         np.testing.assert_array_equal(jax.vmap(stage)(x), expected)
 
 
