@@ -177,10 +177,8 @@ def encoder_front(
     out += (batch * (T // RATIO) + start) * WIDTH
     kept += (batch * 2 + 2 - RATIO) * C
     next_kept += batch * RATIO * C
-    length = tl.load(lengths + batch)
     shift = (row[:, None] == row[None, :] + 1).to(dtype)
     is_last = (row > 0) & (j == T // RATIO - 1)
-
     x2 = _first(x, x_past, w0, b0, row * RATIO - 2, j * RATIO - 2, T, TAPS, C, WINDOW, dtype)
     x1 = _first(x, x_past, w0, b0, row * RATIO - 1, j * RATIO - 1, T, TAPS, C, WINDOW, dtype)
     e2 = _elu(_load_or(past, j == 0, x2, C), dtype)
@@ -188,13 +186,12 @@ def encoder_front(
     low = tl.zeros((ROWS, C), tl.float32)  # the first half of the output channels
     high = tl.zeros((ROWS, C), tl.float32)
     for i in tl.range(RATIO, disable_licm=True):
-        t = j * RATIO + i
-        x0 = _first(x, x_past, w0, b0, row * RATIO + i, t, T, TAPS, C, WINDOW, dtype)
+        x0 = _first(x, x_past, w0, b0, row * RATIO + i, j * RATIO + i, T, TAPS, C, WINDOW, dtype)
         e0 = _elu(x0, dtype)
         y = _activated_block(e2, e1, e0, x0, w1, b1, w2, b2, C, H, dtype)
         if start < 0:
             y = _load_or(next_past + i * C, j < 0, y, C)
-        y = tl.where((t < length)[:, None], y, 0.0).to(dtype)
+        y = tl.where((j * RATIO + i < tl.load(lengths + batch))[:, None], y, 0.0).to(dtype)
         if start + ROWS >= T // RATIO:
             _store_row(kept + i * C, x0, is_last & (i >= RATIO - 2), C, ROWS)
             _store_row(next_kept + i * C, y, is_last, C, ROWS)
@@ -207,9 +204,9 @@ def encoder_front(
         high = tl.dot(y, tl.load(w3 + RATIO * C * WIDTH + C + at), high)
         e2, e1 = e1, e0
     keep = (row > 0) & (j < T // RATIO)
-    to = out + row[:, None] * WIDTH + c[None, :]
-    tl.store(to, _add(low, tl.load(b3 + c), dtype), mask=keep[:, None])
-    tl.store(to + C, _add(high, tl.load(b3 + C + c), dtype), mask=keep[:, None])
+    out += row[:, None] * WIDTH + c[None, :]
+    tl.store(out, _add(low, tl.load(b3 + c), dtype), mask=keep[:, None])
+    tl.store(out + C, _add(high, tl.load(b3 + C + c), dtype), mask=keep[:, None])
 
 
 @triton.jit

@@ -137,6 +137,7 @@ def test_ends_next_to_the_waveform_are_chosen_where_they_fit(
     found = []
     with policy.computing(policy.Compute(fused=("cuda",), one_device=True, capability=80)):
         for network in (model.encoder, model.decoder):
+            assert network is not None
             for group in network.groups():
                 if group.operation:
                     channels = config.audio_channels if network is model.encoder else 2 * config.num_filters
