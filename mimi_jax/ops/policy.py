@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimi_jax.ops import triton_stages
 from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
@@ -43,7 +44,7 @@ MIN_SUMMANDS = 512
 EXACT = ("highest", "float32")
 PLAIN_FLOAT32 = "F32_F32_F32"  # those of float32 units, as in `jax.lax.DotAlgorithmPreset`
 
-FIRST_WITH_FLASH = 8.0  # compute capability of Ampere, the first GPUs that run cuDNN's flash attention
+FIRST_FUSED = 80  # Ampere, the first GPUs that run cuDNN's flash attention
 
 
 class PieceBytes(NamedTuple):
@@ -82,6 +83,10 @@ def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
     return network.step_in_pieces(GPU_PIECES, state, x, lengths)
 
 
+def in_triton(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
+    return triton_stages.step(part, state, x, lengths, capability=_compute.get().capability)
+
+
 Implementations = dict[str, Callable[..., Any]]
 
 OPERATIONS: dict[str, Implementations] = {
@@ -102,12 +107,14 @@ PARTS: dict[str, Implementations] = {
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
+    **{part: {"layers": layer_by_layer, "triton": in_triton} for part in triton_stages.PARTS},
 }
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
 PART_CHOICES: dict[str, Choice] = {
     "network": {"cpu": "small_pieces", "cuda": "large_pieces", "default": "layers"},
+    **{part: {"default": "layers"} for part in triton_stages.PARTS},
 }
 
 
@@ -118,6 +125,7 @@ class Compute:
     asked: tuple[tuple[str, str], ...] = ()  # operations, and the implementation that each must use
     fused: tuple[str, ...] = ()  # platforms whose fused device kernels may be used
     one_device: bool = False  # so that no program is partitioned between devices
+    capability: int | None = None  # ten times the compute capability of NVIDIA GPUs
     tensor_cores: bool = False  # whether those of NVIDIA GPUs may compute products of float32
 
 
@@ -150,22 +158,19 @@ def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
             choices = ", ".join(tables[operation])
             raise ValueError(f"compute[{operation!r}] must be one of {choices}, got {name!r}")
     device = jax.local_devices()[0]
-    can_fuse = {"cuda": _has_flash_attention(device), "tpu": device.platform == "tpu"}
+    capability, one_device = _capability(device), jax.device_count() == 1
+    can_fuse = {"cuda": (capability or 0) >= FIRST_FUSED, "tpu": device.platform == "tpu"}
     fused = tuple(platform for platform, holds in can_fuse.items() if holds)
-    one_device = jax.device_count() == 1
-    tensor_cores = one_device and _capability(device) in FAST and are_exact(device)
-    return Compute(tuple(sorted(asked.items())), fused, one_device, tensor_cores)
+    tensor_cores = one_device and capability in FAST and are_exact(device)
+    return Compute(tuple(sorted(asked.items())), fused, one_device, capability, tensor_cores)
 
 
-def _has_flash_attention(device: Any) -> bool:
+def _capability(device: Any) -> int | None:
+    """Ten times the compute capability of an NVIDIA GPU; None for other devices."""
     try:
-        return float(_capability(device)) >= FIRST_WITH_FLASH
-    except ValueError:  # AMD's GPUs give a name, such as "gfx942"
-        return False
-
-
-def _capability(device: Any) -> str:
-    return getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
+        return round(10 * float(device.compute_capability)) if device.platform == "gpu" else None
+    except (AttributeError, ValueError):  # AMD's GPUs give a name, such as "gfx942"
+        return None
 
 
 PORTABLE = Compute()
@@ -287,10 +292,23 @@ def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> Ste
     """Step a part of the network. Gradients are those of the part computed layer by layer."""
     if part.operation not in PARTS:
         return part.step_layers(state, x, lengths)
-    table, choice = PARTS[part.operation], PART_CHOICES[part.operation]
-    implementations = _implementations(part.operation, table, choice)
+    implementations = _implementations(part.operation, PARTS[part.operation], part_choice(part, x))
     context = _Context(_compute.get(), _precision())
     return _step(implementations, context, part, state, x, lengths)
+
+
+def part_choice(part: Part, x: jax.Array) -> Choice:
+    """What a part of the network is computed by, for each platform."""
+    compute, choice = _compute.get(), PART_CHOICES[part.operation]
+    if (
+        "triton" in PARTS[part.operation]
+        and "cuda" in compute.fused
+        and (compute.one_device or _is_divided_by_hand(x))  # the compiler cannot partition it
+        and triton_stages.fits(part, x)
+        and triton_stages.is_available()
+    ):
+        return choice | {"cuda": "triton"}
+    return choice
 
 
 class _Context(NamedTuple):

@@ -20,10 +20,11 @@ import numpy as np
 
 ALGORITHM = "TF32_TF32_F32_X3"
 
-# Compute capabilities whose tensor cores compute three TF32 products faster than float32 units compute one:
-# A100 (52 and 19.5 TFLOP/s in data sheets), H100 and H200 (165 and 67), B200 and B300 (about 370 and 78). On
-# others they take longer: 1.5 times as long on A10, L4 and L40S, 3 times on RTX 3090, 4090 and 5090.
-FAST = ("8.0", "9.0", "10.0", "10.3")
+# GPUs whose tensor cores compute three TF32 products faster than float32 units compute one, by ten times their
+# compute capability: A100 (52 and 19.5 TFLOP/s in data sheets), H100 and H200 (165 and 67), B200 and B300
+# (about 370 and 78). Others take longer: 1.5 times as long on A10, L4 and L40S, 3 times on RTX 3090, 4090 and
+# 5090.
+FAST = (80, 90, 100, 103)
 
 # The largest error of products of vectors of 256 numbers, in units of the product of their norms. It is
 # 2.3e-7 in float32, 2.9e-7 in this algorithm, 1.6e-6 in three products of bfloat16, and 9.3e-5 in TF32.
