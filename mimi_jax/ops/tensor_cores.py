@@ -20,10 +20,10 @@ import numpy as np
 
 ALGORITHM = "TF32_TF32_F32_X3"
 
-# GPUs whose tensor cores compute three TF32 products faster than float32 units compute one, by ten times their
-# compute capability: A100 (52 and 19.5 TFLOP/s in data sheets), H100 and H200 (165 and 67), B200 and B300
-# (about 370 and 78). Others take longer: 1.5 times as long on A10, L4 and L40S, 3 times on RTX 3090, 4090 and
-# 5090.
+# GPUs whose tensor cores compute three TF32 products faster than float32 units compute one. The numbers are
+# ten times their compute capability: A100 (52 and 19.5 TFLOP/s in data sheets), H100 and H200 (165 and 67),
+# B200 and B300 (about 370 and 78). On others they take longer: 1.5 times as long on A10, L4 and L40S, 3 times
+# on RTX 3090, 4090 and 5090.
 FAST = (80, 90, 100, 103)
 
 # The largest error of products of vectors of 256 numbers, in units of the product of their norms. It is
