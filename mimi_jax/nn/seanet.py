@@ -5,13 +5,17 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
-from mimi_jax.config import MimiConfig
+from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer, step_all
-from mimi_jax.ops.pieces import step_in_pieces
+from mimi_jax.ops import policy
+from mimi_jax.ops.pieces import call_in_groups, step_in_pieces
 from mimi_jax.ops.policy import PieceBytes, elu
 
 StepResult: TypeAlias = tuple[tuple, Float[Array, "batch time_out out"]]
@@ -42,7 +46,10 @@ class ResidualBlock(Chain):
     ) -> StepResult:
         state, y = super().step_layers(state, x, lengths)
         # The shortcut needs no state, since a 1x1 convolution has no past.
-        return state, y + (x if self.shortcut is None else self.shortcut(x))
+        return state, y + self.skip(x)
+
+    def skip(self, x: Float[Array, "batch time in"]) -> Float[Array, "batch time in"]:
+        return x if self.shortcut is None else self.shortcut(x)
 
 
 def _residual_blocks(config: MimiConfig, channels: int, rngs: nnx.Rngs) -> nnx.List[ResidualBlock]:
@@ -87,17 +94,34 @@ class Network(Chain):
     def layers(self) -> Sequence[StreamingLayer]:
         return [layer for group in self.groups() for layer in group.layers]
 
-    def step(
-        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    def call_in_few_passes(
+        self, x: Float[Array, "batch time in"], lengths: Lengths
+    ) -> Float[Array, "batch time_out out"]:
+        """Whole clips, written so that XLA:GPU moves fewer activations through memory."""
+        raise NotImplementedError
+
+    def step_in_groups(
+        self, limits: PieceBytes, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths
     ) -> StepResult:
-        if state is None and self.operation:
-            state = self.init_state(x.shape[0], x.dtype)
-        return super().step(state, x, lengths)
+        """`step`; whole clips in groups of rows whose widest activations take no more than `limits`.
+
+        Streams, and clips that are too long even alone, go over pieces of time.
+        """
+        steps = ceil_div(x.shape[1], self.groups()[0].inputs_per_step)
+        row_bytes = steps * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
+        max_rows = limits.all_layers // max(row_bytes, 1)
+        if state is not None or max_rows == 0:
+            return self.step_in_pieces(limits, state, x, lengths)
+        y = call_in_groups(self.call_in_few_passes, x, lengths, max_rows)
+        return (None,) * len(self.layers()), y
 
     def step_in_pieces(
-        self, limits: PieceBytes, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
+        self, limits: PieceBytes, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths
     ) -> StepResult:
         """`step`, in pieces of time whose widest activations take no more than `limits`."""
+        if state is None:
+            state = self.init_state(x.shape[0], x.dtype)
+            return (None,) * len(state), self.step_in_pieces(limits, state, x, lengths)[1]
         step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
 
         def size(max_bytes: int, inputs_per_step: int) -> int:
@@ -139,6 +163,21 @@ class Encoder(Network):
             Group((self.first, *self.stages[:1]), self.samples_per_step, is_wide=True),
             Group((*self.stages[1:], self.last), self.samples_per_step // ratio, is_wide=False),
         )
+
+    def call_in_few_passes(
+        self, x: Float[Array, "batch samples in"], lengths: Lengths
+    ) -> Float[Array, "batch steps out"]:
+        def first(x: Float[Array, "batch samples in"]) -> Float[Array, "batch samples channels"]:
+            with policy.asking(convolution="multiply_adds"):
+                return self.first(x, lengths)
+
+        stage, *others = *self.stages, self.last
+        block, *rest = *stage.blocks, stage.downsample
+        y = step_all(block.layers(), None, first(x), lengths)[1]
+        # The widest activations are computed again, since reading them would take longer. XLA must not see
+        # that they are the same, nor that `y` is a convolution to which it could add them.
+        x, y = lax.optimization_barrier((x, y))
+        return step_all((*rest, *others), None, block.skip(first(x)) + y, lengths)[1]
 
 
 class DecoderStage(Chain):
@@ -182,3 +221,13 @@ class Decoder(Network):
             Group((self.first, *self.stages[:-1]), 1, is_wide=False),
             Group((*self.stages[-1:], self.last), self.samples_per_step // ratio, is_wide=True),
         )
+
+    def call_in_few_passes(
+        self, x: Float[Array, "batch steps in"], lengths: Lengths
+    ) -> Float[Array, "batch samples out"]:
+        *layers, last = self.layers()
+        y = step_all(layers, None, x, lengths)[1]
+        # XLA fuses ELU into a reduction if nothing between them is rounded.
+        last = jax.tree.map(lambda a: a.astype(jnp.float32), last)
+        with policy.asking(convolution="multiply_adds"):
+            return last(y.astype(jnp.float32)).astype(x.dtype)

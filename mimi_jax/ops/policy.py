@@ -66,7 +66,7 @@ def in_small_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
 
 
 def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
-    return network.step_in_pieces(GPU_PIECES, state, x, lengths)
+    return network.step_in_groups(GPU_PIECES, state, x, lengths)
 
 
 Implementations = dict[str, Callable[..., Any]]
@@ -162,6 +162,12 @@ def computing(compute: Compute) -> Iterator[None]:
         _compute.reset(token)
 
 
+def asking(**names: str) -> contextlib.AbstractContextManager[None]:
+    """Also use these implementations, by operation, in everything that is traced inside."""
+    compute = _compute.get()
+    return computing(dataclasses.replace(compute, asked=tuple({**dict(compute.asked), **names}.items())))
+
+
 def _implementations(operation: str, table: Implementations, choice: Choice) -> Implementations:
     """By platform. An implementation that was asked for is used on all of them."""
     if asked := dict(_compute.get().asked).get(operation):
@@ -200,7 +206,7 @@ def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: 
 def elu(x: jax.Array) -> jax.Array:
     """ELU. In half precision, 1 is rounded too coarsely for the faster way."""
     choice = {"default": "plain", "cpu": "float32"} if x.dtype in HALF_PRECISION else {"default": "exp"}
-    return _call("elu", choice, x)
+    return _call("elu", choice | {"cuda": "min_max"}, x)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int) -> jax.Array:
