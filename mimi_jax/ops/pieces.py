@@ -1,4 +1,4 @@
-"""A large input in pieces of time or groups of rows, so that what is computed on the way takes little memory."""
+"""A large input in pieces of time or groups of rows, so that what is between takes little memory."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -75,6 +75,15 @@ def test_compiles_for_eight_gpus(gpus: Mesh, function: str, kind: tuple[str, str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("function", "most"), [("encode", 132), ("decode", 125)])
+def test_whole_clips_move_few_bytes_on_gpus(gpus: Mesh, function: str, most: float):
+    """In GB, for 64 clips of 30 s on one GPU, in bfloat16 and with all 32 codebooks."""
+    case = ahead.Case(function, KINDS[0], 64, 30.0)
+    report = ahead.compile_case(Mesh(gpus.devices[:1], gpus.axis_names), "h100", case)
+    assert report.bytes_accessed < most * 1e9
+
+
+@pytest.mark.slow
 def test_a_training_step_compiles_for_gpus(gpus: Mesh):
     """Forward and backward through both halves, with cuDNN's attention."""
     model = ahead.make_model(*KINDS[0], "cudnn")

@@ -179,6 +179,26 @@ def ragged(case: Case) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
+    ("rows", "loops"), [(BATCH, False), (BATCH - 1, True), (1, True), (0, True)], ids="rows {}".format
+)
+@pytest.mark.parametrize("case", ["encoder", "decoder"], indirect=True)
+def test_networks_in_groups_of_rows_equal_layer_by_layer(case: Case, rows: int, loops: bool):
+    """Whole clips as on a GPU. A step of 25 Hz has 48 bytes a row. Rows that are too long go in pieces."""
+    network: Any = case.layer
+    max_bytes = int((rows + 0.5) * STRIDES * 48)
+    limits = policy.PieceBytes(max_bytes, max_bytes)
+    in_groups = jax.jit(functools.partial(network.step_in_groups, limits, None))
+    assert ("while" in in_groups.lower(case.x, None).as_text()) == loops
+    assert relative_error(in_groups(case.x, None)[1], case.y) < TOLERANCE
+    for lengths, x in ragged(case):
+        state, y = in_groups(x, jnp.asarray(lengths))
+        assert not jax.tree.leaves(state)
+        for row, length in enumerate(lengths):
+            real = case.output_length(int(length))
+            assert relative_error(y[row, :real], case.whole(x, jnp.asarray(lengths))[row, :real]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
     "limits", [policy.PieceBytes(1000, 300), policy.PieceBytes(1000, 700), policy.PieceBytes(2000, 2000)]
 )
 @pytest.mark.parametrize("case", ["encoder", "decoder"], indirect=True)
