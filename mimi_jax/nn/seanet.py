@@ -3,19 +3,20 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mimi_jax.config import MimiConfig, ceil_div
-from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
+from mimi_jax.config import MimiConfig
+from mimi_jax.nn.conv import Conv1d, ConvState, ConvTranspose1d
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer, step_all
 from mimi_jax.ops import policy
-from mimi_jax.ops.pieces import call_in_groups, step_in_pieces
+from mimi_jax.ops.pieces import step_in_pieces
 from mimi_jax.ops.policy import PieceBytes, elu
 
 StepResult: TypeAlias = tuple[tuple, Float[Array, "batch time_out out"]]
@@ -94,38 +95,33 @@ class Network(Chain):
     def layers(self) -> Sequence[StreamingLayer]:
         return [layer for group in self.groups() for layer in group.layers]
 
-    def call_in_few_passes(
-        self, x: Float[Array, "batch time in"], lengths: Lengths
-    ) -> Float[Array, "batch time_out out"]:
-        """Whole clips, written so that XLA:GPU moves fewer activations through memory."""
+    def step(
+        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> StepResult:
+        if state is None and self.operation:
+            state = self.init_state(x.shape[0], x.dtype)
+        return super().step(state, x, lengths)
+
+    def step_in_few_passes(
+        self, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
+    ) -> StepResult:
+        """`step`, written so that XLA:GPU moves fewer activations through memory."""
         raise NotImplementedError
 
-    def step_in_groups(
-        self, limits: PieceBytes, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths
+    def step_in_large_pieces(
+        self, max_bytes: int, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
     ) -> StepResult:
-        """`step`; whole clips in groups of rows whose widest activations take no more than `limits`.
-
-        Streams, and clips that are too long even alone, go over pieces of time.
-        """
-        steps = ceil_div(x.shape[1], self.groups()[0].inputs_per_step)
-        row_bytes = steps * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
-        max_rows = limits.all_layers // max(row_bytes, 1)
-        if state is not None or max_rows == 0:
-            return self.step_in_pieces(limits, state, x, lengths)
-        y = call_in_groups(self.call_in_few_passes, x, lengths, max_rows)
-        return (None,) * len(self.layers()), y
+        """`step_in_few_passes`, in pieces of time whose widest activations take no more than `max_bytes`."""
+        size = self._piece_steps(max_bytes, x) * self.groups()[0].inputs_per_step
+        return step_in_pieces(self.step_in_few_passes, state, x, lengths, size)
 
     def step_in_pieces(
-        self, limits: PieceBytes, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths
+        self, limits: PieceBytes, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
     ) -> StepResult:
         """`step`, in pieces of time whose widest activations take no more than `limits`."""
-        if state is None:
-            state = self.init_state(x.shape[0], x.dtype)
-            return (None,) * len(state), self.step_in_pieces(limits, state, x, lengths)[1]
-        step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
 
         def size(max_bytes: int, inputs_per_step: int) -> int:
-            return max(max_bytes // max(step_bytes, 1), 1) * inputs_per_step
+            return self._piece_steps(max_bytes, x) * inputs_per_step
 
         def step_groups(state: tuple, x: Float[Array, "batch time in"], lengths: Lengths) -> StepResult:
             new_state = ()
@@ -141,6 +137,11 @@ class Network(Chain):
 
         first = self.groups()[0].inputs_per_step
         return step_in_pieces(step_groups, state, x, lengths, size(limits.all_layers, first))
+
+    def _piece_steps(self, max_bytes: int, x: Float[Array, "batch time in"]) -> int:
+        """For how many steps of 25 Hz the widest activations take no more than `max_bytes`; at least one."""
+        step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
+        return max(max_bytes // max(step_bytes, 1), 1)
 
 
 class Encoder(Network):
@@ -164,20 +165,24 @@ class Encoder(Network):
             Group((*self.stages[1:], self.last), self.samples_per_step // ratio, is_wide=False),
         )
 
-    def call_in_few_passes(
-        self, x: Float[Array, "batch samples in"], lengths: Lengths
-    ) -> Float[Array, "batch steps out"]:
-        def first(x: Float[Array, "batch samples in"]) -> Float[Array, "batch samples channels"]:
+    def step_in_few_passes(
+        self, state: tuple, x: Float[Array, "batch samples in"], lengths: Lengths
+    ) -> StepResult:
+        def step_first(state: ConvState, x: Float[Array, "batch samples in"]) -> tuple[ConvState, jax.Array]:
             with policy.asking(convolution="multiply_adds"):
-                return self.first(x, lengths)
+                return self.first.step(state, x, lengths)
 
-        stage, *others = *self.stages, self.last
-        block, *rest = *stage.blocks, stage.downsample
-        y = step_all(block.layers(), None, first(x), lengths)[1]
+        (first, (block, *stage), *others), stages = state, self.stages
+        new_first, y = step_first(first, x)
+        new_block, y = step_all(stages[0].blocks[0].layers(), block, y, lengths)
         # The widest activations are computed again, since reading them would take longer. XLA must not see
         # that they are the same, nor that `y` is a convolution to which it could add them.
         x, y = lax.optimization_barrier((x, y))
-        return step_all((*rest, *others), None, block.skip(first(x)) + y, lengths)[1]
+        y = stages[0].blocks[0].skip(step_first(first, x)[1]) + y
+        new_stage, y = step_all((*stages[0].blocks[1:], stages[0].downsample), tuple(stage), y, lengths)
+        lengths = stages[0].output_lengths(lengths)
+        new_others, y = step_all((*stages[1:], self.last), tuple(others), y, lengths)
+        return (new_first, (new_block, *new_stage), *new_others), y
 
 
 class DecoderStage(Chain):
@@ -222,12 +227,20 @@ class Decoder(Network):
             Group((*self.stages[-1:], self.last), self.samples_per_step // ratio, is_wide=True),
         )
 
-    def call_in_few_passes(
-        self, x: Float[Array, "batch steps in"], lengths: Lengths
-    ) -> Float[Array, "batch samples out"]:
+    def step_in_few_passes(
+        self, state: tuple, x: Float[Array, "batch steps in"], lengths: Lengths
+    ) -> StepResult:
         *layers, last = self.layers()
-        y = step_all(layers, None, x, lengths)[1]
+        new_state, y = step_all(layers, state[:-1], x, lengths)
+        for layer in layers:
+            lengths = layer.output_lengths(lengths)
+
+        def cast(tree: Any, dtype: DTypeLike) -> Any:
+            return jax.tree.map(
+                lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+            )
+
         # XLA fuses ELU into a reduction if nothing between them is rounded.
-        last = jax.tree.map(lambda a: a.astype(jnp.float32), last)
-        with policy.asking(convolution="multiply_adds"):
-            return last(y.astype(jnp.float32)).astype(x.dtype)
+        with policy.asking(convolution="multiply_adds", join="sum"):
+            new_last, y = cast(last, jnp.float32).step(*cast((state[-1], y), jnp.float32), lengths)
+        return cast(((*new_state, new_last), y), x.dtype)

@@ -1,4 +1,4 @@
-"""Convolutions, products and ELU, each in several ways that give the same numbers.
+"""Convolutions, what they see, products and ELU, each in several ways that give the same numbers.
 
 The first way of each table is the plain one, to which tests compare the others. `policy` chooses.
 """
@@ -61,6 +61,21 @@ CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_convolution,
     "strides": convolution_by_strides,
     "multiply_adds": convolution_by_multiply_adds,
+}
+
+
+def join_by_sum(past: jax.Array, x: jax.Array) -> jax.Array:
+    """Add both, padded with zeros to the length of the result: XLA:GPU fuses that into a reduction.
+
+    It would write what is concatenated to memory.
+    """
+    after, before = (((0, 0), pad, (0, 0)) for pad in ((0, x.shape[1]), (past.shape[1], 0)))
+    return jnp.pad(past, after) + jnp.pad(x, before)
+
+
+JOINS: dict[str, Callable[..., jax.Array]] = {
+    "plain": lambda past, x: jnp.concatenate([past, x], axis=1),
+    "sum": join_by_sum,
 }
 
 

@@ -1,4 +1,4 @@
-"""A large input in pieces of time or groups of rows, so that what is between takes little memory."""
+"""A long input in pieces of time, so that what is computed on the way takes little memory."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -38,18 +38,3 @@ def step_in_pieces(
         state, end = step_piece(state, (jnp.array(time - rest, jnp.int32), x[:, time - rest :]))
         y = jnp.concatenate([y, end], axis=1)
     return state, y
-
-
-def call_in_groups(layer: Callable, x: jax.Array, lengths: jax.Array | None, max_rows: int) -> jax.Array:
-    """`layer(x, lengths)`, computed for at most `max_rows` rows at a time, and for as many each time."""
-    batch = x.shape[0]
-    count = next(n for n in range(1, batch + 2) if batch % n == 0 and batch // n <= max_rows)
-    if count == 1:
-        return layer(x, lengths)
-
-    # A group takes every `count`-th row, so that each device has some of its rows if the batch is sharded.
-    def split(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array.reshape(batch // count, count, *array.shape[1:]), 1, 0)
-
-    y = lax.map(lambda group: layer(*group), jax.tree.map(split, (x, lengths)))
-    return jnp.moveaxis(y, 0, 1).reshape(batch, *y.shape[2:])

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mimi_jax.ops.attention import banded_attention, reference_attention
-from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, PRODUCTS
+from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
 from mimi_jax.ops.nearest import SEARCHES
 
@@ -44,7 +44,7 @@ class PieceBytes(NamedTuple):
 # for each, and the widest layers go over pieces that fit in cache.
 CPU_PIECES = PieceBytes(25_000_000, 2_500_000)
 # cuDNN took no more than 2**31 elements before version 9.3, and some of its convolutions still do not.
-GPU_PIECES = PieceBytes(2**31, 2**31)
+GPU_PIECE_BYTES = 2**31
 
 StepResult = tuple[Any, jax.Array]
 
@@ -66,7 +66,7 @@ def in_small_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
 
 
 def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
-    return network.step_in_groups(GPU_PIECES, state, x, lengths)
+    return network.step_in_large_pieces(GPU_PIECE_BYTES, state, x, lengths)
 
 
 Implementations = dict[str, Callable[..., Any]]
@@ -79,6 +79,7 @@ OPERATIONS: dict[str, Implementations] = {
         "splash": splash_attention,
     },
     "convolution": CONVOLUTIONS,
+    "join": JOINS,
     "product": PRODUCTS,
     "elu": ELUS,
     "search": SEARCHES,
@@ -191,6 +192,11 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
     if x.dtype in HALF_PRECISION and kernel.shape[0] % stride == 0 and dilation == 1:
         choice["cpu"] = "strides"  # XLA:CPU has no convolutions in half precision
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)
+
+
+def join(past: jax.Array, x: jax.Array) -> jax.Array:
+    """Put past inputs [batch, past, channels] before those of a step, [batch, time, channels]."""
+    return _call("join", {"default": "plain"}, past, x)
 
 
 def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:

@@ -75,7 +75,7 @@ def test_compiles_for_eight_gpus(gpus: Mesh, function: str, kind: tuple[str, str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("function", "most"), [("encode", 132), ("decode", 125)])
+@pytest.mark.parametrize(("function", "most"), [("encode", 134), ("decode", 125)])
 def test_whole_clips_move_few_bytes_on_gpus(gpus: Mesh, function: str, most: float):
     """In GB, for 64 clips of 30 s on one GPU, in bfloat16 and with all 32 codebooks."""
     case = ahead.Case(function, KINDS[0], 64, 30.0)
@@ -91,7 +91,8 @@ def test_a_training_step_compiles_for_gpus(gpus: Mesh):
     audio = jax.ShapeDtypeStruct((gpus.size * BATCH, 1, 48_000), jnp.float32)
 
     def loss(model, audio):
-        return jnp.mean((model.decode_latents(model.encode_latents(audio)) - audio) ** 2)
+        roundtrip = model.decode_latents(model.encode_latents(audio))
+        return jnp.mean((roundtrip.astype(jnp.float32) - audio) ** 2)
 
     gradient = jax.jit(jax.grad(loss), in_shardings=(everywhere, rows), out_shardings=everywhere)
     text = gradient.lower(model, audio).compile(ahead.COMPILER_OPTIONS["cuda"]).as_text() or ""

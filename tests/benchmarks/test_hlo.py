@@ -32,6 +32,11 @@ ENTRY %main (x: f32[100,4], i: s32[]) -> f32[2,4] {
 
 ALL = ROWS.replace("slice(%block)", "add(%block, %x)")
 
+CONVERTED_ROWS = ROWS.replace("f32[2,4]", "bf16[2,4]").replace(
+    "  ROOT %part = bf16[2,4]{1,0} slice(%block)",
+    "  %half = bf16[40]{0} convert(%block)\n  ROOT %part = bf16[2,4]{1,0} slice(%half)",
+)
+
 IN_PLACE = """
 %write (x: f32[100,4], new: f32[1,4], i: s32[]) -> f32[100,4] {
   %x = f32[100,4]{1,0} parameter(0)
@@ -108,6 +113,7 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
     [
         (ADD, 40 + 20 + 40),
         (ROWS, 32 + 4 + 32),
+        (CONVERTED_ROWS, 32 + 4 + 16),
         (ALL, 1600 + 4 + 32),
         (IN_PLACE, 16 + 4 + 16),
         (SEVERAL_IN_PLACE, 16 + 4 + 8 + 4),
@@ -115,7 +121,17 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
         (LOOP, 7 * (40 + 40)),
         (CALL, 32 + 16 + 16),
     ],
-    ids=["operands", "rows", "all", "in place", "several in place", "alone", "loop", "library"],
+    ids=[
+        "operands",
+        "rows",
+        "converted rows",
+        "all",
+        "in place",
+        "several in place",
+        "alone",
+        "loop",
+        "library",
+    ],
 )
 def test_bytes_read_and_written_are_counted(text: str, expected: int):
     assert sum(kernel.bytes for kernel in device_kernels(text)) == expected

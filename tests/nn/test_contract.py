@@ -84,6 +84,8 @@ LAYERS = {
     "encoder": Row(lambda rngs: Encoder(CONFIG, rngs=rngs), 1, 6),
     "decoder stage": Row(lambda rngs: DecoderStage(CONFIG, 4, 3, rngs=rngs), 4),
     "decoder": Row(lambda rngs: Decoder(CONFIG, rngs=rngs), 8),
+    "encoder, unusual": Row(lambda rngs: Encoder(UNUSUAL, rngs=rngs), 1, 6),
+    "decoder, unusual": Row(lambda rngs: Decoder(UNUSUAL, rngs=rngs), 8),
 }
 
 
@@ -179,35 +181,17 @@ def ragged(case: Case) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "loops"), [(BATCH, False), (BATCH - 1, True), (1, True), (0, True)], ids="rows {}".format
+    "limits", [policy.PieceBytes(1000, 300), policy.PieceBytes(1000, 700), 144, 2000, 100_000], ids=str
 )
-@pytest.mark.parametrize("case", ["encoder", "decoder"], indirect=True)
-def test_networks_in_groups_of_rows_equal_layer_by_layer(case: Case, rows: int, loops: bool):
-    """Whole clips as on a GPU. A step of 25 Hz has 48 bytes a row. Rows that are too long go in pieces."""
-    network: Any = case.layer
-    max_bytes = int((rows + 0.5) * STRIDES * 48)
-    limits = policy.PieceBytes(max_bytes, max_bytes)
-    in_groups = jax.jit(functools.partial(network.step_in_groups, limits, None))
-    assert ("while" in in_groups.lower(case.x, None).as_text()) == loops
-    assert relative_error(in_groups(case.x, None)[1], case.y) < TOLERANCE
-    for lengths, x in ragged(case):
-        state, y = in_groups(x, jnp.asarray(lengths))
-        assert not jax.tree.leaves(state)
-        for row, length in enumerate(lengths):
-            real = case.output_length(int(length))
-            assert relative_error(y[row, :real], case.whole(x, jnp.asarray(lengths))[row, :real]) < TOLERANCE
-
-
 @pytest.mark.parametrize(
-    "limits", [policy.PieceBytes(1000, 300), policy.PieceBytes(1000, 700), policy.PieceBytes(2000, 2000)]
+    "case", ["encoder", "encoder, unusual", "decoder", "decoder, unusual"], indirect=True
 )
-@pytest.mark.parametrize("case", ["encoder", "decoder"], indirect=True)
-def test_networks_in_pieces_equal_layer_by_layer(case: Case, limits: policy.PieceBytes):
+def test_networks_in_pieces_equal_layer_by_layer(case: Case, limits: policy.PieceBytes | int):
     """In pieces of pieces, as on a CPU, and in large ones, as on a GPU. A step of 25 Hz has 144 bytes."""
     network: Any = case.layer
-    in_pieces = jax.jit(functools.partial(network.step_in_pieces, limits))
-    in_order = jax.jit(network.step_layers)
-    assert "while" in in_pieces.lower(case.init_state(), case.x, None).as_text()
+    step = network.step_in_large_pieces if isinstance(limits, int) else network.step_in_pieces
+    in_pieces, in_order = jax.jit(functools.partial(step, limits)), jax.jit(network.step_layers)
+    assert ("while" in in_pieces.lower(case.init_state(), case.x, None).as_text()) == (limits != 100_000)
     for lengths, _ in ragged(case):
         arguments = case.init_state(), case.x, jnp.asarray(lengths)
         (state, y), (expected_state, expected) = in_pieces(*arguments), in_order(*arguments)

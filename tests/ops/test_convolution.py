@@ -9,7 +9,7 @@ import pytest
 from jax.typing import DTypeLike
 
 from mimi_jax.ops import policy
-from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, PRODUCTS
+from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from tests.models import noise, relative_error
 
 
@@ -31,6 +31,12 @@ def test_a_convolution_by_multiply_adds_is_the_plain_one(
         for name in ("plain", "multiply_adds")
     )
     assert relative_error(multiply_adds, plain) < 1e-6
+
+
+def test_a_join_by_sum_is_a_concatenation():
+    past, x = noise(2, 3, 4), noise(2, 9, 4, seed=1)
+    past[0], x[1, 0] = np.nan, np.inf  # neither reaches the other
+    np.testing.assert_array_equal(JOINS["sum"](past, x), JOINS["plain"](past, x))
 
 
 def test_a_convolution_by_strides_refuses_what_it_cannot_compute():
