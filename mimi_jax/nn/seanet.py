@@ -172,17 +172,19 @@ class Encoder(Network):
             with policy.asking(convolution="multiply_adds"):
                 return self.first.step(state, x, lengths)
 
-        (first, (block, *stage), *others), stages = state, self.stages
-        new_first, y = step_first(first, x)
-        new_block, y = step_all(stages[0].blocks[0].layers(), block, y, lengths)
+        (first_state, (block_state, *stage_state), *other_states), (stage, *others) = state, self.stages
+        block, *rest = *stage.blocks, stage.downsample
+        y = step_all(block.layers(), block_state, step_first(first_state, x)[1], lengths)[1]
         # The widest activations are computed again, since reading them would take longer. XLA must not see
-        # that they are the same, nor that `y` is a convolution to which it could add them.
+        # that they are the same, nor that `y` is a convolution to which it could add them. States are made
+        # of the second ones: XLA fuses the first ones only into a single operation.
         x, y = lax.optimization_barrier((x, y))
-        y = stages[0].blocks[0].skip(step_first(first, x)[1]) + y
-        new_stage, y = step_all((*stages[0].blocks[1:], stages[0].downsample), tuple(stage), y, lengths)
-        lengths = stages[0].output_lengths(lengths)
-        new_others, y = step_all((*stages[1:], self.last), tuple(others), y, lengths)
-        return (new_first, (new_block, *new_stage), *new_others), y
+        first_state, x = step_first(first_state, x)
+        block_state, _ = step_all(block.layers(), block_state, x, lengths)
+        new_stage, y = step_all(rest, tuple(stage_state), block.skip(x) + y, lengths)
+        lengths = stage.output_lengths(lengths)
+        new_others, y = step_all((*others, self.last), tuple(other_states), y, lengths)
+        return (first_state, (block_state, *new_stage), *new_others), y
 
 
 class DecoderStage(Chain):
