@@ -8,6 +8,8 @@ Everything here is float32 with exact products, whatever the dtype and the preci
 bfloat16, codes would change with the shape of the batch alone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,8 +41,9 @@ class ResidualQuantizer(Module):
     def __init__(self, config: MimiConfig, num_levels: int, *, rngs: nnx.Rngs):
         size, dim, features = config.codebook_size, config.codebook_dim, config.hidden_size
         projects = dim != features
-        self.input_proj = nnx.Linear(features, dim, use_bias=False, rngs=rngs) if projects else None
-        self.output_proj = nnx.Linear(dim, features, use_bias=False, rngs=rngs) if projects else None
+        linear = functools.partial(nnx.Linear, use_bias=False, dot_general=policy.projection, rngs=rngs)
+        self.input_proj = linear(features, dim) if projects else None
+        self.output_proj = linear(dim, features) if projects else None
         self.initialized = CodebookStatistic(jnp.ones(num_levels, jnp.float32))
         self.cluster_usage = CodebookStatistic(jnp.ones((num_levels, size), jnp.float32))
         shape = num_levels, size, dim

@@ -1,5 +1,6 @@
 """What is computed in one of several ways, and who chooses.
 
+    tensor_cores     exact float32 products on the tensor cores of NVIDIA GPUs
     convolution      convolutions, products and ELU
     attention        windowed attention in plain XLA
     fused_attention  that of accelerators: cuDNN, Pallas

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimi_jax.ops.tensor_cores import convolution_by_shifts, on_tensor_cores
+
 
 def plain_convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Convolve x [batch, time, in] with kernel [taps, in, out], without padding."""
@@ -60,6 +62,7 @@ def convolution_by_multiply_adds(
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_convolution,
     "strides": convolution_by_strides,
+    "tensor_cores": convolution_by_shifts,
     "multiply_adds": convolution_by_multiply_adds,
 }
 
@@ -98,6 +101,7 @@ PRODUCTS: dict[str, Callable[..., jax.Array]] = {
     "plain": lax.dot_general,
     "float32_sums": product_with_float32_sums,
     "convolution": product_as_convolution,
+    "tensor_cores": on_tensor_cores(lax.dot_general),
 }
 
 

@@ -5,7 +5,7 @@ implementation from a table in `OPERATIONS`, or from `PARTS` for whole parts of 
 write a function with the arguments of the others, put it in its table, and say here when it is chosen. No
 layer changes.
 
-A model enters `computing(...)` around everything that it computes, as it does for the precision of products.
+A model enters `computing(...)` around everything that it computes, with the precision of its products.
 """
 
 import contextlib
@@ -23,12 +23,25 @@ from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
 from mimi_jax.ops.nearest import SEARCHES
+from mimi_jax.ops.tensor_cores import FAST, are_exact
 
 HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
 # Numbers of rows whose products XLA:CPU (of jaxlib 0.10) computes up to twice as fast as convolutions of one
 # tap. It gives those to Eigen, and products to YNNPACK, which is better with more rows.
 NARROW = range(3, 33)
+
+# What the float32 units of an H100 compute while its memory moves a byte: 67 TFLOP/s by 3.35 TB/s. With fewer
+# operations a byte, memory is the limit of a product, and tensor cores do not help.
+FLOPS_PER_BYTE = 20
+# A convolution as a product writes out a result for each stride of its kernel. This pays if each result is a
+# sum of many numbers: of 135 by data sheets of the H100. This number leaves room for products that reach half
+# of that speed. It has not been measured.
+MIN_SUMMANDS = 512
+
+# The precision of float32 products in JAX's words; the second is an alias.
+EXACT = ("highest", "float32")
+PLAIN_FLOAT32 = "F32_F32_F32"  # those of float32 units, as in `jax.lax.DotAlgorithmPreset`
 
 FIRST_WITH_FLASH = 8.0  # compute capability of Ampere, the first GPUs that run cuDNN's flash attention
 
@@ -106,6 +119,7 @@ class Compute:
     asked: tuple[tuple[str, str], ...] = ()  # operations, and the implementation that each must use
     fused: tuple[str, ...] = ()  # platforms whose fused device kernels may be used
     one_device: bool = False  # so that no program is partitioned between devices
+    tensor_cores: bool = False  # whether those of NVIDIA GPUs may compute products of float32
 
 
 def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
@@ -139,14 +153,20 @@ def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
     device = jax.local_devices()[0]
     can_fuse = {"cuda": _has_flash_attention(device), "tpu": device.platform == "tpu"}
     fused = tuple(platform for platform, holds in can_fuse.items() if holds)
-    return Compute(tuple(sorted(asked.items())), fused, jax.device_count() == 1)
+    one_device = jax.device_count() == 1
+    tensor_cores = one_device and _capability(device) in FAST and are_exact(device)
+    return Compute(tuple(sorted(asked.items())), fused, one_device, tensor_cores)
 
 
 def _has_flash_attention(device: Any) -> bool:
     try:
-        return device.platform == "gpu" and float(device.compute_capability) >= FIRST_WITH_FLASH
-    except (AttributeError, ValueError):  # AMD's GPUs give a name, such as "gfx942"
+        return float(_capability(device)) >= FIRST_WITH_FLASH
+    except ValueError:  # AMD's GPUs give a name, such as "gfx942"
         return False
+
+
+def _capability(device: Any) -> str:
+    return getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
 
 
 PORTABLE = Compute()
@@ -154,11 +174,20 @@ _compute = contextvars.ContextVar("compute", default=PORTABLE)
 
 
 @contextlib.contextmanager
-def computing(compute: Compute) -> Iterator[None]:
-    """Choose as `compute` says in everything that is traced inside. Outside, everything is portable."""
+def computing(compute: Compute, precision: str | None = None) -> Iterator[None]:
+    """Choose as `compute` says in everything that is traced inside. Outside, everything is portable.
+
+    Args:
+        precision: of products, as in `jax.default_matmul_precision`; None for what it is outside.
+            `PLAIN_FLOAT32` is "highest" without tensor cores. JAX itself uses that name for products alone,
+            and convolutions would become TF32.
+    """
+    if precision == PLAIN_FLOAT32:
+        compute, precision = dataclasses.replace(compute, tensor_cores=False), EXACT[0]
     token = _compute.set(compute)
     try:
-        yield
+        with jax.default_matmul_precision(precision or _precision()):
+            yield
     finally:
         _compute.reset(token)
 
@@ -167,6 +196,20 @@ def asking(**names: str) -> contextlib.AbstractContextManager[None]:
     """Also use these implementations, by operation, in everything that is traced inside."""
     compute = _compute.get()
     return computing(dataclasses.replace(compute, asked=tuple({**dict(compute.asked), **names}.items())))
+
+
+def _precision() -> str | None:
+    return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _exact_choice(x: jax.Array, size_in: int, size_out: int) -> Choice:
+    """For the product of x, as [rows, size_in], with [size_in, size_out]: tensor cores where they help."""
+    choice, rows = {"default": "plain"}, x.size // size_in
+    num_bytes = 4 * (rows * size_in + size_in * size_out + rows * size_out)
+    pays = 2 * rows * size_in * size_out > FLOPS_PER_BYTE * num_bytes
+    if pays and _compute.get().tensor_cores and x.dtype == jnp.float32 and _precision() in EXACT:
+        choice["cuda"] = "tensor_cores"
+    return choice
 
 
 def _implementations(operation: str, table: Implementations, choice: Choice) -> Implementations:
@@ -189,7 +232,11 @@ def _call(operation: str, choice: Choice, *arrays: jax.Array, **options: Any) ->
 def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Convolve x [batch, time, in] with kernel [taps, in, out], without padding."""
     choice = {"default": "plain"}
-    if x.dtype in HALF_PRECISION and kernel.shape[0] % stride == 0 and dilation == 1:
+    taps, size_in, size_out = kernel.shape
+    # As a product, it has a result for each stride of the kernel, and each of these is a sum over one stride.
+    if taps % stride == 0 and 1 in (stride, dilation) and stride * size_in >= MIN_SUMMANDS:
+        choice = _exact_choice(x, stride * size_in, taps // stride * size_out)
+    if x.dtype in HALF_PRECISION and taps % stride == 0 and dilation == 1:
         choice["cpu"] = "strides"  # XLA:CPU has no convolutions in half precision
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)
 
@@ -201,11 +248,17 @@ def join(past: jax.Array, x: jax.Array) -> jax.Array:
 
 def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """Multiply activations [..., in] with a kernel [in, out], called as `nnx.Linear` calls `dot_general`."""
-    choice = {"default": "plain"}
+    choice = _exact_choice(x, *kernel.shape)
     if x.dtype in HALF_PRECISION:
         choice["cpu"] = "float32_sums"  # several times as fast there
     elif x[..., 0].size in NARROW:
         choice["cpu"] = "convolution"
+    return _call("product", choice, x, kernel, dimension_numbers=dimension_numbers, **options)
+
+
+def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
+    """`product` for the quantizer. On CPUs it is the same for any number of rows, as codes must be."""
+    choice = _exact_choice(x, *kernel.shape)
     return _call("product", choice, x, kernel, dimension_numbers=dimension_numbers, **options)
 
 
@@ -220,7 +273,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int
     # Windows pay as soon as they leave out more keys than they add.
     choice = {"default": "banded" if query.shape[1] > 2 * window else "reference"}
     compute = _compute.get()
-    # Fused device kernels compute in nothing else, and may not take an empty batch.
+    # Fused device kernels compute in nothing else, and may not take an empty batch. In float32, memory is the
+    # limit of both products on an NVIDIA GPU, about as much as float32 units are, so these compute them.
     if query.dtype in HALF_PRECISION and query.size:
         if "cuda" in compute.fused:
             choice["cuda"] = "cudnn"
@@ -237,7 +291,8 @@ def _is_divided_by_hand(x: jax.Array) -> bool:
 
 def search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> jax.Array:
     """Find the nearest codes of one codebook; `mimi_jax.ops.nearest` gives the shapes."""
-    return _call("search", {"default": "plain"}, vectors, embedding, half_square)
+    choice = _exact_choice(vectors, *reversed(embedding.shape))
+    return _call("search", choice, vectors, embedding, half_square)
 
 
 def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
@@ -246,8 +301,7 @@ def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> Ste
         return part.step_layers(state, x, lengths)
     table, choice = PARTS[part.operation], PART_CHOICES[part.operation]
     implementations = _implementations(part.operation, table, choice)
-    precision: str | None = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    context = _Context(_compute.get(), precision)
+    context = _Context(_compute.get(), _precision())
     return _step(implementations, context, part, state, x, lengths)
 
 
@@ -267,5 +321,5 @@ def _step(implementations: Implementations, _: _Context, part: Part, *inputs: An
 @_step.defjvp
 def _step_layers(_: Implementations, context: _Context, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     # The way back needs all activations, and pieces would copy all of them for each piece.
-    with computing(context.compute), jax.default_matmul_precision(context.precision):
+    with computing(*context):
         return jax.jvp(layer_by_layer, primals, tangents)
