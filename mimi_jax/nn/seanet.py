@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
-from mimi_jax.nn.conv import Conv1d, ConvState, ConvTranspose1d
+from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer, step_all
 from mimi_jax.ops import policy
 from mimi_jax.ops.pieces import step_in_pieces
@@ -112,16 +112,14 @@ class Network(Chain):
         self, max_bytes: int, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
     ) -> StepResult:
         """`step_in_few_passes`, in pieces of time whose widest activations take no more than `max_bytes`."""
-        size = self._piece_steps(max_bytes, x) * self.groups()[0].inputs_per_step
+        size = self._piece_size(x, max_bytes, self.groups()[0].inputs_per_step)
         return step_in_pieces(self.step_in_few_passes, state, x, lengths, size)
 
     def step_in_pieces(
         self, limits: PieceBytes, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
     ) -> StepResult:
         """`step`, in pieces of time whose widest activations take no more than `limits`."""
-
-        def size(max_bytes: int, inputs_per_step: int) -> int:
-            return self._piece_steps(max_bytes, x) * inputs_per_step
+        size = functools.partial(self._piece_size, x)
 
         def step_groups(state: tuple, x: Float[Array, "batch time in"], lengths: Lengths) -> StepResult:
             new_state = ()
@@ -138,10 +136,9 @@ class Network(Chain):
         first = self.groups()[0].inputs_per_step
         return step_in_pieces(step_groups, state, x, lengths, size(limits.all_layers, first))
 
-    def _piece_steps(self, max_bytes: int, x: Float[Array, "batch time in"]) -> int:
-        """For how many steps of 25 Hz the widest activations take no more than `max_bytes`; at least one."""
+    def _piece_size(self, x: Float[Array, "batch time in"], max_bytes: int, inputs_per_step: int) -> int:
         step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
-        return max(max_bytes // max(step_bytes, 1), 1)
+        return max(max_bytes // max(step_bytes, 1), 1) * inputs_per_step
 
 
 class Encoder(Network):
@@ -168,18 +165,15 @@ class Encoder(Network):
     def step_in_few_passes(
         self, state: tuple, x: Float[Array, "batch samples in"], lengths: Lengths
     ) -> StepResult:
-        def step_first(state: ConvState, x: Float[Array, "batch samples in"]) -> tuple[ConvState, jax.Array]:
-            with policy.asking(convolution="multiply_adds"):
-                return self.first.step(state, x, lengths)
-
+        step_first = policy.asking(convolution="multiply_adds")(self.first.step)
         (first_state, (block_state, *stage_state), *other_states), (stage, *others) = state, self.stages
         block, *rest = *stage.blocks, stage.downsample
-        y = step_all(block.layers(), block_state, step_first(first_state, x)[1], lengths)[1]
+        y = step_all(block.layers(), block_state, step_first(first_state, x, lengths)[1], lengths)[1]
         # The widest activations are computed again, since reading them would take longer. XLA must not see
         # that they are the same, nor that `y` is a convolution to which it could add them. States are made
         # of the second ones: XLA fuses the first ones only into a single operation.
         x, y = lax.optimization_barrier((x, y))
-        first_state, x = step_first(first_state, x)
+        first_state, x = step_first(first_state, x, lengths)
         block_state, _ = step_all(block.layers(), block_state, x, lengths)
         new_stage, y = step_all(rest, tuple(stage_state), block.skip(x) + y, lengths)
         lengths = stage.output_lengths(lengths)
@@ -238,9 +232,7 @@ class Decoder(Network):
             lengths = layer.output_lengths(lengths)
 
         def cast(tree: Any, dtype: DTypeLike) -> Any:
-            return jax.tree.map(
-                lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
-            )
+            return jax.tree.map(lambda a: a if a.dtype == jnp.int32 else a.astype(dtype), tree)
 
         # XLA fuses ELU into a reduction if nothing between them is rounded.
         with policy.asking(convolution="multiply_adds", join="sum"):

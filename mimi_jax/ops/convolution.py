@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimi_jax.ops.fusible import convolution_by_multiply_adds, elu_by_min_max, join_by_sum
 from mimi_jax.ops.tensor_cores import convolution_by_shifts, on_tensor_cores
 
 
@@ -44,36 +45,12 @@ def convolution_by_strides(
     return total.astype(x.dtype)
 
 
-def convolution_by_multiply_adds(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1
-) -> jax.Array:
-    """Multiply and add element by element, with float32 sums. This pays with few inputs or few outputs.
-
-    XLA fuses it with what comes before and after it, so that its inputs or outputs need no memory.
-    """
-    x, kernel, dtype = x.astype(jnp.float32), kernel.astype(jnp.float32), x.dtype
-    total, end = jnp.zeros((), jnp.float32), x.shape[1] - (kernel.shape[0] - 1) * dilation
-    for tap in range(kernel.shape[0]):
-        start = tap * dilation
-        total += x[:, start : start + end : stride, :, None] * kernel[tap][None, None]
-    return jnp.sum(total, axis=2).astype(dtype)
-
-
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_convolution,
     "strides": convolution_by_strides,
     "tensor_cores": convolution_by_shifts,
     "multiply_adds": convolution_by_multiply_adds,
 }
-
-
-def join_by_sum(past: jax.Array, x: jax.Array) -> jax.Array:
-    """Add both, padded with zeros to the length of the result: XLA:GPU fuses that into a reduction.
-
-    It would write what is concatenated to memory.
-    """
-    after, before = (((0, 0), pad, (0, 0)) for pad in ((0, x.shape[1]), (past.shape[1], 0)))
-    return jnp.pad(past, after) + jnp.pad(x, before)
 
 
 JOINS: dict[str, Callable[..., jax.Array]] = {
@@ -123,12 +100,6 @@ def elu_in_float32(x: jax.Array) -> jax.Array:
     near_zero = negative + negative**2 / 2 + negative**3 / 6
     below = jnp.where(negative > -(2**-6), near_zero, jnp.exp(negative) - 1)
     return jnp.where(y > 0, y, below).astype(x.dtype)
-
-
-def elu_by_min_max(x: jax.Array) -> jax.Array:
-    """ELU in float32 without a choice, so cheap that XLA:GPU fuses it into convolutions by multiply-adds."""
-    y = x.astype(jnp.float32)
-    return (jnp.maximum(y, 0) + (jnp.exp(jnp.minimum(y, 0)) - 1)).astype(x.dtype)
 
 
 ELUS: dict[str, Callable[..., jax.Array]] = {

@@ -192,10 +192,10 @@ def computing(compute: Compute, precision: str | None = None) -> Iterator[None]:
         _compute.reset(token)
 
 
-def asking(**names: str) -> contextlib.AbstractContextManager[None]:
+def asking(**names: str):
     """Also use these implementations, by operation, in everything that is traced inside."""
-    compute = _compute.get()
-    return computing(dataclasses.replace(compute, asked=tuple({**dict(compute.asked), **names}.items())))
+    asked = dict(_compute.get().asked) | names
+    return computing(dataclasses.replace(_compute.get(), asked=tuple(asked.items())))
 
 
 def _precision() -> str | None:
