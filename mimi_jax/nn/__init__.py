@@ -5,6 +5,7 @@
     conv          convolutions and transposed convolutions
     attention     windowed attention with rotary positions
     transformer   the Transformers on either side of the quantizer
+    few_passes    the layers next to the waveform, for XLA:GPU
     seanet        the convolutional encoder and decoder
     quantizer     the residual vector quantizer
 

@@ -1,6 +1,7 @@
 """What is computed in one of several ways, and who chooses.
 
     tensor_cores     exact float32 products on the tensor cores of NVIDIA GPUs
+    fusible          convolutions and ELU that XLA:GPU fuses with their neighbours
     convolution      convolutions, products and ELU
     attention        windowed attention in plain XLA
     fused_attention  that of accelerators: cuDNN, Pallas

@@ -1,4 +1,4 @@
-"""Convolutions, products and ELU, each in several ways that give the same numbers.
+"""Convolutions, what they see, products and ELU, each in several ways that give the same numbers.
 
 The first way of each table is the plain one, to which tests compare the others. `policy` chooses.
 """
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimi_jax.ops.fusible import convolution_by_multiply_adds, elu_by_min_max, join_by_sum
 from mimi_jax.ops.tensor_cores import convolution_by_shifts, on_tensor_cores
 
 
@@ -48,6 +49,13 @@ CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_convolution,
     "strides": convolution_by_strides,
     "tensor_cores": convolution_by_shifts,
+    "multiply_adds": convolution_by_multiply_adds,
+}
+
+
+JOINS: dict[str, Callable[..., jax.Array]] = {
+    "plain": lambda past, x: jnp.concatenate([past, x], axis=1),
+    "sum": join_by_sum,
 }
 
 
@@ -98,4 +106,5 @@ ELUS: dict[str, Callable[..., jax.Array]] = {
     "plain": functools.partial(jax.nn.elu),
     "exp": elu_by_exp,
     "float32": elu_in_float32,
+    "min_max": elu_by_min_max,
 }

@@ -21,7 +21,7 @@ from jax import lax
 
 from mimi_jax.ops import triton_stages
 from mimi_jax.ops.attention import banded_attention, reference_attention
-from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, PRODUCTS
+from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
 from mimi_jax.ops.nearest import SEARCHES
 from mimi_jax.ops.tensor_cores import FAST, are_exact
@@ -83,6 +83,10 @@ def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
     return network.step_in_pieces(GPU_PIECES, state, x, lengths)
 
 
+def in_few_passes(ends: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
+    return ends.step_in_few_passes(state, x, lengths)
+
+
 def in_triton(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
     return triton_stages.step(part, state, x, lengths, capability=_compute.get().capability)
 
@@ -97,6 +101,7 @@ OPERATIONS: dict[str, Implementations] = {
         "splash": splash_attention,
     },
     "convolution": CONVOLUTIONS,
+    "join": JOINS,
     "product": PRODUCTS,
     "elu": ELUS,
     "search": SEARCHES,
@@ -107,14 +112,20 @@ PARTS: dict[str, Implementations] = {
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
-    **{part: {"layers": layer_by_layer, "triton": in_triton} for part in triton_stages.PARTS},
+    "encoder_front": {"layers": layer_by_layer, "few_passes": in_few_passes, "triton": in_triton},
+    "encoder_stage": {"layers": layer_by_layer, "triton": in_triton},
+    "decoder_stage": {"layers": layer_by_layer, "triton": in_triton},
+    "decoder_back": {"layers": layer_by_layer, "few_passes": in_few_passes, "triton": in_triton},
 }
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
 PART_CHOICES: dict[str, Choice] = {
     "network": {"cpu": "small_pieces", "cuda": "large_pieces", "default": "layers"},
-    **{part: {"default": "layers"} for part in triton_stages.PARTS},
+    "encoder_front": {"cuda": "few_passes", "default": "layers"},
+    "encoder_stage": {"default": "layers"},
+    "decoder_stage": {"default": "layers"},
+    "decoder_back": {"cuda": "few_passes", "default": "layers"},
 }
 
 
@@ -196,6 +207,12 @@ def computing(compute: Compute, precision: str | None = None) -> Iterator[None]:
         _compute.reset(token)
 
 
+def asking(**names: str):
+    """Also use these implementations, by operation, in everything that is traced inside."""
+    asked = dict(_compute.get().asked) | names
+    return computing(dataclasses.replace(_compute.get(), asked=tuple(asked.items())))
+
+
 def _precision() -> str | None:
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -239,6 +256,11 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)
 
 
+def join(past: jax.Array, x: jax.Array) -> jax.Array:
+    """Put past inputs [batch, past, channels] before those of a step, [batch, time, channels]."""
+    return _call("join", {"default": "plain"}, past, x)
+
+
 def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """Multiply activations [..., in] with a kernel [in, out], called as `nnx.Linear` calls `dot_general`."""
     choice = _exact_choice(x, *kernel.shape)
@@ -258,7 +280,7 @@ def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **option
 def elu(x: jax.Array) -> jax.Array:
     """ELU. In half precision, 1 is rounded too coarsely for the faster way."""
     choice = {"default": "plain", "cpu": "float32"} if x.dtype in HALF_PRECISION else {"default": "exp"}
-    return _call("elu", choice, x)
+    return _call("elu", choice | {"cuda": "min_max"}, x)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int) -> jax.Array:

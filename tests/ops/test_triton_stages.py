@@ -17,7 +17,7 @@ from flax import nnx
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.conv import Conv1d
-from mimi_jax.nn.seanet import DecoderStage, EncoderStage, Group
+from mimi_jax.nn.seanet import DecoderBack, DecoderStage, EncoderFront, EncoderStage
 from mimi_jax.nn.streaming import Chain
 from mimi_jax.ops import policy, triton_stages
 from tests.models import noise, random_like, random_module, relative_error
@@ -122,13 +122,13 @@ def make_part(case: Case) -> Chain:
     def build(rngs: nnx.Rngs) -> Chain:
         if operation.startswith("encoder"):
             stage = EncoderStage(config, channels, ratio, rngs=rngs)
-            parts = (Conv1d(1, channels, config.kernel_size, rngs=rngs), stage)
+            first = Conv1d(1, channels, config.kernel_size, rngs=rngs)
+            ends = EncoderFront(first, stage, inputs_per_step=1)
         else:
             stage = DecoderStage(config, 2 * channels, ratio, rngs=rngs)
-            parts = (stage, Conv1d(channels, 1, config.last_kernel_size, activation=policy.elu, rngs=rngs))
-        return (
-            stage if operation == stage.operation else Group(*parts, inputs_per_step=1, operation=operation)
-        )
+            last = Conv1d(channels, 1, config.last_kernel_size, activation=policy.elu, rngs=rngs)
+            ends = DecoderBack(stage, last, inputs_per_step=1)
+        return stage if operation == stage.operation else ends
 
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float16), random_module(build))
 
