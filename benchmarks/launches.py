@@ -6,8 +6,9 @@ A step of one stream computes so little that starting its device kernels takes l
 records them in CUDA graphs, which start all their kernels at once. Convolutions by cuDNN and loops stay
 outside, and cut the step into several graphs.
 
-The codec has full size. A step of one frame is compiled ahead of time for one chip, with its state donated,
-and XLA writes out the sequence that it would launch. This needs what `benchmarks/ahead.py` needs for GPUs.
+The codec has full size. A step of one frame is compiled ahead of time for one chip, with the rings of its
+state donated, and XLA writes out the sequence that it would launch. "masked_encode_step" is what
+`StreamingEncoder.push` runs. This needs what `benchmarks/ahead.py` needs for GPUs.
 On a real GPU XLA tries out device kernels for products too, so the sequence may differ a little there.
 """
 
@@ -80,18 +81,22 @@ def make_step(
 ) -> tuple[Callable, tuple[Any, ...]]:
     """One of `FUNCTIONS` for a step of one frame, and the shapes of its arguments after the model."""
     config = model.config
-    if function == "decode_step":
-        state = jax.eval_shape(lambda: model.init_decoder_state(batch))
-        return mimi_jax.decode_step, (state, jax.ShapeDtypeStruct((batch, codebooks, 1), jnp.int32))
-    state = jax.eval_shape(lambda: model.init_encoder_state(batch))
     audio = jax.ShapeDtypeStruct((batch, config.audio_channels, config.frame_size), jnp.float32)
-    mask = jax.ShapeDtypeStruct((batch, config.frame_size), jnp.bool)
-    shapes = (state, audio, mask) if function == "masked_encode_step" else (state, audio)
+    codes = jax.ShapeDtypeStruct((batch, codebooks, 1), jnp.int32)
+    init_state = model.init_decoder_state if function == "decode_step" else model.init_encoder_state
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: init_state(batch)))
+    rings = [leaf if leaf.ndim == 4 else None for leaf in leaves]
+    rest = [None if leaf.ndim == 4 else leaf for leaf in leaves]
 
-    def step(model: mimi_jax.Mimi, state: Any, audio: jax.Array, mask: jax.Array | None = None) -> Any:
-        return mimi_jax.encode_step(model, state, audio, mask, codebooks)
+    def step(model: mimi_jax.Mimi, rings: list, rest: list, x: jax.Array) -> Any:
+        leaves = [b if a is None else a for a, b in zip(rings, rest, strict=True)]
+        state = jax.tree.unflatten(structure, leaves)
+        if function == "decode_step":
+            return mimi_jax.decode_step(model, state, x)
+        mask = ~jnp.isnan(x[:, 0]) if function == "masked_encode_step" else None
+        return mimi_jax.encode_step(model, state, x, mask, codebooks)
 
-    return step, shapes
+    return step, (rings, rest, codes if function == "decode_step" else audio)
 
 
 def compile_step(device: str, dtype: str, function: str, batch: int, codebooks: int) -> Launches:
@@ -109,7 +114,8 @@ def compile_step(device: str, dtype: str, function: str, batch: int, codebooks: 
     with tempfile.TemporaryDirectory() as folder:
         dump: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         lowered.compile(ahead.COMPILER_OPTIONS["cuda"] | dump)
-        [path] = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
+        # The last one says what is in graphs. XLA leaves it out if nothing is.
+        path = max(Path(folder).glob("*.thunk_sequence*.txt"), key=lambda path: len(path.name))
         return parse(path.read_text())
 
 

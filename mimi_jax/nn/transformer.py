@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.attention import Attention, AttentionState
+from mimi_jax.nn.attention_step import Clock, read_clock, step_attention
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer
 from mimi_jax.ops import policy
+from mimi_jax.ops.few_rows import product_as_sums
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -28,6 +30,9 @@ def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
     # For statistics Flax promotes to float32, which `jax_numpy_dtype_promotion="strict"` refuses.
     with jax.numpy_dtype_promotion("standard"):
         return norm(x)
+
+
+TransformerState = tuple[AttentionState, ...]
 
 
 class TransformerLayer(StreamingLayer):
@@ -66,6 +71,16 @@ class TransformerLayer(StreamingLayer):
         y = self.mlp_out(ACTIVATIONS[self.hidden_act](self.mlp_in(_normalize(self.mlp_norm, x))))
         return state, x + self.mlp_scale[None, None] * y
 
+    def step_few_rows(
+        self, clock: Clock, state: AttentionState, x: Float[Array, "batch time features"]
+    ) -> tuple[AttentionState, Float[Array, "batch time features"]]:
+        """`step` in few device kernels of XLA:GPU."""
+        state, y = step_attention(self.attention, clock, state, _normalize(self.attention_norm, x))
+        x = x + self.attention_scale[None, None] * y
+        y = product_as_sums(_normalize(self.mlp_norm, x), self.mlp_in.kernel[...])
+        y = self.mlp_out(ACTIVATIONS[self.hidden_act](y))
+        return state, x + self.mlp_scale[None, None] * y
+
 
 class Transformer(Chain):
     """A stack of layers: [batch, steps, hidden_size] -> the same. No norm follows the last layer."""
@@ -77,3 +92,35 @@ class Transformer(Chain):
 
     def layers(self) -> Sequence[StreamingLayer]:
         return self.blocks
+
+    def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> TransformerState:
+        """The states of the layers. The first one holds the position of all of them."""
+        return _hold_once(super().init_state(batch_size, dtype))
+
+    def step_layers(
+        self,
+        state: TransformerState | None,
+        x: Float[Array, "batch time features"],
+        lengths: Lengths = None,
+    ) -> tuple[tuple, Float[Array, "batch time features"]]:
+        if state is None:
+            return super().step_layers(None, x, lengths)
+        state = tuple(old._replace(position=state[0].position) for old in state)
+        new_state, x = super().step_layers(state, x, lengths)
+        return _hold_once(new_state), x
+
+    def step_few_rows(
+        self, state: TransformerState, x: Float[Array, "batch time features"], lengths: Lengths = None
+    ) -> tuple[TransformerState, Float[Array, "batch time features"]]:
+        """`step` in few device kernels of XLA:GPU."""
+        clock = read_clock(self.blocks[0].attention, state[0].position, x.shape[1], lengths)
+        new_state = ()
+        for block, old in zip(self.blocks, state, strict=True):
+            new, x = block.step_few_rows(clock, old, x)
+            new_state += (new,)
+        return _hold_once(new_state), x
+
+
+def _hold_once(state: TransformerState) -> TransformerState:
+    """Leave the position out of all layers but the first."""
+    return (*state[:1], *[layer._replace(position=None) for layer in state[1:]])

@@ -4,6 +4,7 @@
     attention        windowed attention in plain XLA
     fused_attention  that of accelerators: cuDNN, Pallas
     nearest          the search of a codebook
+    few_rows         products, convolutions and loops of steps, for XLA:GPU
     pieces           a long input in pieces of time
     policy           which of these computes what
 

@@ -21,6 +21,7 @@ from jax import lax
 
 from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, PRODUCTS
+from mimi_jax.ops.few_rows import FEWEST_ROWS, SCANS, convolution_by_windows, product_of_repeated_rows
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
 from mimi_jax.ops.nearest import SEARCHES
 
@@ -29,6 +30,10 @@ HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 # Numbers of rows whose products XLA:CPU (of jaxlib 0.10) computes up to twice as fast as convolutions of one
 # tap. It gives those to Eigen, and products to YNNPACK, which is better with more rows.
 NARROW = range(3, 33)
+
+# Steps have fewer positions and frames than these, in all rows, and a step should be one CUDA graph. It can
+# hold neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
+STEP_POSITIONS, STEP_FRAMES = 2**15, 2**8
 
 FIRST_WITH_FLASH = 8.0  # compute capability of Ampere, the first GPUs that run cuDNN's flash attention
 
@@ -69,6 +74,10 @@ def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
     return network.step_in_pieces(GPU_PIECES, state, x, lengths)
 
 
+def with_few_rows(transformer: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
+    return transformer.step_few_rows(state, x, lengths)
+
+
 Implementations = dict[str, Callable[..., Any]]
 
 OPERATIONS: dict[str, Implementations] = {
@@ -78,10 +87,11 @@ OPERATIONS: dict[str, Implementations] = {
         "cudnn": cudnn_attention,
         "splash": splash_attention,
     },
-    "convolution": CONVOLUTIONS,
-    "product": PRODUCTS,
+    "convolution": CONVOLUTIONS | {"windows": convolution_by_windows},
+    "product": PRODUCTS | {"repeated_rows": product_of_repeated_rows},
     "elu": ELUS,
     "search": SEARCHES,
+    "scan": SCANS,
 }
 PARTS: dict[str, Implementations] = {
     "network": {
@@ -89,12 +99,14 @@ PARTS: dict[str, Implementations] = {
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
+    "transformer": {"layers": layer_by_layer, "few_rows": with_few_rows},
 }
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
 PART_CHOICES: dict[str, Choice] = {
     "network": {"cpu": "small_pieces", "cuda": "large_pieces", "default": "layers"},
+    "transformer": {"cuda": "few_rows", "default": "layers"},
 }
 
 
@@ -184,6 +196,8 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
     choice = {"default": "plain"}
     if x.dtype in HALF_PRECISION and kernel.shape[0] % stride == 0 and dilation == 1:
         choice["cpu"] = "strides"  # XLA:CPU has no convolutions in half precision
+    if x[..., 0].size < STEP_POSITIONS:
+        choice["cuda"] = "windows"
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)
 
 
@@ -194,6 +208,8 @@ def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: 
         choice["cpu"] = "float32_sums"  # several times as fast there
     elif x[..., 0].size in NARROW:
         choice["cpu"] = "convolution"
+    if x[..., 0].size < FEWEST_ROWS:
+        choice["cuda"] = "repeated_rows"
     return _call("product", choice, x, kernel, dimension_numbers=dimension_numbers, **options)
 
 
@@ -227,9 +243,18 @@ def search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> 
     return _call("search", {"default": "plain"}, vectors, embedding, half_square)
 
 
+def scan(function: Callable[[Any, Any], tuple[Any, Any]], init: jax.Array, xs: Any) -> Any:
+    """`lax.scan` over the levels of a quantizer. `init` is [batch, frames, dim]."""
+    choice = {"default": "loop"}
+    if init[..., 0].size < STEP_FRAMES:
+        choice["cuda"] = "unrolled"  # a CUDA graph cannot hold the loop
+    return _call("scan", choice, init, function=function, xs=xs)
+
+
 def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
     """Step a part of the network. Gradients are those of the part computed layer by layer."""
-    if part.operation not in PARTS:
+    is_long = state is None or x[..., 0].size >= FEWEST_ROWS
+    if part.operation not in PARTS or (part.operation == "transformer" and is_long):
         return part.step_layers(state, x, lengths)
     table, choice = PARTS[part.operation], PART_CHOICES[part.operation]
     implementations = _implementations(part.operation, table, choice)

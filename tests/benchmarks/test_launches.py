@@ -1,5 +1,7 @@
 """What a step launches on NVIDIA GPUs. No GPU is needed, only their compiler."""
 
+import pytest
+
 from benchmarks import launches
 
 SEQUENCE = """\
@@ -30,3 +32,14 @@ def test_launches_are_counted_by_kind():
         "loop_slice_fusion",
         "kCublasLtMatmul",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", launches.FUNCTIONS)
+def test_a_step_of_one_stream_is_one_graph_of_few_launches(function: str):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs JAX's CUDA plugin: see benchmarks/ahead.py")
+    result = launches.compile_step("h100", "bfloat16", function, batch=1, codebooks=8)
+    assert len(result.launches) <= 120
+    assert (result.graphs, result.loops) == (1, 0)
+    assert all(launch.is_recorded for launch in result.launches)
+    assert [result.count(column) for column in ("copies", "convolutions", "others")] == [0, 0, 0]
