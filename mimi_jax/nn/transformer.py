@@ -1,7 +1,8 @@
 """The Transformers on either side of the quantizer (reference: `MimiTransformerModel`)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,9 @@ from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.attention import Attention, AttentionState
-from mimi_jax.nn.attention_step import Clock, read_clock, step_attention
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer
+from mimi_jax.nn.transformer_step import step_few_rows
 from mimi_jax.ops import policy
-from mimi_jax.ops.few_rows import product_as_sums
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -32,7 +32,7 @@ def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
         return norm(x)
 
 
-TransformerState = tuple[AttentionState, ...]
+Steps: TypeAlias = Float[Array, "batch time features"]
 
 
 class TransformerLayer(StreamingLayer):
@@ -63,22 +63,14 @@ class TransformerLayer(StreamingLayer):
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:
         return self.attention.init_state(batch_size, dtype)
 
-    def step(
-        self, state: AttentionState | None, x: Float[Array, "batch time features"], lengths: Lengths = None
-    ) -> tuple[AttentionState | None, Float[Array, "batch time features"]]:
-        state, y = self.attention.step(state, _normalize(self.attention_norm, x), lengths)
-        x = x + self.attention_scale[None, None] * y
-        y = self.mlp_out(ACTIVATIONS[self.hidden_act](self.mlp_in(_normalize(self.mlp_norm, x))))
-        return state, x + self.mlp_scale[None, None] * y
+    def step(self, state: Any, x: Steps, lengths: Lengths = None) -> tuple[Any, Steps]:
+        return self.step_by(lambda x: self.attention.step(state, x, lengths), self.mlp_in, x)
 
-    def step_few_rows(
-        self, clock: Clock, state: AttentionState, x: Float[Array, "batch time features"]
-    ) -> tuple[AttentionState, Float[Array, "batch time features"]]:
-        """`step` in few device kernels of XLA:GPU."""
-        state, y = step_attention(self.attention, clock, state, _normalize(self.attention_norm, x))
+    def step_by(self, attend: Callable, mlp_in: Callable, x: Steps) -> tuple[Any, Steps]:
+        """`step`, with other ways to compute what follows the norms."""
+        state, y = attend(_normalize(self.attention_norm, x))
         x = x + self.attention_scale[None, None] * y
-        y = product_as_sums(_normalize(self.mlp_norm, x), self.mlp_in.kernel[...])
-        y = self.mlp_out(ACTIVATIONS[self.hidden_act](y))
+        y = self.mlp_out(ACTIVATIONS[self.hidden_act](mlp_in(_normalize(self.mlp_norm, x))))
         return state, x + self.mlp_scale[None, None] * y
 
 
@@ -93,34 +85,23 @@ class Transformer(Chain):
     def layers(self) -> Sequence[StreamingLayer]:
         return self.blocks
 
-    def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> TransformerState:
+    def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> tuple:
         """The states of the layers. The first one holds the position of all of them."""
         return _hold_once(super().init_state(batch_size, dtype))
 
-    def step_layers(
-        self,
-        state: TransformerState | None,
-        x: Float[Array, "batch time features"],
-        lengths: Lengths = None,
-    ) -> tuple[tuple, Float[Array, "batch time features"]]:
+    def step_layers(self, state: tuple | None, x: Steps, lengths: Lengths = None) -> tuple[tuple, Steps]:
         if state is None:
             return super().step_layers(None, x, lengths)
-        state = tuple(old._replace(position=state[0].position) for old in state)
-        new_state, x = super().step_layers(state, x, lengths)
-        return _hold_once(new_state), x
+        state = tuple(layer._replace(position=state[0].position) for layer in state)
+        state, x = super().step_layers(state, x, lengths)
+        return _hold_once(state), x
 
-    def step_few_rows(
-        self, state: TransformerState, x: Float[Array, "batch time features"], lengths: Lengths = None
-    ) -> tuple[TransformerState, Float[Array, "batch time features"]]:
+    def step_few_rows(self, state: tuple, x: Steps, lengths: Lengths = None) -> tuple[tuple, Steps]:
         """`step` in few device kernels of XLA:GPU."""
-        clock = read_clock(self.blocks[0].attention, state[0].position, x.shape[1], lengths)
-        new_state = ()
-        for block, old in zip(self.blocks, state, strict=True):
-            new, x = block.step_few_rows(clock, old, x)
-            new_state += (new,)
-        return _hold_once(new_state), x
+        state, x = step_few_rows(self.blocks, state, x, lengths)
+        return _hold_once(state), x
 
 
-def _hold_once(state: TransformerState) -> TransformerState:
+def _hold_once(state: tuple) -> tuple:
     """Leave the position out of all layers but the first."""
     return (*state[:1], *[layer._replace(position=None) for layer in state[1:]])

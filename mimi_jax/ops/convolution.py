@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimi_jax.ops.tensor_cores import convolution_by_shifts, on_tensor_cores
+
 
 def plain_convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Convolve x [batch, time, in] with kernel [taps, in, out], without padding."""
@@ -45,6 +47,7 @@ def convolution_by_strides(
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_convolution,
     "strides": convolution_by_strides,
+    "tensor_cores": convolution_by_shifts,
 }
 
 
@@ -67,6 +70,7 @@ PRODUCTS: dict[str, Callable[..., jax.Array]] = {
     "plain": lax.dot_general,
     "float32_sums": product_with_float32_sums,
     "convolution": product_as_convolution,
+    "tensor_cores": on_tensor_cores(lax.dot_general),
 }
 
 
@@ -78,4 +82,20 @@ def elu_by_exp(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, jnp.exp(jnp.where(x > 0, 0, x)) - 1)
 
 
-ELUS: dict[str, Callable[..., jax.Array]] = {"plain": functools.partial(jax.nn.elu), "exp": elu_by_exp}
+def elu_in_float32(x: jax.Array) -> jax.Array:
+    """ELU in half precision, rounded once: XLA:CPU computes `expm1` one number at a time, and `exp` 8 or 16.
+
+    Near zero, where exp(x) - 1 loses digits, the first terms of its series are exact to float32.
+    """
+    y = x.astype(jnp.float32)
+    negative = jnp.where(y > 0, 0, y)
+    near_zero = negative + negative**2 / 2 + negative**3 / 6
+    below = jnp.where(negative > -(2**-6), near_zero, jnp.exp(negative) - 1)
+    return jnp.where(y > 0, y, below).astype(x.dtype)
+
+
+ELUS: dict[str, Callable[..., jax.Array]] = {
+    "plain": functools.partial(jax.nn.elu),
+    "exp": elu_by_exp,
+    "float32": elu_in_float32,
+}

@@ -82,3 +82,7 @@ def scan_unrolled(init: jax.Array, *, function: Step, xs: Any) -> tuple[Any, Any
 
 
 SCANS: dict[str, Callable[..., tuple[Any, Any]]] = {"loop": scan_in_a_loop, "unrolled": scan_unrolled}
+
+
+def step(transformer: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> tuple[Any, jax.Array]:
+    return transformer.step_few_rows(state, x, lengths)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 
 from mimi_jax.ops import policy
 from mimi_jax.ops.convolution import CONVOLUTIONS, PRODUCTS
@@ -35,8 +36,19 @@ def test_elu_is_exact_to_the_rounding_of_one():
     np.testing.assert_allclose(jax.jit(policy.elu)(x), exact, rtol=0, atol=1.2e-7)
     slopes = jax.vmap(jax.grad(policy.elu))(jnp.array([-1e4, -1.0, 0.0, 1.0, 1e4]))
     np.testing.assert_allclose(slopes, [0, np.exp(-1), 1, 1, 1], rtol=1e-6)
-    half = jnp.asarray(x, jnp.bfloat16)
-    np.testing.assert_array_equal(jax.jit(policy.elu)(half), jax.jit(jax.nn.elu)(half))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_elu_in_half_precision_is_rounded_once(dtype: DTypeLike):
+    """For every number of 16 bits, except those that XLA:CPU takes for zero."""
+    numbers = np.arange(2**16, dtype=np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        numbers = numbers[np.isfinite(numbers)]
+    exact = numbers.astype(np.float64)
+    is_normal = np.abs(exact) >= float(jnp.finfo(dtype).smallest_normal)
+    numbers, exact = numbers[is_normal], exact[is_normal]
+    exact = np.where(exact > 0, exact, np.expm1(np.minimum(exact, 0))).astype(dtype)
+    np.testing.assert_array_equal(jax.jit(policy.elu)(numbers), exact)
 
 
 @pytest.mark.parametrize(("taps", "stride", "dilation"), [(3, 1, 1), (8, 4, 1), (7, 2, 1), (3, 1, 2)])

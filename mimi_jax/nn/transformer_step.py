@@ -1,11 +1,13 @@
-"""Attention in a step of few rows, for XLA:GPU: the numbers of `Attention.step`, in few device kernels.
+"""A Transformer's step of few rows, for XLA:GPU: the numbers of its layers, in few device kernels.
 
 What depends on positions alone is computed once for all layers. The products that follow a norm are computed
 with it, and the scores, the softmax and the sum of the values are one device kernel.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,25 @@ class Clock(NamedTuple):
     far_turns: jax.Array
 
 
-def read_clock(attention: Attention, position: jax.Array, time: int, lengths: Lengths) -> Clock:
+def step_few_rows(
+    blocks: Sequence[Any], state: tuple[AttentionState, ...], x: jax.Array, lengths: Lengths
+) -> tuple[tuple[AttentionState, ...], jax.Array]:
+    """Step layers one after the other. The first state holds the position of all of them.
+
+    Args:
+        blocks: the layers of a `Transformer`.
+        x: [batch, time, features]. There are few rows, all in all.
+    """
+    clock = _read_clock(blocks[0].attention, state[0].position, x.shape[1], lengths)
+    new_state = ()
+    for block, old in zip(blocks, state, strict=True):
+        attend = functools.partial(_attend, block.attention, clock, old)
+        new, x = block.step_by(attend, lambda x, block=block: product_as_sums(x, block.mlp_in.kernel[...]), x)
+        new_state += (new,)
+    return new_state, x
+
+
+def _read_clock(attention: Attention, position: jax.Array, time: int, lengths: Lengths) -> Clock:
     """What one layer knows about the positions of a step. All layers of a Transformer know the same."""
     slots = attention.slots
     steps = jnp.arange(time, dtype=jnp.int32)[None]
@@ -46,10 +66,10 @@ def read_clock(attention: Attention, position: jax.Array, time: int, lengths: Le
     return Clock(written, end, *jnp.split(found, 3, axis=1))
 
 
-def step_attention(
+def _attend(
     attention: Attention, clock: Clock, state: AttentionState, x: jax.Array
 ) -> tuple[AttentionState, jax.Array]:
-    """Step one layer: x [batch, time, features] -> the same. The batch times the time is small."""
+    """`Attention.step`: x [batch, time, features] -> the same."""
     batch, time, _ = x.shape
     heads, key_heads, head_dim = attention.num_heads, attention.num_key_value_heads, attention.head_dim
     linears = attention.query_proj, attention.key_proj, attention.value_proj
