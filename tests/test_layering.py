@@ -26,11 +26,13 @@ LAZY = {
 }
 # fmt: on
 WITH_TRITON = "mimi_jax.ops.triton_kernels"  # its decorators need Triton, so importing it is slow too
-# What computes the numbers of the reference path; device kernels of accelerators are counted apart.
+# What computes the numbers of the reference path. Device kernels of accelerators, and what is written such
+# that their compiler makes few, are counted apart.
 CORE = [PACKAGE / "ops", PACKAGE / "nn", PACKAGE / "model.py"]
 # fmt: off
 DEVICE_KERNELS = {
-    "few_passes.py", "fused_attention.py", "fusible.py", "tensor_cores.py", "triton_kernels.py",
+    "few_passes.py", "few_rows.py", "fused_attention.py", "fusible.py", "tensor_cores.py",
+    "transformer_step.py", "triton_kernels.py",
     "triton_stages.py",
 }
 # fmt: on

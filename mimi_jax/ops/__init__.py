@@ -6,6 +6,7 @@
     attention        windowed attention in plain XLA
     fused_attention  that of accelerators: cuDNN, Pallas
     nearest          the search of a codebook
+    few_rows         products, convolutions and loops of steps, for XLA:GPU
     triton_kernels   device kernels of SEANet stages
     triton_stages    SEANet stages with them
     pieces           a long input in pieces of time

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mimi_jax.ops import triton_stages
+from mimi_jax.ops import few_rows, triton_stages
 from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
@@ -31,6 +31,10 @@ HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 # Numbers of rows whose products XLA:CPU (of jaxlib 0.10) computes up to twice as fast as convolutions of one
 # tap. It gives those to Eigen, and products to YNNPACK, which is better with more rows.
 NARROW = range(3, 33)
+
+# Steps have fewer positions and frames than these, in all rows, and a step should be one CUDA graph. It can
+# hold neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
+STEP_POSITIONS, STEP_FRAMES = 2**15, 2**8
 
 # What the float32 units of an H100 compute while its memory moves a byte: 67 TFLOP/s by 3.35 TB/s. With fewer
 # operations a byte, memory is the limit of a product, and tensor cores do not help.
@@ -100,11 +104,12 @@ OPERATIONS: dict[str, Implementations] = {
         "cudnn": cudnn_attention,
         "splash": splash_attention,
     },
-    "convolution": CONVOLUTIONS,
+    "convolution": CONVOLUTIONS | {"windows": few_rows.convolution_by_windows},
     "join": JOINS,
-    "product": PRODUCTS,
+    "product": PRODUCTS | {"repeated_rows": few_rows.product_of_repeated_rows},
     "elu": ELUS,
     "search": SEARCHES,
+    "scan": few_rows.SCANS,
 }
 PARTS: dict[str, Implementations] = {
     "network": {
@@ -116,6 +121,7 @@ PARTS: dict[str, Implementations] = {
     "encoder_stage": {"layers": layer_by_layer, "triton": in_triton},
     "decoder_stage": {"layers": layer_by_layer, "triton": in_triton},
     "decoder_back": {"layers": layer_by_layer, "few_passes": in_few_passes, "triton": in_triton},
+    "transformer": {"layers": layer_by_layer, "few_rows": few_rows.step},
 }
 
 # The implementation for each platform, and "default" for the others.
@@ -126,6 +132,7 @@ PART_CHOICES: dict[str, Choice] = {
     "encoder_stage": {"default": "layers"},
     "decoder_stage": {"default": "layers"},
     "decoder_back": {"cuda": "few_passes", "default": "layers"},
+    "transformer": {"cuda": "few_rows", "default": "layers"},
 }
 
 
@@ -253,6 +260,8 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
         choice = _exact_choice(x, stride * size_in, taps // stride * size_out)
     if x.dtype in HALF_PRECISION and taps % stride == 0 and dilation == 1:
         choice["cpu"] = "strides"  # XLA:CPU has no convolutions in half precision
+    if _positions(x) < STEP_POSITIONS:
+        choice.setdefault("cuda", "windows")
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)
 
 
@@ -266,8 +275,10 @@ def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: 
     choice = _exact_choice(x, *kernel.shape)
     if x.dtype in HALF_PRECISION:
         choice["cpu"] = "float32_sums"  # several times as fast there
-    elif x[..., 0].size in NARROW:
+    elif _positions(x) in NARROW:
         choice["cpu"] = "convolution"
+    if _positions(x) < few_rows.FEWEST_ROWS:
+        choice.setdefault("cuda", "repeated_rows")
     return _call("product", choice, x, kernel, dimension_numbers=dimension_numbers, **options)
 
 
@@ -310,21 +321,38 @@ def search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> 
     return _call("search", choice, vectors, embedding, half_square)
 
 
+def scan(function: Callable[[Any, Any], tuple[Any, Any]], init: jax.Array, xs: Any) -> Any:
+    """`lax.scan` over the levels of a quantizer. `init` is [batch, frames, dim]."""
+    choice = {"default": "loop"}
+    if init[..., 0].size < STEP_FRAMES:
+        choice["cuda"] = "unrolled"  # a CUDA graph cannot hold the loop
+    return _call("scan", choice, init, function=function, xs=xs)
+
+
 def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
     """Step a part of the network. Gradients are those of the part computed layer by layer."""
-    if part.operation not in PARTS:
+    is_long = state is None or _positions(x) >= few_rows.FEWEST_ROWS
+    if part.operation not in PARTS or (part.operation == "transformer" and is_long):
         return part.step_layers(state, x, lengths)
     implementations = _implementations(part.operation, PARTS[part.operation], part_choice(part, x))
     context = _Context(_compute.get(), _precision())
     return _step(implementations, context, part, state, x, lengths)
 
 
+def _positions(x: jax.Array) -> int:
+    """In all rows of [batch, time, channels]."""
+    return x.size // x.shape[-1]
+
+
 def part_choice(part: Part, x: jax.Array) -> Choice:
     """What a part of the network is computed by, for each platform."""
     compute, choice = _compute.get(), PART_CHOICES[part.operation]
+    if "triton" not in PARTS[part.operation]:
+        return choice
+    if _positions(x) < STEP_POSITIONS:
+        return {"default": "layers"}
     if (
-        "triton" in PARTS[part.operation]
-        and "cuda" in compute.fused
+        "cuda" in compute.fused
         and (compute.one_device or _is_divided_by_hand(x))  # the compiler cannot partition it
         and triton_stages.fits(part, x)
         and triton_stages.is_available()

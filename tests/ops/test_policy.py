@@ -86,8 +86,12 @@ FITS = MimiConfig(num_filters=32)
 STAGES = ("encoder_stage", "decoder_stage")
 
 
+def shape(time: int, channels: int, dtype: str) -> Any:
+    return jax.ShapeDtypeStruct((1, time, channels), dtype)
+
+
 def stage_choice(
-    compute: policy.Compute, config: MimiConfig = FITS, dtype: str = "bfloat16", time: int = 8
+    compute: policy.Compute, config: MimiConfig = FITS, dtype: str = "bfloat16", time: int = 2**15
 ) -> list[dict[str, str]]:
     """What an encoder stage and a decoder stage are computed by, for each platform."""
     encoder_stage = jax.eval_shape(lambda: EncoderStage(config, config.num_filters, 4, rngs=nnx.Rngs(0)))
@@ -95,7 +99,7 @@ def stage_choice(
     found = []
     with policy.computing(compute):
         for stage, channels in ((encoder_stage, config.num_filters), (decoder_stage, 2 * config.num_filters)):
-            found.append(policy.part_choice(stage, jnp.zeros((1, time, channels), dtype)))
+            found.append(policy.part_choice(stage, shape(time, channels, dtype)))
     return found
 
 
@@ -107,7 +111,8 @@ def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.Mon
     assert stage_choice(ampere, dtype="float16") == [triton] * 2
     assert stage_choice(ampere, dtype="float32") == [layers] * 2
     assert stage_choice(ampere, time=0) == [layers] * 2
-    assert stage_choice(ampere, time=6) == [layers, triton]  # the encoder refuses it
+    assert stage_choice(ampere, time=2**15 + 2) == [layers, triton]  # the encoder refuses it
+    assert stage_choice(ampere, time=2**15 - 4) == [layers] * 2  # a step
     assert stage_choice(policy.Compute(fused=("cuda",), capability=80)) == [layers] * 2  # many devices
     assert stage_choice(policy.Compute(fused=("tpu",), one_device=True)) == [layers] * 2
     assert stage_choice(policy.PORTABLE) == [layers] * 2
@@ -142,8 +147,7 @@ def test_ends_next_to_the_waveform_are_chosen_where_they_fit(
             for group in network.groups():
                 if group.operation:
                     channels = config.audio_channels if network is model.encoder else 2 * config.num_filters
-                    x = jnp.zeros((1, config.frame_size, channels), "bfloat16")
-                    choice = policy.part_choice(group, x)["cuda"]
+                    choice = policy.part_choice(group, shape(2**15, channels, "bfloat16"))["cuda"]
                     assert choice in ("few_passes", "triton")
                     found += [group.operation] if choice == "triton" else []
     assert found == fused
