@@ -13,15 +13,16 @@ from jax import lax
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
-# That XLA gives to cuBLAS as they are. It appends rows to fewer, in a device kernel of its own.
-FEWEST_ROWS = 8
+# XLA gives so many rows to cuBLAS as they are. To fewer it appends rows, in a device kernel of its own.
+ENOUGH_ROWS = 8
+FEW_ROWS = range(1, ENOUGH_ROWS)
 
 
 def product_of_repeated_rows(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
     """Repeat the rows until there are enough. The device kernel that computes `x` writes them by the way."""
     *axes, size = x.shape
     rows = x.reshape(-1, 1, size)
-    repeated = jnp.broadcast_to(rows, (len(rows), -(-FEWEST_ROWS // max(len(rows), 1)), size))
+    repeated = jnp.broadcast_to(rows, (len(rows), -(-ENOUGH_ROWS // len(rows)), size))
     options["preferred_element_type"] = jnp.float32
     y = lax.dot_general(repeated.reshape(-1, size), kernel, (((1,), (0,)), ((), ())), **options)
     y = y.reshape(*repeated.shape[:2], kernel.shape[1])[:, 0]
@@ -55,7 +56,7 @@ def convolution_by_windows(
         total = sum(part.astype(jnp.float32) * tap for part, tap in zip(parts, taps_in_float32, strict=True))
         return jnp.asarray(total).astype(x.dtype)
     windows = jnp.concatenate(parts, axis=-1)
-    few = windows.shape[0] * steps < FEWEST_ROWS
+    few = windows.shape[0] * steps in FEW_ROWS
     product = product_of_repeated_rows if few else lax.dot_general
     y = product(
         windows,

@@ -32,9 +32,9 @@ HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 # tap. It gives those to Eigen, and products to YNNPACK, which is better with more rows.
 NARROW = range(3, 33)
 
-# Steps have fewer positions and frames than these, in all rows, and a step should be one CUDA graph. It can
-# hold neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
-STEP_POSITIONS, STEP_FRAMES = 2**15, 2**8
+# Steps have as few positions and frames, in all rows, and a step should be one CUDA graph. It can hold
+# neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
+STEP_POSITIONS, STEP_FRAMES = range(1, 2**15), range(1, 2**8)
 
 # What the float32 units of an H100 compute while its memory moves a byte: 67 TFLOP/s by 3.35 TB/s. With fewer
 # operations a byte, memory is the limit of a product, and tensor cores do not help.
@@ -260,7 +260,7 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
         choice = _exact_choice(x, stride * size_in, taps // stride * size_out)
     if x.dtype in HALF_PRECISION and taps % stride == 0 and dilation == 1:
         choice["cpu"] = "strides"  # XLA:CPU has no convolutions in half precision
-    if _positions(x) < STEP_POSITIONS:
+    if _positions(x) in STEP_POSITIONS:
         choice.setdefault("cuda", "windows")
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)
 
@@ -277,7 +277,7 @@ def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: 
         choice["cpu"] = "float32_sums"  # several times as fast there
     elif _positions(x) in NARROW:
         choice["cpu"] = "convolution"
-    if _positions(x) < few_rows.FEWEST_ROWS:
+    if _positions(x) in few_rows.FEW_ROWS:
         choice.setdefault("cuda", "repeated_rows")
     return _call("product", choice, x, kernel, dimension_numbers=dimension_numbers, **options)
 
@@ -324,14 +324,14 @@ def search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> 
 def scan(function: Callable[[Any, Any], tuple[Any, Any]], init: jax.Array, xs: Any) -> Any:
     """`lax.scan` over the levels of a quantizer. `init` is [batch, frames, dim]."""
     choice = {"default": "loop"}
-    if init[..., 0].size < STEP_FRAMES:
+    if init[..., 0].size in STEP_FRAMES:
         choice["cuda"] = "unrolled"  # a CUDA graph cannot hold the loop
     return _call("scan", choice, init, function=function, xs=xs)
 
 
 def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
     """Step a part of the network. Gradients are those of the part computed layer by layer."""
-    is_long = state is None or _positions(x) >= few_rows.FEWEST_ROWS
+    is_long = state is None or _positions(x) not in few_rows.FEW_ROWS
     if part.operation not in PARTS or (part.operation == "transformer" and is_long):
         return part.step_layers(state, x, lengths)
     implementations = _implementations(part.operation, PARTS[part.operation], part_choice(part, x))
@@ -349,7 +349,7 @@ def part_choice(part: Part, x: jax.Array) -> Choice:
     compute, choice = _compute.get(), PART_CHOICES[part.operation]
     if "triton" not in PARTS[part.operation]:
         return choice
-    if _positions(x) < STEP_POSITIONS:
+    if _positions(x) < STEP_POSITIONS.stop:
         return {"default": "layers"}
     if (
         "cuda" in compute.fused
