@@ -120,6 +120,24 @@ def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.Mon
     assert stage_choice(ampere) == [layers] * 2
 
 
+def test_steps_are_written_for_few_launches_and_clips_for_few_passes():
+    model = checkpoint.abstract_model(FITS)
+    encoder, transformer = model.encoder, model.encoder_transformer
+    assert encoder is not None and transformer is not None
+    front = encoder.groups()[0]
+    step, clip = (jax.ShapeDtypeStruct((1, size, 1), jnp.float32) for size in (1920, 2**15))
+    assert policy.part_choice(front, step) == {"default": "layers"}  # pyright: ignore[reportArgumentType]
+    assert policy.part_choice(front, clip)["cuda"] == "few_passes"  # pyright: ignore[reportArgumentType]
+
+    def stepped(time: int) -> str:
+        x = jax.ShapeDtypeStruct((1, time, FITS.hidden_size), jnp.float32)
+        state = jax.eval_shape(lambda: transformer.init_state(1))
+        traced = jax.jit(lambda part, state, x: part.step(state, x)).trace(transformer, state, x)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert [stepped(time).count("optimization_barrier") > 0 for time in (2, 8)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("fields", "fused"),
     [
