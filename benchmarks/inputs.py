@@ -1,5 +1,6 @@
 """What the benchmarks measure with: models of full size, speech, and random codes."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,27 @@ CODEBOOKS = 8  # that every implementation uses where speed is measured
 CLIP_SECONDS = 10  # of audio in one clip, for codes and audio that are compared
 
 
-def random_model() -> "Mimi":
-    """The published architecture with random weights. Enough for speed; for codes see `load_model`."""
-    from flax import nnx
+def random_model(config: MimiConfig | None = None) -> "Mimi":
+    """A model with random weights, by default of the published size. Enough for speed; for codes see
+    `load_model`.
 
-    return mimi_jax.Mimi(MimiConfig(), rngs=nnx.Rngs(0))
+    NumPy draws the weights, always the same ones, so that nothing compiles.
+    """
+    from mimi_jax.checkpoint.parameters import abstract_model, fill, parameters
+
+    generator = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith(("initialized", "cluster_usage")):
+            return np.ones(shape, np.float32)
+        if name.endswith("embedding_sum"):
+            scale = 1.0
+        else:
+            scale = 0.3 if len(shape) == 1 else math.prod(shape[:-1]) ** -0.5
+        return np.float32(scale) * generator.standard_normal(shape, np.float32)
+
+    model = abstract_model(config or MimiConfig())
+    return fill(model, {name: draw(name, value.shape) for name, value in parameters(model).items()}, None)
 
 
 def save_random_model(folder: str | Path) -> None:
