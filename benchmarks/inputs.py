@@ -15,6 +15,22 @@ if TYPE_CHECKING:  # it loads JAX, and some benchmarks choose JAX's device after
 
 SAMPLE = Path(mimi_jax.__file__).parent / "samples" / "speech.flac"
 CODEBOOKS = 8  # that every implementation uses where speed is measured
+# So small that everything can be tried on a CPU in seconds.
+SMALL = MimiConfig(
+    num_filters=2,
+    upsampling_ratios=(5, 4),
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=16,
+    sliding_window=5,
+    upsample_groups=16,
+    num_quantizers=8,
+    codebook_size=16,
+    codebook_dim=8,
+    vector_quantization_hidden_dimension=8,
+)
 CLIP_SECONDS = 10  # of audio in one clip, for codes and audio that are compared
 
 
