@@ -9,8 +9,9 @@ its libraries, and takes a few minutes. Install them outside your usual environm
 
 For TPUs, the compiler counts operations and bytes. For GPUs it does not. There the operations are those of
 the matrix products that a case needs, and the bytes are counted from the program (`benchmarks/hlo.py`).
-Without a GPU, XLA can also not try out which device kernels are fastest, and Triton's are left out, so on a
-real GPU the program may move fewer bytes.
+Without a GPU, XLA can also not try out which device kernels are fastest, and leaves out those that it makes
+with Triton, so on a real GPU the program may move fewer bytes. With `--stages`, rows in bfloat16 compute the
+stages of SEANet as `mimi_jax.ops.triton_stages` does. That needs Python 3.12 and jax_triton.
 
 Rows in bfloat16 have the precision "default". On a TPU, this computes everything in one pass, including the
 quantizer.
@@ -18,6 +19,7 @@ quantizer.
 
 import argparse
 import collections
+import dataclasses
 import functools
 import itertools
 import os
@@ -35,6 +37,7 @@ import mimi_jax
 from benchmarks.flops import count_flops
 from benchmarks.hlo import DeviceKernel, device_kernels
 from mimi_jax.checkpoint import abstract_model
+from mimi_jax.ops import policy
 
 FUNCTIONS = ("encode", "decode", "encode_step")
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
@@ -67,6 +70,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "tpu": {},
     "cuda": {"xla_gpu_enable_triton_gemm": False},
 }
+CAPABILITY = 90  # of H100 and H200, times ten
 # XLA's own description of an NVIDIA GPU of compute capability 9.0.
 GPU_DESCRIPTION = """
 platform_name: "CUDA"
@@ -130,9 +134,13 @@ def make_mesh(name: str) -> Mesh:
 
 
 @functools.cache
-def make_model(dtype: DTypeLike, precision: str, attention: str | None = None) -> mimi_jax.Mimi:
-    """A model of full size that has shapes but no values."""
-    compute = "portable" if attention is None else {"attention": attention}
+def make_model(
+    dtype: DTypeLike, precision: str, attention: str | None = None, stages: bool = False
+) -> mimi_jax.Mimi:
+    """A model of full size that has shapes but no values. `stages` are those in Triton."""
+    compute = policy.resolve("portable" if attention is None else {"attention": attention})
+    if stages:
+        compute = dataclasses.replace(compute, fused=("cuda",), triton=CAPABILITY)
     model = abstract_model(mimi_jax.MimiConfig(), precision=precision, compute=compute)
     return jax.eval_shape(lambda model: model.astype(dtype), model)
 
@@ -155,24 +163,24 @@ def make_program(
 
 
 def compile_for(
-    mesh: Mesh, model: mimi_jax.Mimi, function: str, batch: int, seconds: float, attention: str | None = None
+    mesh: Mesh, model: mimi_jax.Mimi, function: str, batch: int, seconds: float, by_hand: bool = False
 ) -> Program:
     """Compile a function for the chips of `mesh`, with `batch` rows on each.
 
     Args:
         function: one of `FUNCTIONS`.
         seconds: of audio in a clip, or in a step.
-        attention: what the model was made with.
+        by_hand: whether each chip gets a program for its own rows, since the compiler cannot partition the
+            device kernels of Pallas and Triton.
     """
     program, shapes = make_program(model, function, batch * mesh.size, seconds)
     weights, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     shardings = (weights, *[rows] * len(shapes))
     # As in a server, a step writes its state into the memory of the previous state.
     donated = (1,) if function == "encode_step" else ()
-    if attention == "splash":
-        # The compiler cannot partition a Pallas device kernel, so each chip gets a program for its own rows.
+    if by_hand:
         specs = (PartitionSpec(), *[PartitionSpec("data")] * len(shapes))
-        # The device kernel does not say over which axes its results differ, so that is not checked.
+        # The device kernels do not say over which axes its results differ, so that is not checked.
         program = jax.shard_map(
             program, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
         )
@@ -220,12 +228,12 @@ class Case(NamedTuple):
     kind: tuple[str, str]  # dtype and precision
     batch: int  # rows on each chip
     seconds: float  # of audio in a row
+    stages: bool = False  # in Triton
 
 
 def compile_case(mesh: Mesh, name: str, case: Case) -> Program:
-    attention = fused_attention(name, case.kind[0])
-    model = make_model(*case.kind, attention)
-    return compile_for(mesh, model, case.function, case.batch, case.seconds, attention)
+    model = make_model(*case.kind, fused_attention(name, case.kind[0]), case.stages)
+    return compile_for(mesh, model, case.function, case.batch, case.seconds, by_hand=case.stages)
 
 
 def table_row(name: str, case: Case, report: Program) -> str:
@@ -261,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--step", type=float, default=0.08, help="seconds of audio in a step; tokenize uses 1.28"
     )
     parser.add_argument("--functions", choices=FUNCTIONS, nargs="+", default=FUNCTIONS)
+    parser.add_argument("--stages", action="store_true", help="for GPUs, compute stages of SEANet in Triton")
     parser.add_argument(
         "--largest",
         type=int,
@@ -269,8 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     platform = DEVICES[options.device].platform
-    if options.largest and platform == "tpu":
-        parser.error("--largest needs a GPU as --device; device kernels of TPUs are not counted")
+    if (options.largest or options.stages) and platform == "tpu":
+        parser.error("--largest and --stages need a GPU as --device")
     mesh = make_mesh(options.device)
     columns = ["function", "dtype", "precision", "batch per chip", "seconds of audio", "MB per chip", "GFLOP"]
     columns += ["GB accessed", f"{'' if platform == 'tpu' else 'about '}at most x realtime", "collectives"]
@@ -280,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reports = {}
     for batch, function, kind in itertools.product(options.batch, options.functions, kinds):
         seconds = options.step if function == "encode_step" else options.seconds
-        case = Case(function, kind, batch, seconds)
+        case = Case(function, kind, batch, seconds, options.stages and kind[0] == "bfloat16")
         reports[case] = compile_case(mesh, options.device, case)
         print(table_row(options.device, case, reports[case]), flush=True)
     for case, report in reports.items():

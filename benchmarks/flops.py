@@ -2,7 +2,7 @@
 
 import math
 
-from mimi_jax.config import MimiConfig, ceil_div
+from mimi_jax import MimiConfig
 
 
 def count_flops(config: MimiConfig, seconds: float, codebooks: int) -> dict[str, int]:
@@ -14,7 +14,7 @@ def count_flops(config: MimiConfig, seconds: float, codebooks: int) -> dict[str,
 
 def count_parts(config: MimiConfig, seconds: float, codebooks: int) -> dict[str, dict[str, int]]:
     """The same, by part of the network: "convolutions", "Transformer" and "RVQ"."""
-    frames = ceil_div(round(seconds * config.sampling_rate), config.frame_size)
+    frames = math.ceil(round(seconds * config.sampling_rate) / config.frame_size)
     steps, size, dim = frames * config.latent_stride, config.hidden_size, config.codebook_dim
     projections = 2 * frames * size * dim if dim != size else 0  # of the semantic and the acoustic quantizer
     distances = frames * codebooks * config.codebook_size * dim

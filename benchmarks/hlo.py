@@ -4,7 +4,8 @@ XLA does not count them for NVIDIA GPUs. Every operation of a scheduled program 
 of a library, which reads its operands once and writes its result once. If a device kernel reads only slices
 or rows of an operand, only these count. If it writes its result into an operand, only the part that it writes
 counts. Caches make the true number smaller, and libraries that need scratch memory make it larger. Programs
-whose device kernels run conditionally or at the same time are refused.
+whose device kernels run conditionally are refused. So are those with operations that run at the same time,
+unless these are fusions.
 """
 
 import math
@@ -17,7 +18,9 @@ OPERATION = re.compile(
     r"\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<result>\(.*?\)|\S+) (?P<kind>[a-z0-9-]+)\((?P<operands>[^)]*)\)"
 )
 ARRAY = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
-FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")  # they move nothing
+FUSIONS = ("fusion", "fusion-start")  # the second runs beside others
+# They move nothing.
+FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "fusion-done")
 PARTS = ("bitcast", "slice", "dynamic-slice", "gather")  # they read a part of their first operand
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write this operand into their first one
 
@@ -112,9 +115,13 @@ def _kernels(computations: dict[str, Computation], name: str, times: int) -> Ite
             if not trips:
                 raise ValueError(f"cannot count a loop with an unknown number of rounds: {operation.name}")
             yield from _kernels(computations, operation.called("body"), times * int(trips[0]))
-        elif operation.kind in ("call", "conditional") or operation.kind.endswith(("-start", "-done")):
+        elif operation.kind in FREE:
+            continue
+        elif operation.kind in ("call", "conditional") or (
+            operation.kind.endswith(("-start", "-done")) and operation.kind not in FUSIONS
+        ):
             raise ValueError(f"cannot count an operation of the kind {operation.kind}: {operation.name}")
-        elif operation.kind not in FREE:
+        else:
             [source, *_] = [*re.findall(r'op_name="([^"]*)"', operation.text), operation.kind]
             moved = times * _moved(computations, name, operation)
             yield DeviceKernel(source.rpartition("/")[2], moved, operation.name)
@@ -122,7 +129,7 @@ def _kernels(computations: dict[str, Computation], name: str, times: int) -> Ite
 
 def _moved(computations: dict[str, Computation], name: str, operation: Operation) -> int:
     """The bytes that one operation of the computation `name` reads and writes."""
-    if operation.kind == "fusion":
+    if operation.kind in FUSIONS:
         kernel = computations[operation.called("calls")]
         parameters = [inner for inner in kernel.operations.values() if inner.kind == "parameter"]
         return kernel.bytes_written(kernel.root) + sum(map(kernel.bytes_read, parameters))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import mimi_jax
-from mimi_jax.config import MimiConfig, ceil_div
+from mimi_jax import MimiConfig
 
 if TYPE_CHECKING:  # it loads JAX, and some benchmarks choose JAX's device after they import this module
     from mimi_jax import Mimi
@@ -113,7 +113,7 @@ def make_clips(config: MimiConfig, direction: str, batch: int, seconds: int) -> 
     samples = seconds * config.sampling_rate
     if direction == "encode":
         return np.resize(mimi_jax.load_audio(SAMPLE), (batch, 1, samples))
-    shape = (batch, CODEBOOKS, ceil_div(samples, config.frame_size))
+    shape = (batch, CODEBOOKS, math.ceil(samples / config.frame_size))
     return np.random.default_rng(0).integers(config.codebook_size, size=shape)
 
 

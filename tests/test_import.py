@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-OPTIONAL = {"grain", "matplotlib", "moshi", "optax", "qwix", "ray", "torch", "transformers"}
+OPTIONAL = {
+    "grain",
+    "jax_triton",
+    "matplotlib",
+    "moshi",
+    "optax",
+    "qwix",
+    "ray",
+    "torch",
+    "transformers",
+    "triton",
+}
 HEAVY = OPTIONAL | {"huggingface_hub", "orbax", "tensorstore"}
 
 

@@ -19,10 +19,16 @@ PACKAGE = ROOT / "mimi_jax"
 BACKWARD = ("mimi_jax.model", "mimi_jax.checkpoint")
 # The package never imports the first, and the second only inside functions, because they are slow to import.
 FORBIDDEN = {"moshi", "torch", "transformers"}
-LAZY = {"grain", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "qwix", "ray", "tensorboardX", "visqol"}
+# fmt: off
+LAZY = {
+    "grain", "jax_triton", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "qwix", "ray", "tensorboardX",
+    "triton", "visqol",
+}
+# fmt: on
+WITH_TRITON = "mimi_jax.ops.triton_kernels"  # its decorators need Triton, so importing it is slow too
 # What computes the numbers of the reference path; device kernels of accelerators are counted apart.
 CORE = [PACKAGE / "ops", PACKAGE / "nn", PACKAGE / "model.py"]
-DEVICE_KERNELS = {"fused_attention.py"}
+DEVICE_KERNELS = {"fused_attention.py", "triton_kernels.py", "triton_stages.py"}
 MAX_CORE_LINES = 1200  # of code; docstrings, comments and blank lines do not count
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50  # its docstring does not count
@@ -85,7 +91,7 @@ def import_errors(source: str, module: str) -> Iterator[str]:
             yield f"relative import of {name}; write mimi_jax.<module>"
         elif root in FORBIDDEN:
             yield f"{root} may be imported only in convert/, benchmarks/ and tests/parity/"
-        elif root in LAZY and not is_deferred:
+        elif (root in LAZY or name == WITH_TRITON) and not is_deferred and module != WITH_TRITON:
             yield f"{root} is slow to import; import it in the function that needs it"
         elif root == "mimi_jax":
             target = imported_module(name)
@@ -143,6 +149,7 @@ def test_few_arrows_and_none_upwards_but_one():
         ("def f():\n    import torch", "torch may be imported only in"),
         ("from transformers import MimiModel", "transformers may be imported only in"),
         ("import orbax.checkpoint as ocp", "orbax is slow to import"),
+        ("from mimi_jax.ops import triton_kernels", "mimi_jax is slow to import"),
     ],
 )
 def test_the_check_sees_bad_imports(source: str, error: str):

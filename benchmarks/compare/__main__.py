@@ -47,7 +47,7 @@ from benchmarks.compare.systems import (
 from benchmarks.inputs import CODEBOOKS
 from benchmarks.report import Report, add_markdown_option
 from benchmarks.timing import Budget
-from mimi_jax.config import MimiConfig
+from mimi_jax import MimiConfig
 
 
 def case_name(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import re
 import sys
 
@@ -13,7 +14,7 @@ from benchmarks.compare.systems import KINDS, REFERENCE, Step, System
 from benchmarks.flops import count_flops
 from benchmarks.inputs import CODEBOOKS, make_clips, make_frames
 from benchmarks.timing import STEPS_IN_TURN, WARMUP, Budget, Run, take_turns, timed, warm_up
-from mimi_jax.config import MimiConfig, ceil_div
+from mimi_jax import MimiConfig
 
 CASE = re.compile(r"start|memory|gemm|(encode|decode)-(step-\d+|\d+x\d+)")
 CLIPS = {"cpu": ("1x10", "8x10", "1x60"), "gpu": ("1x10", "8x10", "1x60", "64x30")}
@@ -89,7 +90,7 @@ def measure_steps(
 
 def time_steps(case: str, runs: dict[str, Run], num_steps: int, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each step: `num_steps` of each system, or fewer if its `seconds` are over before."""
-    turns = Budget(ceil_div(num_steps, STEPS_IN_TURN), seconds)
+    turns = Budget(math.ceil(num_steps / STEPS_IN_TURN), seconds)
     measures = {name: timed(run) for name, run in runs.items()}
     return take_turns(case, measures, turns, STEPS_IN_TURN, uncounted=1)
 

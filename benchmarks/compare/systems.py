@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.inputs import CODEBOOKS, random_model, write_speech
 from benchmarks.timing import Run, warn
-from mimi_jax.config import MimiConfig
+from mimi_jax import MimiConfig
 
 if TYPE_CHECKING:
     import torch

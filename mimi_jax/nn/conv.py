@@ -107,9 +107,12 @@ class Conv1d(StreamingLayer):
         if self.lookahead:
             mode = "edge" if self.pad_mode == "replicate" else "constant"
             x = jnp.pad(x, ((0, 0), (0, self.lookahead), (0, 0)), mode=mode)
+        return keep_idle_rows(lengths, ConvState(past, started), state), self.convolve(x)
+
+    def convolve(self, x: Float[Array, "batch past_and_time in"]) -> Float[Array, "batch strides out"]:
+        """The convolution alone, of activated inputs with their past before them."""
         y = policy.convolution(x, self.kernel[...], stride=self.stride, dilation=self.dilation)
-        state = keep_idle_rows(lengths, ConvState(past, started), state)
-        return state, y if self.bias is None else y + self.bias[None, None]
+        return y if self.bias is None else y + self.bias[None, None]
 
     def output_lengths(self, lengths: Lengths) -> Lengths:
         return None if lengths is None else ceil_div(lengths, self.stride)

@@ -4,6 +4,8 @@
     attention        windowed attention in plain XLA
     fused_attention  that of accelerators: cuDNN, Pallas
     nearest          the search of a codebook
+    triton_kernels   device kernels of SEANet stages
+    triton_stages    SEANet stages with them
     pieces           a long input in pieces of time
     policy           which of these computes what
 

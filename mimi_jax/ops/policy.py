@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimi_jax.ops import triton_stages
 from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
@@ -69,6 +70,10 @@ def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
     return network.step_in_pieces(GPU_PIECES, state, x, lengths)
 
 
+def in_triton(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
+    return triton_stages.step(part, state, x, lengths, capability=_compute.get().triton)
+
+
 Implementations = dict[str, Callable[..., Any]]
 
 OPERATIONS: dict[str, Implementations] = {
@@ -89,12 +94,16 @@ PARTS: dict[str, Implementations] = {
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
+    "encoder_stage": {"layers": layer_by_layer, "triton": in_triton},
+    "decoder_stage": {"layers": layer_by_layer, "triton": in_triton},
 }
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
 PART_CHOICES: dict[str, Choice] = {
     "network": {"cpu": "small_pieces", "cuda": "large_pieces", "default": "layers"},
+    "encoder_stage": {"default": "layers"},
+    "decoder_stage": {"default": "layers"},
 }
 
 
@@ -105,6 +114,7 @@ class Compute:
     asked: tuple[tuple[str, str], ...] = ()  # operations, and the implementation that each must use
     fused: tuple[str, ...] = ()  # platforms whose fused device kernels may be used
     one_device: bool = False  # so that no program is partitioned between devices
+    triton: int | None = None  # compute capability, times ten, of GPUs for which Triton is installed
 
 
 def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
@@ -138,7 +148,10 @@ def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
     device = jax.local_devices()[0]
     can_fuse = {"cuda": _has_flash_attention(device), "tpu": device.platform == "tpu"}
     fused = tuple(platform for platform, holds in can_fuse.items() if holds)
-    return Compute(tuple(sorted(asked.items())), fused, jax.device_count() == 1)
+    triton = None
+    if "cuda" in fused and triton_stages.is_installed():
+        triton = round(10 * float(device.compute_capability))
+    return Compute(tuple(sorted(asked.items())), fused, jax.device_count() == 1, triton)
 
 
 def _has_flash_attention(device: Any) -> bool:
@@ -232,10 +245,22 @@ def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> Ste
     if part.operation not in PARTS:
         return part.step_layers(state, x, lengths)
     table, choice = PARTS[part.operation], PART_CHOICES[part.operation]
+    if _can_use_triton(part, x):
+        choice = choice | {"cuda": "triton"}
     implementations = _implementations(part.operation, table, choice)
     precision: str | None = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     context = _Context(_compute.get(), precision)
     return _step(implementations, context, part, state, x, lengths)
+
+
+def _can_use_triton(part: Part, x: jax.Array) -> bool:
+    compute = _compute.get()
+    may = "cuda" in compute.fused and (compute.one_device or _is_divided_by_hand(x))
+    if not may or "triton" not in PARTS[part.operation] or not triton_stages.fits(part, x):
+        return False
+    if compute.triton is None:
+        triton_stages.say_what_is_missing()
+    return compute.triton is not None
 
 
 class _Context(NamedTuple):
