@@ -11,7 +11,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -58,35 +57,40 @@ def measure(group: Group, command: list[str], start: float = START, limit: float
     """
     left = list(group.cases)
     while left:
-        begun = time.perf_counter()
-        process = subprocess.Popen([*command, "--only", *left], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        timer = watch(process, start + limit)
-        for line in process.stdout:
-            case = line.split("|")[1].strip() if line.count("|") > 1 else ""
-            if case in group.cases:
-                print(line, end="", flush=True)
-            if case in left:
-                left = left[left.index(case) + 1 :]
-                timer.cancel()
-                timer, begun = watch(process, limit), time.perf_counter()
-        timer.cancel()
-        if process.wait() and left:
-            took = time.perf_counter() - begun
-            print(
-                f"| {left[0]} | given up after {took:.0f} s, exit status {process.returncode} |", flush=True
-            )
+        done, took, status = run_cases([*command, "--only", *left], left, start, limit)
+        left = left[done:] if status else []
+        if left:
+            print(f"| {left[0]} | given up after {took:.0f} s, exit status {status} |", flush=True)
             left = left[1:]
-        elif not process.returncode:
-            left = []
 
 
-def watch(process: subprocess.Popen, seconds: float) -> threading.Timer:
-    """Kill the process after this time."""
-    timer = threading.Timer(seconds, process.kill)
-    timer.daemon = True
-    timer.start()
-    return timer
+def run_cases(command: list[str], cases: list[str], start: float, limit: float) -> tuple[int, float, int]:
+    """Print the rows of these cases until the process ends, and kill it if one takes too long.
+
+    Returns:
+        How many cases were finished, the seconds since the last of them, and the exit status.
+    """
+    done, begun, rest = 0, time.perf_counter(), ""
+    # A file, since processes that torch starts may keep a pipe open.
+    with (
+        tempfile.NamedTemporaryFile("w+") as file,
+        open(file.name) as output,
+        subprocess.Popen(command, stdout=file) as process,
+    ):
+        while True:
+            has_ended = process.poll() is not None
+            *lines, rest = (rest + output.read()).split("\n")
+            for line in lines:
+                case = line.split("|")[1].strip() if line.count("|") > 1 else ""
+                if case in cases:
+                    print(line, flush=True)
+                if case in cases[done:]:
+                    done, begun = cases.index(case) + 1, time.perf_counter()
+            if has_ended:
+                return done, time.perf_counter() - begun, process.returncode
+            if time.perf_counter() - begun > limit + (0 if done else start):
+                process.kill()
+            time.sleep(0.1)
 
 
 def main() -> None:

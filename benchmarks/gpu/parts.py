@@ -51,10 +51,13 @@ features = 0.0
 """
 
 
+GPU_TESTS = ["tests/test_gpu.py", "tests/ops"]  # where all tests with the marker are
+
+
 def tests(folders: Folders, small: bool) -> list[str]:
     """In four processes where that is possible: most of the time goes into compiling."""
     parallel = ["--numprocesses", "4"] if importlib.util.find_spec("xdist") and not small else []
-    return ["-m", "pytest", "-m", "gpu", "-rsfE", "--durations", "20", *parallel, "tests"]
+    return ["-m", "pytest", "-m", "gpu", "-rsfE", "--durations", "20", *parallel, *GPU_TESTS]
 
 
 def profile(folders: Folders, small: bool) -> list[str]:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import mimi_jax
 from benchmarks.compare.gemm import SIZE, make_gemm
 from benchmarks.compare.systems import load_model_of_kind, make_bare_step, save_models
 from benchmarks.flops import count_parts
@@ -90,7 +91,7 @@ def prepare(case: str, model: Mimi) -> tuple[Callable[[], Any], str, dict[str, i
         frames = make_frames(model.config, direction, int(size[1]))
         step, parameters, state = make_bare_step(model, direction, int(size[1]))
         frame = jax.device_put(frames[0].astype(np.float32 if direction == "encode" else np.int32))
-        compiled = step.lower(parameters, state, frame).compile()
+        compiled: Any = step.lower(parameters, state, frame).compile()
 
         def run_step() -> Any:
             nonlocal state
@@ -98,15 +99,11 @@ def prepare(case: str, model: Mimi) -> tuple[Callable[[], Any], str, dict[str, i
             return jax.block_until_ready(output)
 
         return run_step, compiled.as_text(), {}
-    import mimi_jax
-
     batch, seconds = map(int, size[0].split("x"))
     array = make_clips(model.config, direction, batch, seconds)
     x = jax.device_put(array.astype(np.float32 if direction == "encode" else np.int32))
-    if direction == "encode":
-        compiled = mimi_jax.encode.lower(model, x, None, CODEBOOKS).compile()
-    else:
-        compiled = mimi_jax.decode.lower(model, x, None).compile()
+    counts = [CODEBOOKS] if direction == "encode" else []
+    compiled: Any = getattr(mimi_jax, direction).lower(model, x, None, *counts).compile()
     parts = count_parts(model.config, seconds, CODEBOOKS)[direction]
     flops = {part: batch * count for part, count in parts.items()}
     return lambda: jax.block_until_ready(compiled(model, x, None)), compiled.as_text(), flops
