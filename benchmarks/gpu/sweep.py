@@ -2,18 +2,20 @@
 
     python -m benchmarks.gpu.sweep [--seconds 60] [--small]
 
-Each SEANet stage of the published size is computed in bfloat16, for 8 clips of 30 s, with every tile that is
-near the one in `mimi_jax/ops/triton_stages.py`. All tiles of a stage compile at the same time. A tile that
-does not fit on the GPU has no time. "layers" is the same stage in plain XLA.
+Each part of the network that is computed in Triton has the published size, and 8 clips of 30 s in bfloat16 as
+its input. It runs with the tile that `mimi_jax/ops/triton_stages.py` has for it and with those near it, which
+compile at the same time. A tile that does not fit on the GPU has no time. "layers" is the same in plain XLA.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,46 +25,86 @@ import jax.numpy as jnp
 from benchmarks.inputs import SMALL, random_model
 from benchmarks.report import Report
 from mimi_jax import MimiConfig
-from mimi_jax.ops import policy
+from mimi_jax.ops import policy, triton_stages
 
-CLIPS, SECONDS, RUNS = 8, 30, 5
+RUNS = 5
 FACTORS = (0.5, 1, 2)  # of the rows of a tile
 WARPS, PIPELINES = (4, 8), (1, 2, 3)
+HOPPER = 90  # compute capability, times ten
+# The fewest channels for which there are device kernels.
+SMALLEST = dataclasses.replace(SMALL, num_filters=32)
 
 
-class Sizes(NamedTuple):
-    """One constant of `triton_stages`, and the stage that shows what it costs."""
+class Constant(NamedTuple):
+    """An entry of a table of tiles in `triton_stages`, and a part of the network that it is for."""
 
-    table: str  # the name of the dictionary
+    table: str
     key: Any
-    name: str  # of the stage
-    stage: Any
-    x: jax.Array  # the input of the stage, [clips, time, channels]
+    part: Any
+    x: jax.Array  # the input of the part
+
+    def __str__(self) -> str:
+        return f"{self.part.operation}, {self.table}[{self.key!r}]"
 
 
-def sizes(config: MimiConfig, capability: int) -> Iterator[Sizes]:
-    """The constants that a model uses on this GPU. Encoder and decoder share those of the residual blocks."""
-    from mimi_jax.ops import triton_stages
+def tables() -> dict[str, dict[Any, Any]]:
+    """The tables of tiles, by name."""
+    return {
+        name: table
+        for name, table in vars(triton_stages).items()
+        if isinstance(table, dict) and all(isinstance(tile, triton_stages.Tile) for tile in table.values())
+    }
 
+
+def parts(network: Any, length: int) -> Iterator[tuple[Any, int]]:
+    """The parts that have device kernels, and how long their inputs are."""
+    for group in network.groups():
+        for part in [group] if group.operation in triton_stages.PARTS else group.layers():
+            if getattr(part, "operation", "") in triton_stages.PARTS:
+                yield part, length
+            [length] = part.output_lengths(jnp.array([length], jnp.int32)).tolist()
+
+
+def constants(config: MimiConfig, capability: int, clips: int, seconds: int) -> Iterator[Constant]:
+    """The constants that a model uses on GPUs of this compute capability, each once.
+
+    Args:
+        clips, seconds: the size of the inputs.
+    """
     model, found = random_model(config).astype(jnp.bfloat16), set()
     assert model.encoder is not None and model.decoder is not None
-    time = {"encoder": SECONDS * config.sampling_rate, "decoder": SECONDS * config.sampling_rate}
-    time["decoder"] //= model.encoder.samples_per_step
-    for half in ("encoder", "decoder"):
-        for stage in getattr(model, half).stages:
-            resampling = stage.downsample if half == "encoder" else stage.upsample
-            channels = stage.blocks[0].conv1.in_channels
-            whole = channels <= triton_stages.WHOLE_STAGES
-            table = f"{half.upper()}_STAGE" if whole else "BLOCKS"
-            key = capability >= triton_stages.HOPPER if whole else channels
-            width = resampling.in_channels
-            x = jnp.ones((CLIPS, time[half], width), jnp.bfloat16)
-            if (table, key) not in found:
-                yield Sizes(table, key, f"{half}, {channels} channels, ratio {resampling.stride}", stage, x)
-            found.add((table, key))
-            time[half] = (
-                time[half] // resampling.stride if half == "encoder" else time[half] * resampling.stride
-            )
+    samples = seconds * config.sampling_rate
+    steps = samples // model.encoder.samples_per_step
+    for part, length in (*parts(model.encoder, samples), *parts(model.decoder, steps)):
+        width = jax.tree.leaves(part.init_state(1, jnp.bfloat16))[0].shape[-1]
+        shape = jax.ShapeDtypeStruct((clips, length, width), jnp.bfloat16)
+        for name, table in tables().items():
+            for key in table:
+                if (name, key) not in found and is_used(name, key, part, shape, capability):
+                    found.add((name, key))
+                    yield Constant(name, key, part, jnp.ones(shape.shape, shape.dtype))
+
+
+def is_used(table: str, key: Any, part: Any, x: Any, capability: int) -> bool:
+    """Whether a part computes with this constant."""
+    strange = triton_stages.Tile(rows=7, warps=1)
+    used = []
+
+    def call(*_: Any, outputs: list[tuple[int, ...]], tile: Any, **__: Any) -> list[jax.Array]:
+        used.append(tile)
+        return [jnp.zeros(shape, x.dtype) for shape in outputs]
+
+    with mock.patch.object(triton_stages, "call", call), with_tile(table, key, strange):
+        jax.eval_shape(lambda x: compute(part, x, capability), x)
+    return strange in used
+
+
+def with_tile(table: str, key: Any, tile: Any) -> AbstractContextManager:
+    return mock.patch.dict(tables()[table], {key: tile})
+
+
+def compute(part: Any, x: jax.Array, capability: int) -> jax.Array:
+    return triton_stages.step(part, None, x, None, capability=capability)[1]
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
@@ -82,60 +124,57 @@ def candidates(current: Any) -> list[Any]:
     return [current, *(tile for tile in tiles if tile != current and tile.rows >= 16)]
 
 
-def compile_tiles(sizes: Sizes, tiles: list[Any], capability: int) -> dict[Any, Callable[[], Any]]:
-    """Functions that compute the stage with each tile, without the tiles that do not compile."""
-    from mimi_jax.ops import triton_stages
+def compile_tiles(constant: Constant, tiles: list[Any], capability: int) -> dict[Any, Callable[[], Any]]:
+    """Functions that compute the part with each tile, without the tiles that do not compile."""
+    part, x = constant.part, constant.x
 
     def trace(tile: Any) -> Any:
-        with mock.patch.dict(getattr(triton_stages, sizes.table), {sizes.key: tile}):
-            step = lambda stage, x: triton_stages.step(stage, None, x, None, capability=capability)[1]  # noqa: E731
-            return jax.jit(step).trace(sizes.stage, sizes.x)
+        with with_tile(constant.table, constant.key, tile):
+            return jax.jit(lambda part, x: compute(part, x, capability)).trace(part, x)
 
     def compiled(traced: Any) -> Any:
         try:
             return traced.lower().compile()
         except Exception as error:  # too much shared memory, for example
-            return str(error)
+            return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = list(pool.map(compiled, map(trace, tiles)))
+        programs = list(pool.map(compiled, [trace(tile) for tile in tiles]))
     return {
-        tile: lambda program=program: program(sizes.stage, sizes.x)
+        tile: lambda program=program: program(part, x)
         for tile, program in zip(tiles, programs, strict=True)
-        if not isinstance(program, str)
+        if not isinstance(program, Exception)
     }
 
 
-def sweep(sizes: Sizes, capability: int, report: Report, end: float) -> Any:
+def sweep(constant: Constant, capability: int, report: Report, end: float) -> Any:
     """Time all tiles of one constant, as long as the time lasts, and return the fastest."""
-    from mimi_jax.ops import triton_stages
-
-    tables = getattr(triton_stages, sizes.table)
-    tiles = candidates(tables.get(sizes.key, triton_stages.OTHER_BLOCKS))
+    tiles = candidates(tables()[constant.table][constant.key])
     best, fastest = tiles[0], float("inf")
-    for tile, run in compile_tiles(sizes, tiles, capability).items():
+    for tile, run in compile_tiles(constant, tiles, capability).items():
         if time.perf_counter() > end:
             break
         try:
             took = milliseconds(run)
         except Exception as error:  # the GPU may refuse what the compiler does not
-            report.row([sizes.name, str(tuple(tile)), str(error).strip().splitlines()[0][:60]])
+            report.row([str(constant), str(tuple(tile)), str(error).strip().splitlines()[0][:60]])
             continue
         if took < fastest:
             best, fastest = tile, took
-        report.row([sizes.name, str(tuple(tile)), f"{took:.3f}"])
+        report.row([str(constant), str(tuple(tile)), f"{took:.3f}"])
     return best
 
 
-def time_layers(sizes: Sizes, report: Report) -> None:
-    """The same stage layer by layer, in plain XLA."""
+def time_layers(constant: Constant, report: Report) -> None:
+    """The same part layer by layer, in plain XLA."""
 
     @jax.jit
-    def step(stage: Any, x: jax.Array) -> jax.Array:
+    def step(part: Any, x: jax.Array) -> jax.Array:
         with policy.computing(policy.PORTABLE):
-            return stage.step_layers(None, x, None)[1]
+            return part.step_layers(part.init_state(x.shape[0], x.dtype), x, None)[1]
 
-    report.row([sizes.name, "layers", f"{milliseconds(lambda: step(sizes.stage, sizes.x)):.3f}"])
+    took = milliseconds(lambda: step(constant.part, constant.x))
+    report.row([str(constant), "layers", f"{took:.3f}"])
 
 
 def why_not() -> str:
@@ -154,10 +193,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model, to try this on a CPU")
     options = parser.parse_args()
     end, reason = time.perf_counter() + options.seconds, why_not()
-    capability = 0 if reason else round(10 * float(jax.devices()[0].compute_capability))
+    capability = HOPPER if reason else round(10 * float(jax.devices()[0].compute_capability))
     report, best = Report(jax.devices()[0].device_kind), {}
-    report.table(["stage", "rows, warps, pipeline", "ms"])
-    for constant in sizes(SMALL if options.small else MimiConfig(), capability):
+    report.table(["part and constant", "rows, warps, stages", "ms"])
+    inputs = (SMALLEST, capability, 1, 1) if options.small else (MimiConfig(), capability, 8, 30)
+    for constant in constants(*inputs):
         time_layers(constant, report)
         if not reason and time.perf_counter() < end:
             best[constant.table, constant.key] = sweep(constant, capability, report, end)
