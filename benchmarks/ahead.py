@@ -140,7 +140,7 @@ def make_model(
     """A model of full size that has shapes but no values. `stages` are those in Triton."""
     compute = policy.resolve("portable" if attention is None else {"attention": attention})
     if stages:
-        compute = dataclasses.replace(compute, fused=("cuda",), triton=CAPABILITY)
+        compute = dataclasses.replace(compute, fused=("cuda",), capability=CAPABILITY)
     model = abstract_model(mimi_jax.MimiConfig(), precision=precision, compute=compute)
     return jax.eval_shape(lambda model: model.astype(dtype), model)
 

@@ -52,15 +52,21 @@ def kernels(config: MimiConfig, dtype: str, capability: int) -> dict[str, Kernel
         found.setdefault(f"{name}, {sizes['C']} channels", Kernel(name, tuple(types), tile, sizes))
         return [jnp.zeros(shape, dtype) for shape in outputs]
 
-    def trace(stage: Any) -> Any:
-        state = stage.init_state(1, dtype)
+    def trace(part: Any) -> Any:
+        state = part.init_state(1, dtype)
         x = jnp.zeros((1, config.frame_size, jax.tree.leaves(state)[0].shape[-1]), dtype)
-        return triton_stages.step(stage, state, x, None, capability=capability)
+        return triton_stages.step(part, state, x, None, capability=capability)
 
     model = jax.eval_shape(lambda model: model.astype(dtype), abstract_model(config))
     with mock.patch.object(triton_stages, "call", call):
-        for stage in (*model.encoder.stages, *model.decoder.stages):
-            jax.eval_shape(trace, stage)
+        for part in (
+            *model.encoder.groups(),
+            *model.encoder.stages,
+            *model.decoder.stages,
+            *model.decoder.groups(),
+        ):
+            if part.operation in triton_stages.PARTS:
+                jax.eval_shape(trace, part)
     return found
 
 

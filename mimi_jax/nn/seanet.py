@@ -3,14 +3,14 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
-from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer, step_all
+from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer
 from mimi_jax.ops.pieces import step_in_pieces
 from mimi_jax.ops.policy import PieceBytes, elu
 
@@ -65,12 +65,19 @@ class EncoderStage(Chain):
         return *self.blocks, self.downsample
 
 
-class Group(NamedTuple):
+class Group(Chain):
     """Neighbouring layers of a network, which go over pieces of time together."""
 
-    layers: Sequence[StreamingLayer]
-    inputs_per_step: int  # positions of the group's input for each step of 25 Hz
-    is_wide: bool  # whether it lies next to the waveform, where activations are largest
+    def __init__(
+        self, *layers: StreamingLayer, inputs_per_step: int, is_wide: bool = False, operation: str = ""
+    ):
+        self.parts = nnx.List(layers)
+        self.inputs_per_step = inputs_per_step  # positions of the input for each step of 25 Hz
+        self.is_wide = is_wide  # whether it lies next to the waveform, where activations are largest
+        self.operation = operation
+
+    def layers(self) -> Sequence[StreamingLayer]:
+        return tuple(self.parts)
 
 
 class Network(Chain):
@@ -85,7 +92,7 @@ class Network(Chain):
         raise NotImplementedError
 
     def layers(self) -> Sequence[StreamingLayer]:
-        return [layer for group in self.groups() for layer in group.layers]
+        return [layer for group in self.groups() for layer in group.layers()]
 
     def step(
         self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths = None
@@ -105,14 +112,13 @@ class Network(Chain):
 
         def step_groups(state: tuple, x: Float[Array, "batch time in"], lengths: Lengths) -> StepResult:
             new_state = ()
-            for layers, inputs_per_step, is_wide in self.groups():
-                max_bytes = limits.wide_layers if is_wide else limits.all_layers
-                step = functools.partial(step_all, layers)
-                old, state = state[: len(layers)], state[len(layers) :]
-                new, x = step_in_pieces(step, old, x, lengths, size(max_bytes, inputs_per_step))
+            for group in self.groups():
+                max_bytes = limits.wide_layers if group.is_wide else limits.all_layers
+                count = len(group.layers())
+                old, state = state[:count], state[count:]
+                new, x = step_in_pieces(group.step, old, x, lengths, size(max_bytes, group.inputs_per_step))
                 new_state += new
-                for layer in layers:
-                    lengths = layer.output_lengths(lengths)
+                lengths = group.output_lengths(lengths)
             return new_state, x
 
         first = self.groups()[0].inputs_per_step
@@ -135,9 +141,11 @@ class Encoder(Network):
 
     def groups(self) -> Sequence[Group]:
         ratio = self.config.upsampling_ratios[-1]
+        front, *stages = self.stages
+        samples = self.samples_per_step
         return (
-            Group((self.first, *self.stages[:1]), self.samples_per_step, is_wide=True),
-            Group((*self.stages[1:], self.last), self.samples_per_step // ratio, is_wide=False),
+            Group(self.first, front, inputs_per_step=samples, is_wide=True, operation="encoder_front"),
+            Group(*stages, self.last, inputs_per_step=samples // ratio),
         )
 
 
@@ -178,7 +186,9 @@ class Decoder(Network):
 
     def groups(self) -> Sequence[Group]:
         ratio = self.config.upsampling_ratios[-1]
+        *stages, back = self.stages
+        inputs = self.samples_per_step // ratio
         return (
-            Group((self.first, *self.stages[:-1]), 1, is_wide=False),
-            Group((*self.stages[-1:], self.last), self.samples_per_step // ratio, is_wide=True),
+            Group(self.first, *stages, inputs_per_step=1),
+            Group(back, self.last, inputs_per_step=inputs, is_wide=True, operation="decoder_back"),
         )

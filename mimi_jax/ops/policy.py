@@ -71,7 +71,7 @@ def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
 
 
 def in_triton(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
-    return triton_stages.step(part, state, x, lengths, capability=_compute.get().triton)
+    return triton_stages.step(part, state, x, lengths, capability=_compute.get().capability)
 
 
 Implementations = dict[str, Callable[..., Any]]
@@ -94,16 +94,14 @@ PARTS: dict[str, Implementations] = {
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
-    "encoder_stage": {"layers": layer_by_layer, "triton": in_triton},
-    "decoder_stage": {"layers": layer_by_layer, "triton": in_triton},
+    **{part: {"layers": layer_by_layer, "triton": in_triton} for part in triton_stages.PARTS},
 }
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
 PART_CHOICES: dict[str, Choice] = {
     "network": {"cpu": "small_pieces", "cuda": "large_pieces", "default": "layers"},
-    "encoder_stage": {"default": "layers"},
-    "decoder_stage": {"default": "layers"},
+    **{part: {"default": "layers"} for part in triton_stages.PARTS},
 }
 
 
@@ -114,7 +112,7 @@ class Compute:
     asked: tuple[tuple[str, str], ...] = ()  # operations, and the implementation that each must use
     fused: tuple[str, ...] = ()  # platforms whose fused device kernels may be used
     one_device: bool = False  # so that no program is partitioned between devices
-    triton: int | None = None  # compute capability, times ten, of GPUs for which Triton is installed
+    capability: int | None = None  # ten times the compute capability of NVIDIA GPUs
 
 
 def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
@@ -148,10 +146,8 @@ def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
     device = jax.local_devices()[0]
     can_fuse = {"cuda": _has_flash_attention(device), "tpu": device.platform == "tpu"}
     fused = tuple(platform for platform, holds in can_fuse.items() if holds)
-    triton = None
-    if "cuda" in fused and triton_stages.is_installed():
-        triton = round(10 * float(device.compute_capability))
-    return Compute(tuple(sorted(asked.items())), fused, jax.device_count() == 1, triton)
+    capability = round(10 * float(device.compute_capability)) if can_fuse["cuda"] else None
+    return Compute(tuple(sorted(asked.items())), fused, jax.device_count() == 1, capability)
 
 
 def _has_flash_attention(device: Any) -> bool:
@@ -244,23 +240,24 @@ def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> Ste
     """Step a part of the network. Gradients are those of the part computed layer by layer."""
     if part.operation not in PARTS:
         return part.step_layers(state, x, lengths)
-    table, choice = PARTS[part.operation], PART_CHOICES[part.operation]
-    if _can_use_triton(part, x):
-        choice = choice | {"cuda": "triton"}
-    implementations = _implementations(part.operation, table, choice)
+    implementations = _implementations(part.operation, PARTS[part.operation], part_choice(part, x))
     precision: str | None = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     context = _Context(_compute.get(), precision)
     return _step(implementations, context, part, state, x, lengths)
 
 
-def _can_use_triton(part: Part, x: jax.Array) -> bool:
-    compute = _compute.get()
-    may = "cuda" in compute.fused and (compute.one_device or _is_divided_by_hand(x))
-    if not may or "triton" not in PARTS[part.operation] or not triton_stages.fits(part, x):
-        return False
-    if compute.triton is None:
-        triton_stages.say_what_is_missing()
-    return compute.triton is not None
+def part_choice(part: Part, x: jax.Array) -> Choice:
+    """What a part of the network is computed by, for each platform."""
+    compute, choice = _compute.get(), PART_CHOICES[part.operation]
+    if (
+        "triton" in PARTS[part.operation]
+        and "cuda" in compute.fused
+        and (compute.one_device or _is_divided_by_hand(x))  # the compiler cannot partition it
+        and triton_stages.fits(part, x)
+        and triton_stages.is_available()
+    ):
+        return choice | {"cuda": "triton"}
+    return choice
 
 
 class _Context(NamedTuple):

@@ -38,7 +38,7 @@ def _load(x, past, row, t, T, c, C: tl.constexpr, PAST: tl.constexpr):
 @triton.jit
 def residual_block(
     x, past, next_past, lengths, w1, b1, w2, b2, out, kept, T, C: tl.constexpr, H: tl.constexpr,
-    TAPS: tl.constexpr, DILATION: tl.constexpr, LEAD: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    TAPS: tl.constexpr, LEAD: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     # fmt: on
@@ -48,7 +48,7 @@ def residual_block(
 
     Args:
         x: [batch, T, C].
-        past: [batch, (TAPS - 1) * DILATION, C], of the first convolution.
+        past: [batch, TAPS - 1, C], of the first convolution.
         next_past: [batch, LEAD, C], of the layer after the block.
         lengths: [batch].
         w1, b1, w2, b2: [TAPS, C, H] and [H], [H, C] and [C].
@@ -57,7 +57,7 @@ def residual_block(
         DEPTH: input channels of one product.
         WIDTH: output channels computed at once.
     """
-    PAST: tl.constexpr = (TAPS - 1) * DILATION
+    PAST: tl.constexpr = TAPS - 1
     PARTS: tl.constexpr = C // DEPTH
     dtype: tl.constexpr = out.dtype.element_ty
     batch = tl.program_id(1).to(tl.int64)
@@ -76,7 +76,7 @@ def residual_block(
     for part in tl.range(0, TAPS * PARTS):
         tap = part // PARTS
         c = part % PARTS * DEPTH + tl.arange(0, DEPTH)
-        back = (TAPS - 1 - tap) * DILATION
+        back = PAST - tap
         a = _elu(_load(x, past, row - back, t - back, T, c, C, PAST), dtype)
         hidden = tl.dot(a, tl.load(w1 + (tap * C + c)[:, None] * H + h[None, :]), hidden)
     hidden = _elu(_add(hidden, tl.load(b1 + h), dtype), dtype)
@@ -96,9 +96,11 @@ def residual_block(
 
 @triton.jit
 def _activated_block(
-    e2, e1, e0, x, w1, b1, w2, b2, c, h, C: tl.constexpr, H: tl.constexpr, dtype: tl.constexpr
+    e2, e1, e0, x, w1, b1, w2, b2, C: tl.constexpr, H: tl.constexpr, dtype: tl.constexpr
 ):
     """Residual block of kernel 3 on activated neighbours: [rows, C], without the activation after it."""
+    c = tl.arange(0, C)
+    h = tl.arange(0, H)
     at = c[:, None] * H + h[None, :]
     hidden = tl.dot(e2, tl.load(w1 + at))
     hidden = tl.dot(e1, tl.load(w1 + C * H + at), hidden)
@@ -108,27 +110,51 @@ def _activated_block(
     return (x.to(tl.float32) + y.to(tl.float32)).to(dtype)
 
 
+@triton.jit
+def _first(
+    x, past, w, b, row, t, T, TAPS: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, dtype: tl.constexpr
+):
+    """First convolution at times `t` of a waveform, as a product of windows: [rows, C]."""
+    c = tl.arange(0, C)
+    k = tl.arange(0, WINDOW)
+    at = row[:, None] - (TAPS - 1) + k[None, :]
+    s = t[:, None] - (TAPS - 1) + k[None, :]
+    is_tap = (s >= 1 - TAPS) & (s < T) & (k < TAPS)[None, :]
+    windows = tl.load(tl.where(s < 0, past + at, x + at), mask=is_tap, other=0.0)
+    kernel = tl.load(w + k[:, None] * C + c[None, :], mask=(k < TAPS)[:, None], other=0.0)
+    return _add(tl.dot(windows, kernel), tl.load(b + c), dtype)
+
+
+@triton.jit
+def _load_or(past, at, is_past, y):
+    """The past where there is one, and else y."""
+    return tl.where(is_past[:, None], tl.load(past + at, mask=is_past[:, None], other=0.0), y)
+
+
 # fmt: off
 @triton.jit
-def encoder_stage(
-    x, past, next_past, lengths, w1, b1, w2, b2, w3, b3, out, kept, T, C: tl.constexpr, H: tl.constexpr,
-    RATIO: tl.constexpr, ROWS: tl.constexpr,
+def encoder_front(
+    x, x_past, past, next_past, lengths, w0, b0, w1, b1, w2, b2, w3, b3, out, kept, next_kept, T,
+    C: tl.constexpr, H: tl.constexpr, TAPS: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     # fmt: on
-    """Residual block and downsampling.
+    """First convolution, residual block and downsampling.
 
     Rows of a tile are output positions, and the first one is halo. Phase i of row j is time j * RATIO + i. So
-    the block's taps are the neighbouring phases, and nothing is computed twice. The downsampling sees each
-    row and the one before it, which a product with a shift matrix makes, exactly.
+    the block's taps are the neighbouring phases. The downsampling sees each row and the one before it, which
+    a product with a shift matrix makes, exactly.
 
     Args:
-        x: [batch, T, C].
-        past: [batch, 2, C], of the block.
-        next_past: [batch, RATIO, C], of the downsampling.
-        lengths: [batch]. What comes after them counts as zero.
+        x: [batch, T, 1].
+        x_past, past, next_past: [batch, TAPS - 1, 1], [batch, 2, C] and [batch, RATIO, C], of the first
+            convolution, the block and the downsampling.
+        lengths: [batch]. The downsampling sees zeros after them.
+        w0, b0: [TAPS, 1, C] and [C].
         w1, b1, w2, b2, w3, b3: [3, C, H] and [H], [H, C] and [C], [2 * RATIO, C, 2 * C] and [2 * C].
         out: [batch, T / RATIO, 2 * C].
-        kept: [batch, RATIO, C], the `next_past` of the next step.
+        kept, next_kept: the `past` and the `next_past` of the next step.
+        WINDOW: a power of two, at least TAPS and 16.
     """
     WIDTH: tl.constexpr = 2 * C
     dtype: tl.constexpr = out.dtype.element_ty
@@ -137,97 +163,139 @@ def encoder_stage(
     row = tl.arange(0, ROWS)
     j = start + row
     c = tl.arange(0, C)
-    h = tl.arange(0, H)
     n = tl.arange(0, WIDTH)
-    x += (batch * T + start * RATIO) * C
-    past += (batch * 2 + 2 + start * RATIO) * C
-    next_past += (batch * RATIO + RATIO + start * RATIO) * C
+    at = c[None, :] + 0 * row[:, None]  # where a past of all rows is, from its first phase
+    x += batch * T + start * RATIO
+    x_past += batch * (TAPS - 1) + TAPS - 1 + start * RATIO
+    past += (batch * 2 + 2 - RATIO) * C
+    next_past += batch * RATIO * C
     out += (batch * (T // RATIO) + start) * WIDTH
-    kept += (batch * RATIO + start * RATIO + RATIO - T) * C
+    kept += (batch * 2 + 2 - RATIO) * C
+    next_kept += batch * RATIO * C
     length = tl.load(lengths + batch)
     shift = (row[:, None] == row[None, :] + 1).to(dtype)
-    e2 = _elu(_load(x, past, row * RATIO - 2, j * RATIO - 2, T, c, C, 2), dtype)
-    e1 = _elu(_load(x, past, row * RATIO - 1, j * RATIO - 1, T, c, C, 2), dtype)
+    is_last = (row > 0) & (j == T // RATIO - 1)
+
+    x2 = _first(x, x_past, w0, b0, row * RATIO - 2, j * RATIO - 2, T, TAPS, C, WINDOW, dtype)
+    x1 = _first(x, x_past, w0, b0, row * RATIO - 1, j * RATIO - 1, T, TAPS, C, WINDOW, dtype)
+    e2 = _elu(_load_or(past, (RATIO - 2) * C + at, j == 0, x2), dtype)
+    e1 = _elu(_load_or(past, (RATIO - 1) * C + at, j == 0, x1), dtype)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
-    is_real = (j >= 0) & (j < T // RATIO)
     for i in tl.range(RATIO, disable_licm=True):
-        at = (row * RATIO + i)[:, None] * C + c[None, :]
-        x_i = tl.load(x + at, mask=is_real[:, None], other=0.0)
-        e0 = _elu(x_i, dtype)
-        y = _activated_block(e2, e1, e0, x_i, w1, b1, w2, b2, c, h, C, H, dtype)
+        t = j * RATIO + i
+        x0 = _first(x, x_past, w0, b0, row * RATIO + i, t, T, TAPS, C, WINDOW, dtype)
+        e0 = _elu(x0, dtype)
+        y = _activated_block(e2, e1, e0, x0, w1, b1, w2, b2, C, H, dtype)
         if start < 0:
-            y = tl.where(is_real[:, None], y, tl.load(next_past + at, mask=(j < 0)[:, None], other=0.0))
-        y = tl.where((j * RATIO + i < length)[:, None], y, 0.0).to(dtype)
+            y = _load_or(next_past, i * C + at, j < 0, y)
+        y = tl.where((t < length)[:, None], y, 0.0).to(dtype)
         if start + ROWS >= T // RATIO:
-            tl.store(kept + at, y, mask=((row > 0) & (j == T // RATIO - 1))[:, None])
+            tl.store(kept + i * C + at, x0, mask=(is_last & (i >= RATIO - 2))[:, None])
+            tl.store(next_kept + i * C + at, y, mask=is_last[:, None])
         y = _elu(y, dtype)
         before = tl.dot(shift, y).to(dtype)
         total = tl.dot(before, tl.load(w3 + (i * C + c)[:, None] * WIDTH + n[None, :]), total)
         total = tl.dot(y, tl.load(w3 + ((RATIO + i) * C + c)[:, None] * WIDTH + n[None, :]), total)
-        e2 = e1
-        e1 = e0
+        e2, e1 = e1, e0
     keep = (row > 0) & (j < T // RATIO)
     tl.store(out + row[:, None] * WIDTH + n[None, :], _add(total, tl.load(b3 + n), dtype), mask=keep[:, None])
 
 
 @triton.jit
-def _upsample(before, own, w0, i, c, d, b0, C: tl.constexpr, RATIO: tl.constexpr, dtype: tl.constexpr):
+def _upsample(before, own, w0, b0, i, C: tl.constexpr, RATIO: tl.constexpr, dtype: tl.constexpr):
     """Phase i of the positions that two activated neighbours [rows, 2 * C] reach: [rows, C]."""
     SIZE: tl.constexpr = 2 * C
-    at = d[:, None] * (RATIO * C) + i * C + c[None, :]
+    c = tl.arange(0, C)
+    at = tl.arange(0, SIZE)[:, None] * (RATIO * C) + i * C + c[None, :]
     y = tl.dot(own, tl.load(w0 + SIZE * RATIO * C + at), tl.dot(before, tl.load(w0 + at)))
     return _add(y, tl.load(b0 + c), dtype)
 
 
+@triton.jit
+def _last(y, w, C: tl.constexpr):
+    """What positions [rows, C] give to the last convolution: two and one positions later, and at their own.
+
+    For 3 taps, the product is 16 wide, as Triton's have to be.
+    """
+    c = tl.arange(0, C)
+    tap = tl.arange(0, 16)[None, :]
+    given = tl.dot(y, tl.load(w + tap * C + c[:, None], mask=tap < 3, other=0.0))
+    far = tl.sum(tl.where(tap == 0, given, 0.0), axis=1)
+    near = tl.sum(tl.where(tap == 1, given, 0.0), axis=1)
+    return far, near, tl.sum(tl.where(tap == 2, given, 0.0), axis=1)
+
+
+@triton.jit
+def _shift(values, row):
+    """The value of the row before, and 0 in the first row."""
+    return tl.sum(tl.where(row[:, None] == row[None, :] + 1, values[None, :], 0.0), axis=1)
+
+
 # fmt: off
 @triton.jit
-def decoder_stage(
-    x, x_past, past, w0, b0, w1, b1, w2, b2, out, kept, T, C: tl.constexpr, H: tl.constexpr,
-    RATIO: tl.constexpr, ROWS: tl.constexpr,
+def decoder_back(
+    x, x_past, past, next_past, w0, b0, w1, b1, w2, b2, w3, b3, out, kept, next_kept, T, C: tl.constexpr,
+    H: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr,
 ):
     # fmt: on
-    """Upsampling and residual block.
+    """Upsampling, residual block and last convolution.
 
-    Rows of a tile are input positions. Phase i of row j is time j * RATIO + i of the output. The taps of the
-    block are the neighbouring phases; of the row before, the last two phases are computed again.
+    Rows of a tile are input positions, and the first one is halo. Phase i of row j is time j * RATIO + i of
+    the output. The taps of the block are the neighbouring phases; of the row before, the last two phases are
+    computed again. The last convolution reaches from the last two phases of a row to the first two of the
+    next one, which therefore wait for the end of the loop.
 
     Args:
         x: [batch, T, 2 * C].
-        x_past: [batch, 1, 2 * C], of the upsampling.
-        past: [batch, 2, C], of the block.
+        x_past, past, next_past: [batch, 1, 2 * C], [batch, 2, C] and [batch, 2, C], of the upsampling, the
+            block and the last convolution.
         w0, b0: [2, 2 * C, RATIO, C] and [C].
-        w1, b1, w2, b2: [3, C, H] and [H], [H, C] and [C].
-        out: [batch, T * RATIO, C].
-        kept: [batch, 2, C], the `past` of the next step.
+        w1, b1, w2, b2, w3, b3: [3, C, H] and [H], [H, C] and [C], [3, C, 1] and [1].
+        out: [batch, T * RATIO, 1].
+        kept, next_kept: the `past` and the `next_past` of the next step.
     """
     SIZE: tl.constexpr = 2 * C
     dtype: tl.constexpr = out.dtype.element_ty
     batch = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0) * ROWS
+    start = tl.program_id(0) * (ROWS - 1) - 1
     row = tl.arange(0, ROWS)
     j = start + row
-    c = tl.arange(0, C)
     d = tl.arange(0, SIZE)
-    h = tl.arange(0, H)
+    at = tl.arange(0, C)[None, :] + 0 * row[:, None]  # where a past of all rows is, from its first phase
     x += (batch * T + start) * SIZE
     x_past += (batch + 1 + start) * SIZE
-    past += batch * 2 * C
-    out += (batch * T + start) * (RATIO * C)
+    past += (batch * 2 + 2 - RATIO) * C
+    next_past += (batch * 2 + 2 - RATIO) * C
+    out += (batch * T + start) * RATIO
     kept += (batch * 2 + 2 - RATIO) * C
+    next_kept += (batch * 2 + 2 - RATIO) * C
+    keep = (row > 0) & (j < T)
+
     before2 = _elu(_load(x, x_past, row - 2, j - 2, T, d, SIZE, 1), dtype)
     before = _elu(_load(x, x_past, row - 1, j - 1, T, d, SIZE, 1), dtype)
+    u2 = _upsample(before2, before, w0, b0, RATIO - 2, C, RATIO, dtype)
+    u1 = _upsample(before2, before, w0, b0, RATIO - 1, C, RATIO, dtype)
+    e2 = _elu(_load_or(past, (RATIO - 2) * C + at, j == 0, u2), dtype)
+    e1 = _elu(_load_or(past, (RATIO - 1) * C + at, j == 0, u1), dtype)
     own = _elu(_load(x, x_past, row, j, T, d, SIZE, 1), dtype)
-    is_first = (j == 0)[:, None]
-    u2 = _upsample(before2, before, w0, RATIO - 2, c, d, b0, C, RATIO, dtype)
-    u1 = _upsample(before2, before, w0, RATIO - 1, c, d, b0, C, RATIO, dtype)
-    e2 = _elu(tl.where(is_first, tl.load(past + c)[None, :], u2), dtype)
-    e1 = _elu(tl.where(is_first, tl.load(past + C + c)[None, :], u1), dtype)
+    zero = tl.zeros((ROWS,), tl.float32)
+    far2, far, near, sum0, sum1 = zero, zero, zero, zero, zero  # two from phase i - 1, and of phases 0 and 1
     for i in tl.range(RATIO, disable_licm=True):
-        u = _upsample(before, own, w0, i, c, d, b0, C, RATIO, dtype)
-        is_last = (j == T - 1) & (i >= RATIO - 2)
-        tl.store(kept + (i + 0 * row)[:, None] * C + c[None, :], u, mask=is_last[:, None])
+        u = _upsample(before, own, w0, b0, i, C, RATIO, dtype)
         e0 = _elu(u, dtype)
-        y = _activated_block(e2, e1, e0, u, w1, b1, w2, b2, c, h, C, H, dtype)
-        tl.store(out + (row * RATIO + i)[:, None] * C + c[None, :], y, mask=(j < T)[:, None])
-        e2 = e1
-        e1 = e0
+        y = _activated_block(e2, e1, e0, u, w1, b1, w2, b2, C, H, dtype)
+        if start < 0:
+            y = _load_or(next_past, i * C + at, (j < 0) & (i >= RATIO - 2), y)
+        if start + ROWS >= T:
+            is_last = keep & (j == T - 1) & (i >= RATIO - 2)
+            tl.store(kept + i * C + at, u, mask=is_last[:, None])
+            tl.store(next_kept + i * C + at, y, mask=is_last[:, None])
+        new_far, new_near, total = _last(_elu(y, dtype), w3, C)
+        total += far2 + near + tl.load(b3).to(tl.float32)
+        tl.store(out + row * RATIO + i, total.to(dtype), mask=keep & (i > 1))
+        sum0 = tl.where(i == 0, total, sum0)
+        sum1 = tl.where(i == 1, total, sum1)
+        far2, far, near = far, new_far, new_near
+        e2, e1 = e1, e0
+    tl.store(out + row * RATIO, (sum0 + _shift(far2 + near, row)).to(dtype), mask=keep)
+    tl.store(out + row * RATIO + 1, (sum1 + _shift(far, row)).to(dtype), mask=keep)

@@ -8,7 +8,6 @@ JAX calls Triton through jax_triton, which needs Python 3.12. Both are imported 
 """
 
 import functools
-import importlib.util
 import logging
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 FEWEST_CHANNELS = 32  # Triton's products are at least 16 wide, which the inside of a block must be
+WINDOW = 16  # of the waveform, in products
 MOST_CHANNELS = 1024  # more would not fit a program's registers
 
 
@@ -32,31 +32,52 @@ class Tile(NamedTuple):
 # (`benchmarks/triton_kernels.py`). Which of them is fastest has not been measured.
 BLOCKS = {128: Tile(128, 8, 2), 256: Tile(128, 8, 2), 512: Tile(64, 8)}
 OTHER_BLOCKS = Tile(64, 8)
-# Stages with no more channels are one device kernel. Up to Ada, and from Hopper on.
-WHOLE_STAGES = 64
-ENCODER_STAGE = {False: Tile(32, 4), True: Tile(64, 4)}
-DECODER_STAGE = {False: Tile(64, 8), True: Tile(64, 4)}
+# Next to the waveform: up to Ada, and from Hopper on.
+ENCODER_FRONT = {False: Tile(32, 4), True: Tile(64, 4)}
+DECODER_BACK = {False: Tile(64, 8), True: Tile(64, 4)}
 HOPPER = 90
-
-
-def is_installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("jax_triton", "triton"))
+MOST_CHANNELS_OF_ENDS = 64
 
 
 @functools.cache
-def say_what_is_missing() -> None:
-    """Once, where a GPU could do more."""
-    logging.getLogger("mimi_jax").warning(
-        "half precision is faster on this GPU with jax_triton: pip install 'mimi_jax[cuda]' on Python 3.12"
-    )
+def is_available() -> bool:
+    """Whether JAX can call Triton. If it cannot, a line of the log says so, once."""
+    try:
+        import jax_triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except Exception as error:  # it fails in many ways beside a Triton that it does not know
+        logging.getLogger("mimi_jax").warning(
+            "half precision would be faster on this GPU with jax_triton (%s); on Python 3.12 or newer:"
+            " pip install 'mimi_jax[cuda]'",
+            error,
+        )
+        return False
+    return True
 
 
 def fits(part: Any, x: jax.Array) -> bool:
-    """Whether the device kernels can compute an `EncoderStage` or a `DecoderStage` on this input."""
-    if len(part.blocks) != 1 or x.dtype not in DTYPES or not x.size:
+    """Whether the device kernels can compute one of `PARTS` on this input."""
+    layers = part.layers()
+    if part.operation == "encoder_front":
+        waveform, stage = layers
+    elif part.operation == "decoder_back":
+        stage, waveform = layers
+    else:
+        waveform, stage = None, part
+    is_encoder = stage.operation == "encoder_stage"
+    stride = stage.downsample.stride if is_encoder else 1
+    return (
+        x.dtype in DTYPES
+        and x.size > 0
+        and x.shape[1] % stride == 0
+        and _fits_stage(stage)
+        and (waveform is None or _fits_waveform(stage, waveform, is_encoder))
+    )
+
+
+def _fits_stage(stage: Any) -> bool:
+    if len(stage.blocks) != 1:
         return False
-    [block] = part.blocks
-    resampling = part.layers()[0 if part.operation == "decoder_stage" else -1]
+    [block] = stage.blocks
     channels, hidden = block.conv1.in_channels, block.conv2.in_channels
     return (
         channels.bit_count() == 1
@@ -65,15 +86,31 @@ def fits(part: Any, x: jax.Array) -> bool:
         and block.shortcut is None
         and block.conv1.context > 0
         and block.conv1.pad_mode == "constant"
-        and not block.conv1.lookahead
-        and not resampling.lookahead
-        and (part.operation == "decoder_stage" or x.shape[1] % resampling.stride == 0)
+        and not any(
+            layer.lookahead
+            for layer in (*block.layers(), stage.layers()[0 if stage.operation == "decoder_stage" else -1])
+        )
+    )
+
+
+def _fits_waveform(stage: Any, conv: Any, is_encoder: bool) -> bool:
+    """Whether the convolution next to the waveform can be computed with the stage next to it."""
+    taps, *channels = conv.kernel.shape
+    sizes_fit = 2 <= taps <= WINDOW if is_encoder else taps == 3
+    ratio = stage.downsample.stride if is_encoder else stage.upsample.stride
+    [block] = stage.blocks
+    return (
+        sizes_fit
+        and ratio > 1
+        and min(channels) == 1
+        and block.conv1.in_channels <= MOST_CHANNELS_OF_ENDS
+        and block.conv1.kernel.shape[0] == 3
     )
 
 
 def step(
-    part: Any, state: Any, x: jax.Array, lengths: jax.Array | None, *, capability: int | None
-) -> tuple[Any, jax.Array]:
+    part: Any, state: tuple | None, x: jax.Array, lengths: jax.Array | None, *, capability: int | None
+) -> tuple[tuple, jax.Array]:
     """`part.step_layers` for an `EncoderStage` or a `DecoderStage` that `fits`. `vmap` goes layer by layer.
 
     Args:
@@ -90,10 +127,10 @@ def step(
             f" {FEWEST_CHANNELS} to {MOST_CHANNELS} channels, a power of two, with compress=2,"
             ' pad_mode="constant" and without use_conv_shortcut; "auto" uses it where it can'
         )
-    stage = {"encoder_stage": encoder_stage, "decoder_stage": decoder_stage}[part.operation]
-    fused = jax.custom_batching.custom_vmap(functools.partial(stage, capability))
+    fused = jax.custom_batching.custom_vmap(functools.partial(PARTS[part.operation], capability))
     fused.def_vmap(_vmap_layers)
-    return fused(part, state, x, lengths)
+    new_state, y = fused(part, state or part.init_state(x.shape[0], x.dtype), x, lengths)
+    return new_state if state else (None,) * len(part.layers()), y
 
 
 def _vmap_layers(_: int, batched: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -175,75 +212,102 @@ def _block(
         C=channels,
         H=hidden,
         TAPS=taps,
-        DILATION=block.conv1.dilation,
         LEAD=lead,
         DEPTH=min(channels, 64),
         WIDTH=min(channels, 128),
     )
 
 
-def _is_whole_stage(block: Any) -> bool:
-    """Whether one device kernel computes the stage: with few channels, and kernels of three neighbours."""
-    return block.conv1.in_channels <= WHOLE_STAGES and block.conv1.kernel.shape[0] == 3
+def _ends(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    return jnp.full(x.shape[0], x.shape[1], jnp.int32) if lengths is None else lengths
 
 
 def encoder_stage(
-    capability: int | None, part: Any, state: Any, x: jax.Array, lengths: jax.Array | None
-) -> tuple[Any, jax.Array]:
-    """`step` for an `EncoderStage`."""
-    batch, time, channels = x.shape
-    [block], down = part.blocks, part.downsample
-    (conv1, conv2), last = state or part.init_state(batch, x.dtype)
-    ends = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
-    if _is_whole_stage(block):
-        tile, strides = ENCODER_STAGE[(capability or 0) >= HOPPER], time // down.stride
-        y, kept = call(
-            "encoder_stage",
-            capability,
-            *(x, conv1.past, last.past, ends, *_weights(block.conv1, block.conv2, down)),
-            outputs=[(batch, strides, 2 * channels), last.past.shape],
-            tile=tile,
-            programs=-(-strides // (tile.rows - 1)),
-            T=time,
-            C=channels,
-            H=channels // 2,
-            RATIO=down.stride,
-        )
-    else:
-        activated, kept = _block(capability, block, conv1.past, last.past, x, ends)
-        y = down.convolve(activated)
+    capability: int | None, part: Any, state: tuple, x: jax.Array, lengths: jax.Array | None
+) -> tuple[tuple, jax.Array]:
+    """`step` for an `EncoderStage`: the downsampling stays a convolution, but needs no padding."""
+    [block] = part.blocks
+    (conv1, conv2), down = state
+    activated, kept = _block(capability, block, conv1.past, down.past, x, _ends(x, lengths))
     conv1 = conv1._replace(past=_advance(conv1.past, x, lengths))
-    return ((conv1, conv2), last._replace(past=_keep_idle(lengths, kept, last.past))), y
+    down = down._replace(past=_keep_idle(lengths, kept, down.past))
+    return ((conv1, conv2), down), part.downsample.convolve(activated)
 
 
 def decoder_stage(
-    capability: int | None, part: Any, state: Any, x: jax.Array, lengths: jax.Array | None
-) -> tuple[Any, jax.Array]:
-    """`step` for a `DecoderStage`."""
+    capability: int | None, part: Any, state: tuple, x: jax.Array, lengths: jax.Array | None
+) -> tuple[tuple, jax.Array]:
+    """`step` for a `DecoderStage`: the upsampling stays a convolution."""
+    [block] = part.blocks
+    up, (conv1, conv2) = state
+    up, x = part.upsample.step(up, x, lengths)
+    lengths = part.upsample.output_lengths(lengths)
+    y, _ = _block(capability, block, conv1.past, None, x, _ends(x, None))
+    return (up, (conv1._replace(past=_advance(conv1.past, x, lengths)), conv2)), y
+
+
+def encoder_front(
+    capability: int | None, part: Any, state: tuple, x: jax.Array, lengths: jax.Array | None
+) -> tuple[tuple, jax.Array]:
+    """`step` for the first convolution and the `EncoderStage` after it."""
     batch, time, _ = x.shape
-    [block], up = part.blocks, part.upsample
-    first, (conv1, conv2) = state or part.init_state(batch, x.dtype)
-    channels = up.out_channels
-    if _is_whole_stage(block) and up.stride > 1:
-        tile = DECODER_STAGE[(capability or 0) >= HOPPER]
-        y, kept = call(
-            "decoder_stage",
-            capability,
-            *(x, first.past, conv1.past, *_weights(up, block.conv1, block.conv2)),
-            outputs=[(batch, time * up.stride, channels), conv1.past.shape],
-            tile=tile,
-            programs=-(-time // tile.rows),
-            T=time,
-            C=channels,
-            H=channels // 2,
-            RATIO=up.stride,
-        )
-        first = first._replace(past=_advance(first.past, x, lengths))
-        past = _keep_idle(lengths, kept, conv1.past)
-    else:
-        first, x = up.step(first, x, lengths)
-        lengths = up.output_lengths(lengths)
-        ends = jnp.full(batch, x.shape[1], jnp.int32)
-        y, _ = _block(capability, block, conv1.past, None, x, ends)
-        past = _advance(conv1.past, x, lengths)
-    return (first, (conv1._replace(past=past), conv2)), y
+    conv, stage = part.layers()
+    [block], down = stage.blocks, stage.downsample
+    first, ((conv1, conv2), last) = state
+    channels, strides = conv.kernel.shape[2], time // down.stride
+    tile = ENCODER_FRONT[(capability or 0) >= HOPPER]
+    y, past, next_past = call(
+        "encoder_front",
+        capability,
+        *(x, first.past, conv1.past, last.past, _ends(x, lengths)),
+        *_weights(conv, block.conv1, block.conv2, down),
+        outputs=[(batch, strides, 2 * channels), conv1.past.shape, last.past.shape],
+        tile=tile,
+        programs=-(-strides // (tile.rows - 1)),
+        T=time,
+        C=channels,
+        H=channels // 2,
+        TAPS=conv.kernel.shape[0],
+        RATIO=down.stride,
+        WINDOW=WINDOW,
+    )
+    first = first._replace(past=_advance(first.past, x, lengths))
+    conv1 = conv1._replace(past=_keep_idle(lengths, past, conv1.past))
+    last = last._replace(past=_keep_idle(lengths, next_past, last.past))
+    return (first, ((conv1, conv2), last)), y
+
+
+def decoder_back(
+    capability: int | None, part: Any, state: tuple, x: jax.Array, lengths: jax.Array | None
+) -> tuple[tuple, jax.Array]:
+    """`step` for the last `DecoderStage` and the convolution after it."""
+    batch, time, _ = x.shape
+    stage, conv = part.layers()
+    [block], up = stage.blocks, stage.upsample
+    (first, (conv1, conv2)), last = state
+    tile = DECODER_BACK[(capability or 0) >= HOPPER]
+    y, past, next_past = call(
+        "decoder_back",
+        capability,
+        *(x, first.past, conv1.past, last.past),
+        *_weights(up, block.conv1, block.conv2, conv),
+        outputs=[(batch, time * up.stride, 1), conv1.past.shape, last.past.shape],
+        tile=tile,
+        programs=-(-time // (tile.rows - 1)),
+        T=time,
+        C=up.out_channels,
+        H=up.out_channels // 2,
+        RATIO=up.stride,
+    )
+    first = first._replace(past=_advance(first.past, x, lengths))
+    conv1 = conv1._replace(past=_keep_idle(lengths, past, conv1.past))
+    last = last._replace(past=_keep_idle(lengths, next_past, last.past))
+    return ((first, (conv1, conv2)), last), y
+
+
+PARTS = {
+    "encoder_front": encoder_front,
+    "encoder_stage": encoder_stage,
+    "decoder_stage": decoder_stage,
+    "decoder_back": decoder_back,
+}

@@ -4,6 +4,7 @@ No such device is needed, only their compilers.
 """
 
 import math
+import os
 import re
 
 import jax
@@ -72,6 +73,19 @@ def test_compiles_for_eight_gpus(gpus: Mesh, function: str, kind: tuple[str, str
     report = check_program(gpus, "h100", function, kind, attention)
     fused = report.text.count("__cudnn$fmhaSoftmax")
     assert fused == (8 if attention and function != "encode_step" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["encode", "decode"])
+def test_stages_in_triton_move_less_than_half_the_bytes(gpus: Mesh, function: str):
+    """64 clips of 30 s in bfloat16. Layer by layer, they take about 150 GB and 140 GB."""
+    pytest.importorskip("jax_triton", reason="needs mimi_jax[triton], on Python 3.12 or newer")
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("Triton's interpreter, which other tests need, cannot compile; run this file alone")
+    report = ahead.compile_case(gpus, "h100", ahead.Case(function, KINDS[0], 64, 30.0, stages=True))
+    assert len(re.findall(r"custom-call\(.*triton_kernel_call", report.text)) == 8  # 4 stages, in two lengths
+    assert report.collectives == []
+    assert report.bytes_accessed <= 70e9
 
 
 @pytest.mark.slow

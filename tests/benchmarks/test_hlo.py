@@ -30,6 +30,11 @@ ENTRY %main (x: f32[100,4], i: s32[]) -> f32[2,4] {
 }
 """
 
+BESIDE_OTHERS = ROWS.replace(
+    "ROOT %taken = f32[2,4]{1,0} fusion(%x, %i)",
+    "%start = ((f32[100,4]{1,0}, s32[]), f32[2,4]{1,0}, u32[]) fusion-start(%x, %i)",
+).replace("calls=%rows\n", "calls=%rows\n  ROOT %done = f32[2,4]{1,0} fusion-done(%start)\n")
+
 ALL = ROWS.replace("slice(%block)", "add(%block, %x)")
 
 IN_PLACE = """
@@ -108,6 +113,7 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
     [
         (ADD, 40 + 20 + 40),
         (ROWS, 32 + 4 + 32),
+        (BESIDE_OTHERS, 32 + 4 + 32),
         (ALL, 1600 + 4 + 32),
         (IN_PLACE, 16 + 4 + 16),
         (SEVERAL_IN_PLACE, 16 + 4 + 8 + 4),
@@ -115,7 +121,17 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
         (LOOP, 7 * (40 + 40)),
         (CALL, 32 + 16 + 16),
     ],
-    ids=["operands", "rows", "all", "in place", "several in place", "alone", "loop", "library"],
+    ids=[
+        "operands",
+        "rows",
+        "beside others",
+        "all",
+        "in place",
+        "several in place",
+        "alone",
+        "loop",
+        "library",
+    ],
 )
 def test_bytes_read_and_written_are_counted(text: str, expected: int):
     assert sum(kernel.bytes for kernel in device_kernels(text)) == expected

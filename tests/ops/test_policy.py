@@ -1,16 +1,22 @@
 """Who computes what: by what is asked for, and otherwise by platform, dtype, size and length."""
 
 import collections
+import dataclasses
 import re
+import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from mimi_jax import MimiConfig, checkpoint
-from mimi_jax.ops import policy
-from tests.models import load_fixture, noise
+from mimi_jax.nn.seanet import DecoderStage, EncoderStage
+from mimi_jax.ops import policy, triton_stages
+from tests.models import load_fixture, noise, random_module
 
 
 @pytest.fixture
@@ -73,6 +79,126 @@ def test_fused_attention_may_be_used_on_the_devices_that_have_it(
         device.compute_capability = capability
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert policy.resolve("auto").fused == fused
+
+
+FITS = MimiConfig(num_filters=32)
+STAGES = ("encoder_stage", "decoder_stage")
+
+
+def stage_choice(
+    compute: policy.Compute, config: MimiConfig = FITS, dtype: str = "bfloat16", time: int = 8
+) -> list[dict[str, str]]:
+    """What an encoder stage and a decoder stage are computed by, for each platform."""
+    encoder_stage = jax.eval_shape(lambda: EncoderStage(config, config.num_filters, 4, rngs=nnx.Rngs(0)))
+    decoder_stage = jax.eval_shape(lambda: DecoderStage(config, 2 * config.num_filters, 4, rngs=nnx.Rngs(0)))
+    found = []
+    with policy.computing(compute):
+        for stage, channels in ((encoder_stage, config.num_filters), (decoder_stage, 2 * config.num_filters)):
+            found.append(policy.part_choice(stage, jnp.zeros((1, time, channels), dtype)))
+    return found
+
+
+def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.MonkeyPatch):
+    layers, triton = {"default": "layers"}, {"default": "layers", "cuda": "triton"}
+    ampere = policy.Compute(fused=("cuda",), one_device=True, capability=80)
+    monkeypatch.setattr(triton_stages, "is_available", lambda: True)
+    assert stage_choice(ampere) == [triton] * 2
+    assert stage_choice(ampere, dtype="float16") == [triton] * 2
+    assert stage_choice(ampere, dtype="float32") == [layers] * 2
+    assert stage_choice(ampere, time=0) == [layers] * 2
+    assert stage_choice(ampere, time=6) == [layers, triton]  # the encoder refuses it
+    assert stage_choice(policy.Compute(fused=("cuda",), capability=80)) == [layers] * 2  # many devices
+    assert stage_choice(policy.Compute(fused=("tpu",), one_device=True)) == [layers] * 2
+    assert stage_choice(policy.PORTABLE) == [layers] * 2
+    monkeypatch.setattr(triton_stages, "is_available", lambda: False)
+    assert stage_choice(ampere) == [layers] * 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_filters": 16},
+        {"num_filters": 48},
+        {"num_filters": 2048},
+        {"compress": 4},
+        {"use_conv_shortcut": True},
+        {"pad_mode": "replicate"},
+        {"num_residual_layers": 2},
+        {"residual_kernel_size": 1},
+        {"use_causal_conv": False},
+    ],
+    ids=str,
+)
+def test_other_stages_are_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]):
+    monkeypatch.setattr(triton_stages, "is_available", lambda: True)
+    ampere = policy.Compute(fused=("cuda",), one_device=True, capability=80)
+    config = dataclasses.replace(FITS, **fields)
+    assert stage_choice(ampere, config) == [{"default": "layers"}] * 2
+
+
+def test_one_line_of_the_log_says_that_triton_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    triton_stages.is_available.cache_clear()
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    assert not triton_stages.is_available() and not triton_stages.is_available()
+    triton_stages.is_available.cache_clear()
+    [record] = caplog.records
+    assert record.name == "mimi_jax"
+    assert "pip install 'mimi_jax[cuda]'" in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", [EncoderStage, DecoderStage])
+def test_stages_that_triton_cannot_compute_are_refused_where_it_is_asked_for(kind: type):
+    stage = kind(FITS, 64, 4, rngs=nnx.Rngs(0))
+    with (
+        policy.computing(policy.resolve(dict.fromkeys(STAGES, "triton"))),
+        pytest.raises(
+            ValueError, match=r'"triton" needs bfloat16 or float16, .* "auto" uses it where it can'
+        ),
+    ):
+        stage(jnp.zeros((1, 8, 64)))
+
+
+def test_what_is_missing_for_triton_is_named_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    stage = DecoderStage(FITS, 64, 4, rngs=nnx.Rngs(0))
+    stage = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), stage)
+    with (
+        policy.computing(policy.resolve({"decoder_stage": "triton"})),
+        pytest.raises(ImportError, match=r"need jax_triton and Python 3.12 .*pip install 'mimi_jax\[cuda\]'"),
+    ):
+        stage(jnp.zeros((1, 8, 64), jnp.bfloat16))
+
+
+def test_stages_under_vmap_are_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch):
+    """jax_triton has no rule for `vmap`."""
+    stage = random_module(lambda rngs: EncoderStage(FITS, 32, 2, rngs=rngs))
+    stage = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), stage)
+    x = jnp.asarray(noise(2, 1, 8, 32), jnp.bfloat16)
+    expected = jax.vmap(stage)(x)
+
+    def call(*_: Any, **__: Any) -> list[jax.Array]:
+        return [jnp.zeros((1, 4, 64), "bfloat16"), jnp.zeros((1, 2, 32), "bfloat16")]
+
+    monkeypatch.setattr(triton_stages, "call", call)
+    with policy.computing(policy.resolve({"encoder_stage": "triton"})):
+        assert not stage(x[0]).any()
+        np.testing.assert_array_equal(jax.vmap(stage)(x), expected)
+
+
+def test_gradients_of_stages_are_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch):
+    stage = random_module(lambda rngs: EncoderStage(FITS, 32, 2, rngs=rngs))
+    stage = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), stage)
+    x = jnp.asarray(noise(1, 8, 32), jnp.bfloat16)
+
+    def gradient() -> jax.Array:
+        return jax.grad(lambda x: stage(x).astype("float32").sum())(x)
+
+    expected = gradient()
+    monkeypatch.setattr(triton_stages, "call", None)
+    with policy.computing(policy.resolve({"encoder_stage": "triton"})):
+        np.testing.assert_array_equal(gradient(), expected)
 
 
 def test_convolutions_and_products_are_chosen_for_cpus_by_dtype_and_size(choices: list[policy.Choice]):
