@@ -46,6 +46,7 @@ vector_quantization_hidden_dimension = 8
 seconds = 0.5
 batch_size = 2
 [losses]
+mel = 0.0
 adversarial = 0.0
 features = 0.0
 """
@@ -56,7 +57,7 @@ GPU_TESTS = ["tests/test_gpu.py", "tests/ops"]  # where all tests with the marke
 
 def tests(folders: Folders, small: bool) -> list[str]:
     """In four processes where that is possible: most of the time goes into compiling."""
-    parallel = ["--numprocesses", "4"] if importlib.util.find_spec("xdist") and not small else []
+    parallel = ["-p", "xdist.plugin", "--numprocesses", "4"] if importlib.util.find_spec("xdist") else []
     return ["-m", "pytest", "-m", "gpu", "-rsfE", "--durations", "20", *parallel, *GPU_TESTS]
 
 

@@ -45,11 +45,12 @@ def test_a_process_is_stopped_with_what_it_started(tmp_path: Path):
 def fake_parts(monkeypatch: pytest.MonkeyPatch):
     def replace(**programs: str) -> None:
         monkeypatch.setattr(main, "WEIGHTS", "")
-        PARTS_OF_TEST = {
+        monkeypatch.setattr(main, "SLOWER", 1)
+        parts = {
             name: Part(f"About {name}", 3, lambda _, __, program=program: ["-c", program])
             for name, program in programs.items()
         }
-        monkeypatch.setattr(main, "PARTS", PARTS_OF_TEST)
+        monkeypatch.setattr(main, "PARTS", parts)
 
     return replace
 
