@@ -47,7 +47,8 @@ tpu: .venv/with-dev .venv/with-libtpu  ## compile for a TPU of eight chips, on a
 	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -m "slow or not slow" -rs tests/benchmarks/test_ahead.py
 
 cuda: .venv/with-dev .venv/with-cuda-compiler  ## compile for eight NVIDIA GPUs, on any Linux machine
-	PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -m "slow or not slow" -rs tests/benchmarks/test_ahead.py
+	PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -m "slow or not slow" -rs tests/benchmarks/test_ahead.py \
+	  tests/benchmarks/test_launches.py
 
 clean:  ## remove .venv, caches and what the demo wrote
 	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis build dist demo.wav demo.png

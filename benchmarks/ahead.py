@@ -82,6 +82,7 @@ gpu_device_info {{
   core_count: 132
   fpus_per_core: 128
   clock_rate_ghz: 1.98
+  driver_version: "13.0.0"
   threads_per_warp: 32
   threads_per_block_limit: 1024
   threads_per_core_limit: 2048

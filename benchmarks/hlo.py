@@ -22,6 +22,7 @@ FUSIONS = ("fusion", "fusion-start")  # the second runs beside others
 # They move nothing.
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "fusion-done")
 PARTS = ("bitcast", "slice", "dynamic-slice", "gather")  # they read a part of their first operand
+ELEMENTWISE = ("add", "convert", "exponential", "maximum", "minimum", "multiply", "select", "subtract")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write this operand into their first one
 
 
@@ -53,15 +54,20 @@ class Computation(NamedTuple):
     operations: dict[str, Operation]
     root: Operation
 
-    def bytes_read(self, operation: Operation) -> int:
-        """How many bytes of an operation's result the other operations read."""
-        users = [user for user in self.operations.values() if operation.name in user.operands]
-        parts = [
-            user for user in users if user.kind in (*PARTS, *UPDATES) and user.operands[0] == operation.name
-        ]
-        if len(parts) < len(users) or operation is self.root:
-            return operation.size
-        return min(operation.size, sum(self.bytes_read(part) for part in parts if part.kind in PARTS))
+    def parts_read(self) -> dict[str, float]:
+        """How much of each operation's result the others read, from 0 to 1."""
+        read = dict.fromkeys(self.operations, 0.0) | {self.root.name: 1.0}
+        for user in reversed(self.operations.values()):
+            for position, name in enumerate(user.operands):
+                part = 1.0
+                if user.kind in PARTS and position == 0:
+                    part = read[user.name] * user.size / max(self.operations[name].size, 1)
+                elif user.kind in UPDATES and position == 0:
+                    part = 0.0
+                elif user.kind in ELEMENTWISE:
+                    part = read[user.name]
+                read[name] = min(1.0, read[name] + part)
+        return read
 
     def bytes_written(self, result: Operation) -> int:
         """How many bytes of a result are new."""
@@ -131,8 +137,9 @@ def _moved(computations: dict[str, Computation], name: str, operation: Operation
     """The bytes that one operation of the computation `name` reads and writes."""
     if operation.kind in FUSIONS:
         kernel = computations[operation.called("calls")]
+        read = kernel.parts_read()
         parameters = [inner for inner in kernel.operations.values() if inner.kind == "parameter"]
-        return kernel.bytes_written(kernel.root) + sum(map(kernel.bytes_read, parameters))
+        return kernel.bytes_written(kernel.root) + round(sum(read[p.name] * p.size for p in parameters))
     operands = [computations[name].operations[operand].size for operand in operation.operands]
     if operation.kind in PARTS:
         operands[0] = operation.size

@@ -162,7 +162,7 @@ def with_model_settings(method):
     @functools.wraps(method)
     def wrapped(self: Any, x: ArrayLike, *args, **kwargs):
         sharding = jax.typeof(x).sharding
-        with jax.default_matmul_precision(self.precision), policy.computing(self.compute):
+        with policy.computing(self.compute, self.precision):
             if not (axes := sharding.mesh.explicit_axes):
                 return method(self, x, *args, **kwargs)
             batch = PartitionSpec(*sharding.spec[:1])

@@ -61,7 +61,7 @@ class Mimi(nnx.Module):
         config: the architecture.
         rngs: for the random initial parameters.
         precision: of matrix products, as in `jax.default_matmul_precision`; "highest" is exact float32
-            on every backend.
+            on every backend, and "F32_F32_F32" the same without tensor cores (`mimi_jax.ops.tensor_cores`).
         compute: "auto" for the fastest implementations on this machine; "portable" for those in plain XLA;
             or implementations by operation, such as {"attention": "banded"}, see `mimi_jax.ops.policy`.
         encoder, decoder: False leaves out that half. The quantizer is always there.

@@ -26,10 +26,16 @@ LAZY = {
 }
 # fmt: on
 WITH_TRITON = "mimi_jax.ops.triton_kernels"  # its decorators need Triton, so importing it is slow too
-# What computes the numbers of the reference path; device kernels of accelerators are counted apart.
+# What computes the numbers of the reference path. What chooses, device kernels of accelerators, and what is
+# written such that their compiler makes few, are counted apart.
 CORE = [PACKAGE / "ops", PACKAGE / "nn", PACKAGE / "model.py"]
-DEVICE_KERNELS = {"fused_attention.py", "triton_kernels.py", "triton_stages.py"}
-MAX_CORE_LINES = 1200  # of code; docstrings, comments and blank lines do not count
+# fmt: off
+APART = {
+    "few_passes.py", "few_rows.py", "fused_attention.py", "fusible.py", "policy.py", "tensor_cores.py",
+    "transformer_step.py", "triton_kernels.py", "triton_stages.py",
+}
+# fmt: on
+MAX_CORE_LINES = 1050  # of code; docstrings, comments and blank lines do not count
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50  # its docstring does not count
 MAX_ARROWS = 70
@@ -124,7 +130,7 @@ def test_files_and_functions_are_short(path: Path):
 
 def test_the_core_reads_in_one_sitting():
     paths = [path for part in CORE for path in ([part] if part.is_file() else part.rglob("*.py"))]
-    lines = {path.name: code_lines(path.read_text()) for path in paths if path.name not in DEVICE_KERNELS}
+    lines = {path.name: code_lines(path.read_text()) for path in paths if path.name not in APART}
     assert sum(lines.values()) <= MAX_CORE_LINES, lines
 
 

@@ -56,7 +56,8 @@ class AttentionState(NamedTuple):
 
     key: Float[Array, "batch key_value_heads slots head_dim"]
     value: Float[Array, "batch key_value_heads slots head_dim"]
-    # The position of the next step, minus whole rounds of the ring. From `slots` on, all slots are full.
+    # The position of the next step, minus whole rounds of the ring. From `slots` on, all slots are full. A
+    # Transformer keeps that of its first layer, for all of them.
     position: Int[Array, " batch"]
 
 

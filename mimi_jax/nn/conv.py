@@ -38,7 +38,7 @@ def _follow(
     if past is None:
         return activate(x), None
     next_past = jnp.concatenate([past, x], axis=1)[:, -past.shape[1] :]
-    return jnp.concatenate([activate(past), activate(x)], axis=1), next_past
+    return policy.join(activate(past), activate(x)), next_past
 
 
 class ConvState(NamedTuple):

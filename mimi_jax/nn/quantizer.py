@@ -8,10 +8,12 @@ Everything here is float32 with exact products, whatever the dtype and the preci
 bfloat16, codes would change with the shape of the batch alone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
 from mimi_jax.config import MimiConfig, as_integer
@@ -39,8 +41,9 @@ class ResidualQuantizer(Module):
     def __init__(self, config: MimiConfig, num_levels: int, *, rngs: nnx.Rngs):
         size, dim, features = config.codebook_size, config.codebook_dim, config.hidden_size
         projects = dim != features
-        self.input_proj = nnx.Linear(features, dim, use_bias=False, rngs=rngs) if projects else None
-        self.output_proj = nnx.Linear(dim, features, use_bias=False, rngs=rngs) if projects else None
+        linear = functools.partial(nnx.Linear, use_bias=False, dot_general=policy.projection, rngs=rngs)
+        self.input_proj = linear(features, dim) if projects else None
+        self.output_proj = linear(dim, features) if projects else None
         self.initialized = CodebookStatistic(jnp.ones(num_levels, jnp.float32))
         self.cluster_usage = CodebookStatistic(jnp.ones((num_levels, size), jnp.float32))
         shape = num_levels, size, dim
@@ -64,28 +67,28 @@ class ResidualQuantizer(Module):
         residual = x if self.input_proj is None else self.input_proj(x)
 
         # Codebooks are looked up by number. A slice of the first ones would be copied in every call.
-        def step(residual: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(residual, level):
             embedding = self.embedding[level]
             codes = policy.search(residual, embedding, self.half_square[level])
             return residual - embedding[codes], codes
 
-        return jnp.moveaxis(lax.scan(step, residual, jnp.arange(num_levels, dtype=jnp.int32))[1], 0, 1)
+        return jnp.moveaxis(policy.scan(step, residual, np.arange(num_levels, dtype=np.int32))[1], 0, 1)
 
     def decode(self, codes: Integer[Array, "batch levels frames"]) -> Float[Array, "batch frames hidden"]:
         """Add up the embeddings of the codes."""
         batch, num_levels, frames = codes.shape
         _, size, dim = self.embedding.shape
 
-        def step(total: jax.Array, level: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def step(total, level):
             number, codes = level
             # A compiled function cannot raise, so an invalid code gives NaN rather than a wrong sound.
             codes = jnp.where(codes < 0, size, codes)
             return total + self.embedding[...].at[number, codes].get(mode="fill", fill_value=jnp.nan), None
 
-        levels = jnp.arange(num_levels, dtype=jnp.int32), jnp.moveaxis(codes, 1, 0).astype(jnp.int32)
+        levels = np.arange(num_levels, dtype=np.int32), jnp.moveaxis(codes, 1, 0).astype(jnp.int32)
         # It is made of the codes, so that inside `shard_map` it differs between the devices as they do.
         zero = jnp.zeros_like(codes[:, 0, :, None], jnp.float32)
-        total, _ = lax.scan(step, jnp.broadcast_to(zero, (batch, frames, dim)), levels)
+        total, _ = policy.scan(step, jnp.broadcast_to(zero, (batch, frames, dim)), levels)
         return total if self.output_proj is None else self.output_proj(total)
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
+from mimi_jax.nn import few_passes
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer
 from mimi_jax.ops.pieces import step_in_pieces
@@ -42,7 +43,10 @@ class ResidualBlock(Chain):
     ) -> StepResult:
         state, y = super().step_layers(state, x, lengths)
         # The shortcut needs no state, since a 1x1 convolution has no past.
-        return state, y + (x if self.shortcut is None else self.shortcut(x))
+        return state, y + self.skip(x)
+
+    def skip(self, x: Float[Array, "batch time in"]) -> Float[Array, "batch time in"]:
+        return x if self.shortcut is None else self.shortcut(x)
 
 
 def _residual_blocks(config: MimiConfig, channels: int, rngs: nnx.Rngs) -> nnx.List[ResidualBlock]:
@@ -68,16 +72,14 @@ class EncoderStage(Chain):
 class Group(Chain):
     """Neighbouring layers of a network, which go over pieces of time together."""
 
-    def __init__(
-        self, *layers: StreamingLayer, inputs_per_step: int, is_wide: bool = False, operation: str = ""
-    ):
-        self.parts = nnx.List(layers)
+    is_wide = False  # whether it lies next to the waveform, where activations are largest
+
+    def __init__(self, *layers: StreamingLayer, inputs_per_step: int):
+        self.parts = nnx.data(layers)
         self.inputs_per_step = inputs_per_step  # positions of the input for each step of 25 Hz
-        self.is_wide = is_wide  # whether it lies next to the waveform, where activations are largest
-        self.operation = operation
 
     def layers(self) -> Sequence[StreamingLayer]:
-        return tuple(self.parts)
+        return self.parts
 
 
 class Network(Chain):
@@ -125,6 +127,18 @@ class Network(Chain):
         return step_in_pieces(step_groups, state, x, lengths, size(limits.all_layers, first))
 
 
+class EncoderFront(Group):
+    """The first convolution and the stage after it."""
+
+    operation, is_wide = "encoder_front", True
+
+    def step_in_few_passes(
+        self, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
+    ) -> StepResult:
+        """`step`, written so that XLA:GPU moves fewer activations through memory."""
+        return few_passes.step_encoder_front(self.layers(), state, x, lengths)
+
+
 class Encoder(Network):
     """Waveform [batch, samples, audio_channels] -> [batch, steps, hidden_size]."""
 
@@ -144,7 +158,7 @@ class Encoder(Network):
         front, *stages = self.stages
         samples = self.samples_per_step
         return (
-            Group(self.first, front, inputs_per_step=samples, is_wide=True, operation="encoder_front"),
+            EncoderFront(self.first, front, inputs_per_step=samples),
             Group(*stages, self.last, inputs_per_step=samples // ratio),
         )
 
@@ -170,6 +184,18 @@ class DecoderStage(Chain):
         return self.upsample, *self.blocks
 
 
+class DecoderBack(Group):
+    """The last stage and the convolution after it."""
+
+    operation, is_wide = "decoder_back", True
+
+    def step_in_few_passes(
+        self, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
+    ) -> StepResult:
+        """`step`, written so that XLA:GPU moves fewer activations through memory."""
+        return few_passes.step_decoder_back(self.layers(), state, x, lengths)
+
+
 class Decoder(Network):
     """[batch, steps, hidden_size] -> waveform [batch, samples, audio_channels]."""
 
@@ -190,5 +216,5 @@ class Decoder(Network):
         inputs = self.samples_per_step // ratio
         return (
             Group(self.first, *stages, inputs_per_step=1),
-            Group(back, self.last, inputs_per_step=inputs, is_wide=True, operation="decoder_back"),
+            DecoderBack(back, self.last, inputs_per_step=inputs),
         )

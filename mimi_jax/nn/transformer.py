@@ -1,7 +1,8 @@
 """The Transformers on either side of the quantizer (reference: `MimiTransformerModel`)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from mimi_jax.config import MimiConfig
 from mimi_jax.nn.attention import Attention, AttentionState
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer
+from mimi_jax.nn.transformer_step import step_few_rows
 from mimi_jax.ops import policy
 
 ACTIVATIONS = {
@@ -28,6 +30,9 @@ def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
     # For statistics Flax promotes to float32, which `jax_numpy_dtype_promotion="strict"` refuses.
     with jax.numpy_dtype_promotion("standard"):
         return norm(x)
+
+
+Steps: TypeAlias = Float[Array, "batch time features"]
 
 
 class TransformerLayer(StreamingLayer):
@@ -58,12 +63,14 @@ class TransformerLayer(StreamingLayer):
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:
         return self.attention.init_state(batch_size, dtype)
 
-    def step(
-        self, state: AttentionState | None, x: Float[Array, "batch time features"], lengths: Lengths = None
-    ) -> tuple[AttentionState | None, Float[Array, "batch time features"]]:
-        state, y = self.attention.step(state, _normalize(self.attention_norm, x), lengths)
+    def step(self, state: Any, x: Steps, lengths: Lengths = None) -> tuple[Any, Steps]:
+        return self.step_by(lambda x: self.attention.step(state, x, lengths), self.mlp_in, x)
+
+    def step_by(self, attend: Callable, mlp_in: Callable, x: Steps) -> tuple[Any, Steps]:
+        """`step`, with other ways to compute what follows the norms."""
+        state, y = attend(_normalize(self.attention_norm, x))
         x = x + self.attention_scale[None, None] * y
-        y = self.mlp_out(ACTIVATIONS[self.hidden_act](self.mlp_in(_normalize(self.mlp_norm, x))))
+        y = self.mlp_out(ACTIVATIONS[self.hidden_act](mlp_in(_normalize(self.mlp_norm, x))))
         return state, x + self.mlp_scale[None, None] * y
 
 
@@ -77,3 +84,24 @@ class Transformer(Chain):
 
     def layers(self) -> Sequence[StreamingLayer]:
         return self.blocks
+
+    def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> tuple:
+        """The states of the layers. The first one holds the position of all of them."""
+        return _hold_once(super().init_state(batch_size, dtype))
+
+    def step_layers(self, state: tuple | None, x: Steps, lengths: Lengths = None) -> tuple[tuple, Steps]:
+        if state is None:
+            return super().step_layers(None, x, lengths)
+        state = tuple(layer._replace(position=state[0].position) for layer in state)
+        state, x = super().step_layers(state, x, lengths)
+        return _hold_once(state), x
+
+    def step_few_rows(self, state: tuple, x: Steps, lengths: Lengths = None) -> tuple[tuple, Steps]:
+        """`step` in few device kernels of XLA:GPU."""
+        state, x = step_few_rows(self.blocks, state, x, lengths)
+        return _hold_once(state), x
+
+
+def _hold_once(state: tuple) -> tuple:
+    """Leave the position out of all layers but the first."""
+    return (*state[:1], *[layer._replace(position=None) for layer in state[1:]])

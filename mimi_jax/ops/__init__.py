@@ -1,9 +1,12 @@
 """What is computed in one of several ways, and who chooses.
 
+    tensor_cores     exact float32 products on the tensor cores of NVIDIA GPUs
+    fusible          convolutions and ELU that XLA:GPU fuses with their neighbours
     convolution      convolutions, products and ELU
     attention        windowed attention in plain XLA
     fused_attention  that of accelerators: cuDNN, Pallas
     nearest          the search of a codebook
+    few_rows         products, convolutions and loops of steps, for XLA:GPU
     triton_kernels   device kernels of SEANet stages
     triton_stages    SEANet stages with them
     pieces           a long input in pieces of time

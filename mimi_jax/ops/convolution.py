@@ -1,4 +1,4 @@
-"""Convolutions, products and ELU, each in several ways that give the same numbers.
+"""Convolutions, what they see, products and ELU, each in several ways that give the same numbers.
 
 The first way of each table is the plain one, to which tests compare the others. `policy` chooses.
 """
@@ -10,6 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from mimi_jax.ops.fusible import convolution_by_multiply_adds, elu_by_min_max, join_by_sum
+from mimi_jax.ops.tensor_cores import convolution_by_shifts, on_tensor_cores
 
 
 def plain_convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
@@ -45,6 +48,14 @@ def convolution_by_strides(
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_convolution,
     "strides": convolution_by_strides,
+    "tensor_cores": convolution_by_shifts,
+    "multiply_adds": convolution_by_multiply_adds,
+}
+
+
+JOINS: dict[str, Callable[..., jax.Array]] = {
+    "plain": lambda past, x: jnp.concatenate([past, x], axis=1),
+    "sum": join_by_sum,
 }
 
 
@@ -67,6 +78,7 @@ PRODUCTS: dict[str, Callable[..., jax.Array]] = {
     "plain": lax.dot_general,
     "float32_sums": product_with_float32_sums,
     "convolution": product_as_convolution,
+    "tensor_cores": on_tensor_cores(lax.dot_general),
 }
 
 
@@ -78,4 +90,21 @@ def elu_by_exp(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, jnp.exp(jnp.where(x > 0, 0, x)) - 1)
 
 
-ELUS: dict[str, Callable[..., jax.Array]] = {"plain": functools.partial(jax.nn.elu), "exp": elu_by_exp}
+def elu_in_float32(x: jax.Array) -> jax.Array:
+    """ELU in half precision, rounded once: XLA:CPU computes `expm1` one number at a time, and `exp` 8 or 16.
+
+    Near zero, where exp(x) - 1 loses digits, the first terms of its series are exact to float32.
+    """
+    y = x.astype(jnp.float32)
+    negative = jnp.where(y > 0, 0, y)
+    near_zero = negative + negative**2 / 2 + negative**3 / 6
+    below = jnp.where(negative > -(2**-6), near_zero, jnp.exp(negative) - 1)
+    return jnp.where(y > 0, y, below).astype(x.dtype)
+
+
+ELUS: dict[str, Callable[..., jax.Array]] = {
+    "plain": functools.partial(jax.nn.elu),
+    "exp": elu_by_exp,
+    "float32": elu_in_float32,
+    "min_max": elu_by_min_max,
+}

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimi_jax.ops.tensor_cores import on_tensor_cores
+
 
 def first_argmax(x: jax.Array) -> jax.Array:
     """Where each last axis is greatest, the first place if there are several: int32.
@@ -35,4 +37,7 @@ def plain_search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Arra
     return first_argmax(vectors @ embedding.T - half_square)
 
 
-SEARCHES: dict[str, Callable[..., jax.Array]] = {"plain": plain_search}
+SEARCHES: dict[str, Callable[..., jax.Array]] = {
+    "plain": plain_search,
+    "tensor_cores": on_tensor_cores(plain_search),
+}

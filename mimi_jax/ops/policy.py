@@ -5,7 +5,7 @@ implementation from a table in `OPERATIONS`, or from `PARTS` for whole parts of 
 write a function with the arguments of the others, put it in its table, and say here when it is chosen. No
 layer changes.
 
-A model enters `computing(...)` around everything that it computes, as it does for the precision of products.
+A model enters `computing(...)` around everything that it computes, with the precision of its products.
 """
 
 import contextlib
@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mimi_jax.ops import triton_stages
+from mimi_jax.ops import few_rows, triton_stages
 from mimi_jax.ops.attention import banded_attention, reference_attention
-from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, PRODUCTS
+from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
 from mimi_jax.ops.nearest import SEARCHES
+from mimi_jax.ops.tensor_cores import FAST, are_exact
 
 HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
@@ -31,7 +32,23 @@ HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 # tap. It gives those to Eigen, and products to YNNPACK, which is better with more rows.
 NARROW = range(3, 33)
 
-FIRST_WITH_FLASH = 8.0  # compute capability of Ampere, the first GPUs that run cuDNN's flash attention
+# Steps have as few positions and frames, in all rows, and a step should be one CUDA graph. It can hold
+# neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
+STEP_POSITIONS, STEP_FRAMES = range(1, 2**15), range(1, 2**8)
+
+# What the float32 units of an H100 compute while its memory moves a byte: 67 TFLOP/s by 3.35 TB/s. With fewer
+# operations a byte, memory is the limit of a product, and tensor cores do not help.
+FLOPS_PER_BYTE = 20
+# A convolution as a product writes out a result for each stride of its kernel. This pays if each result is a
+# sum of many numbers: of 135 by data sheets of the H100. This number leaves room for products that reach half
+# of that speed. It has not been measured.
+MIN_SUMMANDS = 512
+
+# The precision of float32 products in JAX's words; the second is an alias.
+EXACT = ("highest", "float32")
+PLAIN_FLOAT32 = "F32_F32_F32"  # those of float32 units, as in `jax.lax.DotAlgorithmPreset`
+
+FIRST_FUSED = 80  # Ampere, the first GPUs that run cuDNN's flash attention
 
 
 class PieceBytes(NamedTuple):
@@ -70,6 +87,10 @@ def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
     return network.step_in_pieces(GPU_PIECES, state, x, lengths)
 
 
+def in_few_passes(ends: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
+    return ends.step_in_few_passes(state, x, lengths)
+
+
 def in_triton(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
     return triton_stages.step(part, state, x, lengths, capability=_compute.get().capability)
 
@@ -83,10 +104,12 @@ OPERATIONS: dict[str, Implementations] = {
         "cudnn": cudnn_attention,
         "splash": splash_attention,
     },
-    "convolution": CONVOLUTIONS,
-    "product": PRODUCTS,
+    "convolution": CONVOLUTIONS | {"windows": few_rows.convolution_by_windows},
+    "join": JOINS,
+    "product": PRODUCTS | {"repeated_rows": few_rows.product_of_repeated_rows},
     "elu": ELUS,
     "search": SEARCHES,
+    "scan": few_rows.SCANS,
 }
 PARTS: dict[str, Implementations] = {
     "network": {
@@ -94,14 +117,22 @@ PARTS: dict[str, Implementations] = {
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
-    **{part: {"layers": layer_by_layer, "triton": in_triton} for part in triton_stages.PARTS},
+    "encoder_front": {"layers": layer_by_layer, "few_passes": in_few_passes, "triton": in_triton},
+    "encoder_stage": {"layers": layer_by_layer, "triton": in_triton},
+    "decoder_stage": {"layers": layer_by_layer, "triton": in_triton},
+    "decoder_back": {"layers": layer_by_layer, "few_passes": in_few_passes, "triton": in_triton},
+    "transformer": {"layers": layer_by_layer, "few_rows": few_rows.step},
 }
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
 PART_CHOICES: dict[str, Choice] = {
     "network": {"cpu": "small_pieces", "cuda": "large_pieces", "default": "layers"},
-    **{part: {"default": "layers"} for part in triton_stages.PARTS},
+    "encoder_front": {"cuda": "few_passes", "default": "layers"},
+    "encoder_stage": {"default": "layers"},
+    "decoder_stage": {"default": "layers"},
+    "decoder_back": {"cuda": "few_passes", "default": "layers"},
+    "transformer": {"cuda": "few_rows", "default": "layers"},
 }
 
 
@@ -113,6 +144,7 @@ class Compute:
     fused: tuple[str, ...] = ()  # platforms whose fused device kernels may be used
     one_device: bool = False  # so that no program is partitioned between devices
     capability: int | None = None  # ten times the compute capability of NVIDIA GPUs
+    tensor_cores: bool = False  # whether those of NVIDIA GPUs may compute products of float32
 
 
 def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
@@ -144,17 +176,19 @@ def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
             choices = ", ".join(tables[operation])
             raise ValueError(f"compute[{operation!r}] must be one of {choices}, got {name!r}")
     device = jax.local_devices()[0]
-    can_fuse = {"cuda": _has_flash_attention(device), "tpu": device.platform == "tpu"}
+    capability, one_device = _capability(device), jax.device_count() == 1
+    can_fuse = {"cuda": (capability or 0) >= FIRST_FUSED, "tpu": device.platform == "tpu"}
     fused = tuple(platform for platform, holds in can_fuse.items() if holds)
-    capability = round(10 * float(device.compute_capability)) if can_fuse["cuda"] else None
-    return Compute(tuple(sorted(asked.items())), fused, jax.device_count() == 1, capability)
+    tensor_cores = one_device and capability in FAST and are_exact(device)
+    return Compute(tuple(sorted(asked.items())), fused, one_device, capability, tensor_cores)
 
 
-def _has_flash_attention(device: Any) -> bool:
+def _capability(device: Any) -> int | None:
+    """Ten times the compute capability of an NVIDIA GPU; None for other devices."""
     try:
-        return device.platform == "gpu" and float(device.compute_capability) >= FIRST_WITH_FLASH
+        return round(10 * float(device.compute_capability)) if device.platform == "gpu" else None
     except (AttributeError, ValueError):  # AMD's GPUs give a name, such as "gfx942"
-        return False
+        return None
 
 
 PORTABLE = Compute()
@@ -162,13 +196,42 @@ _compute = contextvars.ContextVar("compute", default=PORTABLE)
 
 
 @contextlib.contextmanager
-def computing(compute: Compute) -> Iterator[None]:
-    """Choose as `compute` says in everything that is traced inside. Outside, everything is portable."""
+def computing(compute: Compute, precision: str | None = None) -> Iterator[None]:
+    """Choose as `compute` says in everything that is traced inside. Outside, everything is portable.
+
+    Args:
+        precision: of products, as in `jax.default_matmul_precision`; None for what it is outside.
+            `PLAIN_FLOAT32` is "highest" without tensor cores. JAX itself uses that name for products alone,
+            and convolutions would become TF32.
+    """
+    if precision == PLAIN_FLOAT32:
+        compute, precision = dataclasses.replace(compute, tensor_cores=False), EXACT[0]
     token = _compute.set(compute)
     try:
-        yield
+        with jax.default_matmul_precision(precision or _precision()):
+            yield
     finally:
         _compute.reset(token)
+
+
+def asking(**names: str):
+    """Also use these implementations, by operation, in everything that is traced inside."""
+    asked = dict(_compute.get().asked) | names
+    return computing(dataclasses.replace(_compute.get(), asked=tuple(asked.items())))
+
+
+def _precision() -> str | None:
+    return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _exact_choice(x: jax.Array, size_in: int, size_out: int) -> Choice:
+    """For the product of x, as [rows, size_in], with [size_in, size_out]: tensor cores where they help."""
+    choice, rows = {"default": "plain"}, x.size // size_in
+    num_bytes = 4 * (rows * size_in + size_in * size_out + rows * size_out)
+    pays = 2 * rows * size_in * size_out > FLOPS_PER_BYTE * num_bytes
+    if pays and _compute.get().tensor_cores and x.dtype == jnp.float32 and _precision() in EXACT:
+        choice["cuda"] = "tensor_cores"
+    return choice
 
 
 def _implementations(operation: str, table: Implementations, choice: Choice) -> Implementations:
@@ -191,24 +254,44 @@ def _call(operation: str, choice: Choice, *arrays: jax.Array, **options: Any) ->
 def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Convolve x [batch, time, in] with kernel [taps, in, out], without padding."""
     choice = {"default": "plain"}
-    if x.dtype in HALF_PRECISION and kernel.shape[0] % stride == 0 and dilation == 1:
+    taps, size_in, size_out = kernel.shape
+    # As a product, it has a result for each stride of the kernel, and each of these is a sum over one stride.
+    if taps % stride == 0 and 1 in (stride, dilation) and stride * size_in >= MIN_SUMMANDS:
+        choice = _exact_choice(x, stride * size_in, taps // stride * size_out)
+    if x.dtype in HALF_PRECISION and taps % stride == 0 and dilation == 1:
         choice["cpu"] = "strides"  # XLA:CPU has no convolutions in half precision
+    if _positions(x) in STEP_POSITIONS:
+        choice.setdefault("cuda", "windows")
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)
+
+
+def join(past: jax.Array, x: jax.Array) -> jax.Array:
+    """Put past inputs [batch, past, channels] before those of a step, [batch, time, channels]."""
+    return _call("join", {"default": "plain"}, past, x)
 
 
 def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """Multiply activations [..., in] with a kernel [in, out], called as `nnx.Linear` calls `dot_general`."""
-    choice = {"default": "plain"}
+    choice = _exact_choice(x, *kernel.shape)
     if x.dtype in HALF_PRECISION:
         choice["cpu"] = "float32_sums"  # several times as fast there
-    elif x[..., 0].size in NARROW:
+    elif _positions(x) in NARROW:
         choice["cpu"] = "convolution"
+    if _positions(x) in few_rows.FEW_ROWS:
+        choice.setdefault("cuda", "repeated_rows")
+    return _call("product", choice, x, kernel, dimension_numbers=dimension_numbers, **options)
+
+
+def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
+    """`product` for the quantizer. On CPUs it is the same for any number of rows, as codes must be."""
+    choice = _exact_choice(x, *kernel.shape)
     return _call("product", choice, x, kernel, dimension_numbers=dimension_numbers, **options)
 
 
 def elu(x: jax.Array) -> jax.Array:
-    """ELU. In half precision the rounding of the faster way would be too coarse."""
-    return _call("elu", {"default": "plain" if x.dtype in HALF_PRECISION else "exp"}, x)
+    """ELU. In half precision, 1 is rounded too coarsely for the faster way."""
+    choice = {"default": "plain", "cpu": "float32"} if x.dtype in HALF_PRECISION else {"default": "exp"}
+    return _call("elu", choice | {"cuda": "min_max"}, x)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int) -> jax.Array:
@@ -216,7 +299,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int
     # Windows pay as soon as they leave out more keys than they add.
     choice = {"default": "banded" if query.shape[1] > 2 * window else "reference"}
     compute = _compute.get()
-    # Fused device kernels compute in nothing else, and may not take an empty batch.
+    # Fused device kernels compute in nothing else, and may not take an empty batch. In float32, memory is the
+    # limit of both products on an NVIDIA GPU, about as much as float32 units are, so these compute them.
     if query.dtype in HALF_PRECISION and query.size:
         if "cuda" in compute.fused:
             choice["cuda"] = "cudnn"
@@ -233,25 +317,42 @@ def _is_divided_by_hand(x: jax.Array) -> bool:
 
 def search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> jax.Array:
     """Find the nearest codes of one codebook; `mimi_jax.ops.nearest` gives the shapes."""
-    return _call("search", {"default": "plain"}, vectors, embedding, half_square)
+    choice = _exact_choice(vectors, *reversed(embedding.shape))
+    return _call("search", choice, vectors, embedding, half_square)
+
+
+def scan(function: Callable[[Any, Any], tuple[Any, Any]], init: jax.Array, xs: Any) -> Any:
+    """`lax.scan` over the levels of a quantizer. `init` is [batch, frames, dim]."""
+    choice = {"default": "loop"}
+    if init[..., 0].size in STEP_FRAMES:
+        choice["cuda"] = "unrolled"  # a CUDA graph cannot hold the loop
+    return _call("scan", choice, init, function=function, xs=xs)
 
 
 def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
     """Step a part of the network. Gradients are those of the part computed layer by layer."""
-    if part.operation not in PARTS:
+    is_long = state is None or _positions(x) not in few_rows.FEW_ROWS
+    if part.operation not in PARTS or (part.operation == "transformer" and is_long):
         return part.step_layers(state, x, lengths)
     implementations = _implementations(part.operation, PARTS[part.operation], part_choice(part, x))
-    precision: str | None = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    context = _Context(_compute.get(), precision)
+    context = _Context(_compute.get(), _precision())
     return _step(implementations, context, part, state, x, lengths)
+
+
+def _positions(x: jax.Array) -> int:
+    """In all rows of [batch, time, channels]."""
+    return x.size // x.shape[-1]
 
 
 def part_choice(part: Part, x: jax.Array) -> Choice:
     """What a part of the network is computed by, for each platform."""
     compute, choice = _compute.get(), PART_CHOICES[part.operation]
+    if "triton" not in PARTS[part.operation]:
+        return choice
+    if _positions(x) < STEP_POSITIONS.stop:
+        return {"default": "layers"}
     if (
-        "triton" in PARTS[part.operation]
-        and "cuda" in compute.fused
+        "cuda" in compute.fused
         and (compute.one_device or _is_divided_by_hand(x))  # the compiler cannot partition it
         and triton_stages.fits(part, x)
         and triton_stages.is_available()
@@ -276,5 +377,5 @@ def _step(implementations: Implementations, _: _Context, part: Part, *inputs: An
 @_step.defjvp
 def _step_layers(_: Implementations, context: _Context, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     # The way back needs all activations, and pieces would copy all of them for each piece.
-    with computing(context.compute), jax.default_matmul_precision(context.precision):
+    with computing(*context):
         return jax.jvp(layer_by_layer, primals, tangents)

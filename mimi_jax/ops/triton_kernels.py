@@ -126,9 +126,16 @@ def _first(
 
 
 @triton.jit
-def _load_or(past, at, is_past, y):
-    """The past where there is one, and else y."""
-    return tl.where(is_past[:, None], tl.load(past + at, mask=is_past[:, None], other=0.0), y)
+def _load_or(past, is_past, y, C: tl.constexpr):
+    """One position of a past [C] in the rows that it belongs to, and else y."""
+    return tl.where(is_past[:, None], tl.load(past + tl.arange(0, C))[None, :], y)
+
+
+@triton.jit
+def _store_row(to, y, is_row, C: tl.constexpr, ROWS: tl.constexpr):
+    """One row of y [ROWS, C]."""
+    at = tl.arange(0, C)[None, :] + tl.zeros((ROWS, 1), tl.int32)
+    tl.store(to + at, y, mask=is_row[:, None])
 
 
 # fmt: off
@@ -163,42 +170,43 @@ def encoder_front(
     row = tl.arange(0, ROWS)
     j = start + row
     c = tl.arange(0, C)
-    n = tl.arange(0, WIDTH)
-    at = c[None, :] + 0 * row[:, None]  # where a past of all rows is, from its first phase
     x += batch * T + start * RATIO
     x_past += batch * (TAPS - 1) + TAPS - 1 + start * RATIO
-    past += (batch * 2 + 2 - RATIO) * C
+    past += batch * 2 * C
     next_past += batch * RATIO * C
     out += (batch * (T // RATIO) + start) * WIDTH
     kept += (batch * 2 + 2 - RATIO) * C
     next_kept += batch * RATIO * C
-    length = tl.load(lengths + batch)
     shift = (row[:, None] == row[None, :] + 1).to(dtype)
     is_last = (row > 0) & (j == T // RATIO - 1)
-
     x2 = _first(x, x_past, w0, b0, row * RATIO - 2, j * RATIO - 2, T, TAPS, C, WINDOW, dtype)
     x1 = _first(x, x_past, w0, b0, row * RATIO - 1, j * RATIO - 1, T, TAPS, C, WINDOW, dtype)
-    e2 = _elu(_load_or(past, (RATIO - 2) * C + at, j == 0, x2), dtype)
-    e1 = _elu(_load_or(past, (RATIO - 1) * C + at, j == 0, x1), dtype)
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    e2 = _elu(_load_or(past, j == 0, x2, C), dtype)
+    e1 = _elu(_load_or(past + C, j == 0, x1, C), dtype)
+    low = tl.zeros((ROWS, C), tl.float32)  # the first half of the output channels
+    high = tl.zeros((ROWS, C), tl.float32)
     for i in tl.range(RATIO, disable_licm=True):
-        t = j * RATIO + i
-        x0 = _first(x, x_past, w0, b0, row * RATIO + i, t, T, TAPS, C, WINDOW, dtype)
+        x0 = _first(x, x_past, w0, b0, row * RATIO + i, j * RATIO + i, T, TAPS, C, WINDOW, dtype)
         e0 = _elu(x0, dtype)
         y = _activated_block(e2, e1, e0, x0, w1, b1, w2, b2, C, H, dtype)
         if start < 0:
-            y = _load_or(next_past, i * C + at, j < 0, y)
-        y = tl.where((t < length)[:, None], y, 0.0).to(dtype)
+            y = _load_or(next_past + i * C, j < 0, y, C)
+        y = tl.where((j * RATIO + i < tl.load(lengths + batch))[:, None], y, 0.0).to(dtype)
         if start + ROWS >= T // RATIO:
-            tl.store(kept + i * C + at, x0, mask=(is_last & (i >= RATIO - 2))[:, None])
-            tl.store(next_kept + i * C + at, y, mask=is_last[:, None])
+            _store_row(kept + i * C, x0, is_last & (i >= RATIO - 2), C, ROWS)
+            _store_row(next_kept + i * C, y, is_last, C, ROWS)
         y = _elu(y, dtype)
         before = tl.dot(shift, y).to(dtype)
-        total = tl.dot(before, tl.load(w3 + (i * C + c)[:, None] * WIDTH + n[None, :]), total)
-        total = tl.dot(y, tl.load(w3 + ((RATIO + i) * C + c)[:, None] * WIDTH + n[None, :]), total)
+        at = (i * C + c)[:, None] * WIDTH + c[None, :]
+        low = tl.dot(before, tl.load(w3 + at), low)
+        high = tl.dot(before, tl.load(w3 + C + at), high)
+        low = tl.dot(y, tl.load(w3 + RATIO * C * WIDTH + at), low)
+        high = tl.dot(y, tl.load(w3 + RATIO * C * WIDTH + C + at), high)
         e2, e1 = e1, e0
     keep = (row > 0) & (j < T // RATIO)
-    tl.store(out + row[:, None] * WIDTH + n[None, :], _add(total, tl.load(b3 + n), dtype), mask=keep[:, None])
+    out += row[:, None] * WIDTH + c[None, :]
+    tl.store(out, _add(low, tl.load(b3 + c), dtype), mask=keep[:, None])
+    tl.store(out + C, _add(high, tl.load(b3 + C + c), dtype), mask=keep[:, None])
 
 
 @triton.jit
@@ -207,7 +215,7 @@ def _upsample(before, own, w0, b0, i, C: tl.constexpr, RATIO: tl.constexpr, dtyp
     SIZE: tl.constexpr = 2 * C
     c = tl.arange(0, C)
     at = tl.arange(0, SIZE)[:, None] * (RATIO * C) + i * C + c[None, :]
-    y = tl.dot(own, tl.load(w0 + SIZE * RATIO * C + at), tl.dot(before, tl.load(w0 + at)))
+    y = tl.dot(before, tl.load(w0 + at), tl.dot(own, tl.load(w0 + SIZE * RATIO * C + at)))
     return _add(y, tl.load(b0 + c), dtype)
 
 
@@ -261,10 +269,9 @@ def decoder_back(
     row = tl.arange(0, ROWS)
     j = start + row
     d = tl.arange(0, SIZE)
-    at = tl.arange(0, C)[None, :] + 0 * row[:, None]  # where a past of all rows is, from its first phase
     x += (batch * T + start) * SIZE
     x_past += (batch + 1 + start) * SIZE
-    past += (batch * 2 + 2 - RATIO) * C
+    past += batch * 2 * C
     next_past += (batch * 2 + 2 - RATIO) * C
     out += (batch * T + start) * RATIO
     kept += (batch * 2 + 2 - RATIO) * C
@@ -275,8 +282,8 @@ def decoder_back(
     before = _elu(_load(x, x_past, row - 1, j - 1, T, d, SIZE, 1), dtype)
     u2 = _upsample(before2, before, w0, b0, RATIO - 2, C, RATIO, dtype)
     u1 = _upsample(before2, before, w0, b0, RATIO - 1, C, RATIO, dtype)
-    e2 = _elu(_load_or(past, (RATIO - 2) * C + at, j == 0, u2), dtype)
-    e1 = _elu(_load_or(past, (RATIO - 1) * C + at, j == 0, u1), dtype)
+    e2 = _elu(_load_or(past, j == 0, u2, C), dtype)
+    e1 = _elu(_load_or(past + C, j == 0, u1, C), dtype)
     own = _elu(_load(x, x_past, row, j, T, d, SIZE, 1), dtype)
     zero = tl.zeros((ROWS,), tl.float32)
     far2, far, near, sum0, sum1 = zero, zero, zero, zero, zero  # two from phase i - 1, and of phases 0 and 1
@@ -284,12 +291,11 @@ def decoder_back(
         u = _upsample(before, own, w0, b0, i, C, RATIO, dtype)
         e0 = _elu(u, dtype)
         y = _activated_block(e2, e1, e0, u, w1, b1, w2, b2, C, H, dtype)
-        if start < 0:
-            y = _load_or(next_past, i * C + at, (j < 0) & (i >= RATIO - 2), y)
-        if start + ROWS >= T:
-            is_last = keep & (j == T - 1) & (i >= RATIO - 2)
-            tl.store(kept + i * C + at, u, mask=is_last[:, None])
-            tl.store(next_kept + i * C + at, y, mask=is_last[:, None])
+        if (start < 0) & (i >= RATIO - 2):
+            y = _load_or(next_past + i * C, j < 0, y, C)
+        if (start + ROWS >= T) & (i >= RATIO - 2):
+            _store_row(kept + i * C, u, keep & (j == T - 1), C, ROWS)
+            _store_row(next_kept + i * C, y, keep & (j == T - 1), C, ROWS)
         new_far, new_near, total = _last(_elu(y, dtype), w3, C)
         total += far2 + near + tl.load(b3).to(tl.float32)
         tl.store(out + row * RATIO + i, total.to(dtype), mask=keep & (i > 1))

@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 BLOCKS = {128: Tile(128, 8, 2), 256: Tile(128, 8, 2), 512: Tile(64, 8)}
 OTHER_BLOCKS = Tile(64, 8)
 # Next to the waveform: up to Ada, and from Hopper on.
-ENCODER_FRONT = {False: Tile(32, 4), True: Tile(64, 4)}
+ENCODER_FRONT = {False: Tile(32, 8), True: Tile(64, 4)}
 DECODER_BACK = {False: Tile(64, 8), True: Tile(64, 4)}
 HOPPER = 90
 MOST_CHANNELS_OF_ENDS = 64

@@ -1,8 +1,10 @@
 """Streams that take pieces of any length, for the Python code around JAX.
 
 Inside `jit`, use `encode_step` and `decode_step`. The classes here keep the state for these functions and cut
-the pieces into frames. They flatten the model once instead of in each step, and each step writes its state
-into the memory of the state before it.
+the pieces into frames. They flatten half of the model once, instead of all of it in each step.
+
+A step takes one array from the host and starts one program. A push first starts all of its steps and then
+waits for their results, which is the only time that it waits for the device.
 """
 
 import contextlib
@@ -11,12 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from numpy.typing import ArrayLike
 
 from mimi_jax.boundary import as_numpy, check_batch_size, check_is_floating, transfers_allowed
 from mimi_jax.files.codes import check_range
-from mimi_jax.model import DecoderState, EncoderState, Mimi, decode_step, encode_step
+from mimi_jax.model import HALVES, DecoderState, EncoderState, Mimi, decode_step, encode_step
 from mimi_jax.nn.streaming import State
 
 # Frames per step, longest first. If many frames are waiting, eight at a time are several times as fast as one
@@ -27,9 +31,9 @@ STEP_FRAMES = (8, 1)
 class _Stream(Generic[State]):
     """What both directions share: a batch of streams that continue together, and that may have stopped."""
 
-    def __init__(self, model: Mimi, init_state: Callable[[int], State], batch_size: int):
+    def __init__(self, model: Mimi, half: str, init_state: Callable[[int], State], batch_size: int):
         self.config, self.batch_size, self._model = model.config, check_batch_size(batch_size), model
-        self._parameters, self._structure = jax.tree.flatten(model)
+        self._parameters, self._structure = jax.tree.flatten(_only(half, model))
         self._init_state = init_state
         self.reset()
 
@@ -37,8 +41,8 @@ class _Stream(Generic[State]):
         """Start new streams, as if nothing had been pushed yet."""
         self._state, self._stopped = self._fresh_state(), ""
 
-    def _fresh_state(self) -> State:
-        return fresh_state(self._init_state, self.batch_size)
+    def _fresh_state(self) -> tuple[State, State]:
+        return split_rings(fresh_state(self._init_state, self.batch_size))
 
     def _check_not_stopped(self) -> None:
         if self._stopped:
@@ -77,7 +81,7 @@ class StreamingEncoder(_Stream[EncoderState]):
 
     def __init__(self, model: Mimi, batch_size: int = 1, num_quantizers: int | None = None):
         self.num_quantizers = model.quantizer.resolve_count(num_quantizers)
-        super().__init__(model, model.init_encoder_state, batch_size)
+        super().__init__(model, "encoder", model.init_encoder_state, batch_size)
 
     def reset(self) -> None:
         super().reset()
@@ -91,7 +95,7 @@ class StreamingEncoder(_Stream[EncoderState]):
             silence = np.zeros((self.batch_size, self.config.audio_channels, num_samples), np.float32)
             state = self._fresh_state()
             for _ in range(2):  # the first step may change on which devices the arrays of a state are
-                state, _ = self._step(state, silence, num_samples)
+                state, _ = self._step(state, silence)
 
     def push(self, audio: ArrayLike) -> np.ndarray | None:
         """Continue the streams by any number of samples, from none to minutes.
@@ -113,11 +117,11 @@ class StreamingEncoder(_Stream[EncoderState]):
         with self._stepping():
             for frames in _steps(audio.shape[2] // size):
                 stop = start + frames * size
-                self._state, new = self._step(self._state, audio[:, :, start:stop], stop - start)
-                codes.append(np.asarray(new))
+                self._state, new = self._step(self._state, audio[:, :, start:stop])
+                codes.append(new)
                 start = stop
             self._pending = audio[:, :, start:].copy()  # a copy, or it would keep all of `audio` alive
-            return np.concatenate(codes, axis=2) if codes else None
+            return _fetch(codes)
 
     def flush(self) -> np.ndarray | None:
         """End the streams.
@@ -132,17 +136,16 @@ class StreamingEncoder(_Stream[EncoderState]):
         self._check_not_stopped()
         length, codes = self._pending.shape[2], None
         if length:
-            audio = np.pad(self._pending, [(0, 0), (0, 0), (0, self.config.frame_size - length)])
+            missing = [(0, 0), (0, 0), (0, self.config.frame_size - length)]
+            audio = np.pad(self._pending, missing, constant_values=np.nan)
             with self._stepping():
-                codes = np.asarray(self._step(self._state, audio, length)[1])
+                codes = np.asarray(self._step(self._state, audio)[1])
         self._stopped = "the stream has ended with flush()"
         return codes
 
-    def _step(self, state: EncoderState, audio: np.ndarray, length: int) -> tuple[EncoderState, jax.Array]:
-        """Step by whole frames, in which the first `length` samples are real."""
-        # Every step gets a mask, so that `flush` does not need a program of its own.
-        mask = np.broadcast_to(np.arange(audio.shape[2]) < length, (self.batch_size, audio.shape[2]))
-        return _encode_step(self._structure, self._parameters, state, audio, mask, self.num_quantizers)
+    def _step(self, state: tuple, audio: np.ndarray) -> tuple[tuple, jax.Array]:
+        """Step by whole frames, in which samples that do not exist are NaN."""
+        return _encode_step(self._structure, self._parameters, *state, audio, self.num_quantizers)
 
     def _check_audio(self, audio: ArrayLike) -> np.ndarray:
         """The audio as float32 [batch, channels, samples]."""
@@ -156,7 +159,7 @@ class StreamingEncoder(_Stream[EncoderState]):
                 f"audio must be [batch={batch}, channels={channels}, samples]{short}, got {list(array.shape)}"
             )
         check_is_floating(array)
-        array = array.astype(np.float32)
+        array = array.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise ValueError(
                 "audio has samples that are NaN or infinite, which would spoil the state of the stream"
@@ -182,7 +185,7 @@ class StreamingDecoder(_Stream[DecoderState]):
     """
 
     def __init__(self, model: Mimi, batch_size: int = 1):
-        super().__init__(model, model.init_decoder_state, batch_size)
+        super().__init__(model, "decoder", model.init_decoder_state, batch_size)
 
     @transfers_allowed()
     def warmup(self, num_quantizers: int | None = None) -> None:
@@ -195,7 +198,7 @@ class StreamingDecoder(_Stream[DecoderState]):
         for frames in STEP_FRAMES:
             state, codes = self._fresh_state(), np.zeros((self.batch_size, count, frames), np.int32)
             for _ in range(2):  # as in the encoder
-                state, _ = _decode_step(self._structure, self._parameters, state, codes)
+                state, _ = _decode_step(self._structure, self._parameters, *state, codes)
 
     def push(self, audio_codes: ArrayLike) -> np.ndarray | None:
         """Continue the streams by any number of frames, from none to minutes.
@@ -218,10 +221,10 @@ class StreamingDecoder(_Stream[DecoderState]):
         with self._stepping():
             for frames in _steps(codes.shape[2]):
                 piece = codes[:, :, start : start + frames]
-                self._state, new = _decode_step(self._structure, self._parameters, self._state, piece)
-                audio.append(np.asarray(new, np.float32))
+                self._state, new = _decode_step(self._structure, self._parameters, *self._state, piece)
+                audio.append(new)
                 start += frames
-            return np.concatenate(audio, axis=2) if audio else None
+            return _fetch(audio)
 
 
 def codes_as_numpy(model: Mimi, audio_codes: ArrayLike, batch_size: int = 1) -> np.ndarray:
@@ -264,24 +267,60 @@ def _steps(num_frames: int) -> Iterator[int]:
         num_frames %= size
 
 
-# All streams of models with the same structure share these programs. The new state takes the old one's
-# memory.
+def _fetch(results: list[jax.Array]) -> np.ndarray | None:
+    """The results of steps, one after the other in time. Here a push waits for the device."""
+    if not results:
+        return None
+    fetched = [np.asarray(result) for result in results]
+    return fetched[0] if len(fetched) == 1 else np.concatenate(fetched, axis=2)
+
+
+def _only(half: str, model: Mimi) -> Mimi:
+    """The model without its other half: every leaf that a program is called with takes time."""
+    model = nnx.clone(model)
+    for other, parts in HALVES.items():
+        for part in parts if other != half else ():
+            setattr(model, part, None)
+    return model
+
+
+def split_rings(state: State) -> tuple[State, State]:
+    """The rings of keys and values, and the rest of a state, each with None where the other has arrays.
+
+    Each step writes the rings into the memory of those before. The rest is small. If a step were given its
+    memory too, XLA would copy what the step still reads after it has written.
+    """
+    rings = jax.tree.map(lambda leaf: leaf if leaf.ndim == 4 else None, state)
+    return rings, jax.tree.map(lambda leaf: None if leaf.ndim == 4 else leaf, state)
+
+
+def join_rings(rings: State, rest: State) -> State:
+    """The inverse of `split_rings`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, rings, rest, is_leaf=lambda leaf: leaf is None)
+
+
+# All streams of models with the same structure share these programs.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
 def _encode_step(
     structure: Any,
     parameters: list,
-    state: EncoderState,
+    rings: EncoderState,
+    rest: EncoderState,
     audio: jax.Array,
-    padding_mask: jax.Array,
     num_quantizers: int,
-) -> tuple[EncoderState, jax.Array]:
-    return encode_step(jax.tree.unflatten(structure, parameters), state, audio, padding_mask, num_quantizers)
+) -> tuple[tuple[EncoderState, EncoderState], jax.Array]:
+    # Every step has a mask, so that `flush` does not need a program of its own.
+    model, mask = jax.tree.unflatten(structure, parameters), ~jnp.isnan(audio[:, 0])
+    state, codes = encode_step(model, join_rings(rings, rest), audio, mask, num_quantizers)
+    return split_rings(state), codes
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode_step(
-    structure: Any, parameters: list, state: DecoderState, codes: jax.Array
-) -> tuple[DecoderState, jax.Array]:
-    return decode_step(jax.tree.unflatten(structure, parameters), state, codes)
+    structure: Any, parameters: list, rings: DecoderState, rest: DecoderState, codes: jax.Array
+) -> tuple[tuple[DecoderState, DecoderState], jax.Array]:
+    model = jax.tree.unflatten(structure, parameters)
+    state, audio = decode_step(model, join_rings(rings, rest), codes)
+    return split_rings(state), audio.astype(jnp.float32)

@@ -37,6 +37,11 @@ BESIDE_OTHERS = ROWS.replace(
 
 ALL = ROWS.replace("slice(%block)", "add(%block, %x)")
 
+CONVERTED_ROWS = ROWS.replace("f32[2,4]", "bf16[2,4]").replace(
+    "  ROOT %part = bf16[2,4]{1,0} slice(%block)",
+    "  %half = bf16[40]{0} convert(%block)\n  ROOT %part = bf16[2,4]{1,0} slice(%half)",
+)
+
 IN_PLACE = """
 %write (x: f32[100,4], new: f32[1,4], i: s32[]) -> f32[100,4] {
   %x = f32[100,4]{1,0} parameter(0)
@@ -114,6 +119,7 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
         (ADD, 40 + 20 + 40),
         (ROWS, 32 + 4 + 32),
         (BESIDE_OTHERS, 32 + 4 + 32),
+        (CONVERTED_ROWS, 32 + 4 + 16),
         (ALL, 1600 + 4 + 32),
         (IN_PLACE, 16 + 4 + 16),
         (SEVERAL_IN_PLACE, 16 + 4 + 8 + 4),
@@ -125,6 +131,7 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
         "operands",
         "rows",
         "beside others",
+        "converted rows",
         "all",
         "in place",
         "several in place",

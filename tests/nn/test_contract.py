@@ -84,6 +84,8 @@ LAYERS = {
     "encoder": Row(lambda rngs: Encoder(CONFIG, rngs=rngs), 1, 6),
     "decoder stage": Row(lambda rngs: DecoderStage(CONFIG, 4, 3, rngs=rngs), 4),
     "decoder": Row(lambda rngs: Decoder(CONFIG, rngs=rngs), 8),
+    "encoder, unusual": Row(lambda rngs: Encoder(UNUSUAL, rngs=rngs), 1, 6),
+    "decoder, unusual": Row(lambda rngs: Decoder(UNUSUAL, rngs=rngs), 8),
 }
 
 
@@ -178,14 +180,30 @@ def ragged(case: Case) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield lengths, np.where(beyond[..., None], np.float32(case.garbage), case.x)
 
 
+FEW_PASSES = {"encoder_front": "few_passes", "decoder_back": "few_passes"}
+
+
 @pytest.mark.parametrize(
-    "limits", [policy.PieceBytes(1000, 300), policy.PieceBytes(1000, 700), policy.PieceBytes(2000, 2000)]
+    ("limits", "compute"),
+    [
+        ((1000, 300), "portable"),
+        ((1000, 700), "portable"),
+        ((2000, 2000), "portable"),
+        ((144, 144), FEW_PASSES),
+        ((2000, 2000), FEW_PASSES),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("case", ["encoder", "decoder"], indirect=True)
-def test_networks_in_pieces_equal_layer_by_layer(case: Case, limits: policy.PieceBytes):
+@pytest.mark.parametrize(
+    "case", ["encoder", "encoder, unusual", "decoder", "decoder, unusual"], indirect=True
+)
+def test_networks_in_pieces_equal_layer_by_layer(
+    case: Case, limits: tuple[int, int], compute: str | dict[str, str]
+):
     """In pieces of pieces, as on a CPU, and in large ones, as on a GPU. A step of 25 Hz has 144 bytes."""
     network: Any = case.layer
-    in_pieces = jax.jit(functools.partial(network.step_in_pieces, limits))
+    computing = policy.computing(policy.resolve(compute))
+    in_pieces = jax.jit(computing(functools.partial(network.step_in_pieces, policy.PieceBytes(*limits))))
     in_order = jax.jit(network.step_layers)
     assert "while" in in_pieces.lower(case.init_state(), case.x, None).as_text()
     for lengths, _ in ragged(case):

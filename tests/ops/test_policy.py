@@ -78,6 +78,7 @@ def test_fused_attention_may_be_used_on_the_devices_that_have_it(
     if capability is not None:
         device.compute_capability = capability
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(policy, "are_exact", lambda _: True)
     assert policy.resolve("auto").fused == fused
 
 
@@ -85,8 +86,12 @@ FITS = MimiConfig(num_filters=32)
 STAGES = ("encoder_stage", "decoder_stage")
 
 
+def shape(time: int, channels: int, dtype: str) -> Any:
+    return jax.ShapeDtypeStruct((1, time, channels), dtype)
+
+
 def stage_choice(
-    compute: policy.Compute, config: MimiConfig = FITS, dtype: str = "bfloat16", time: int = 8
+    compute: policy.Compute, config: MimiConfig = FITS, dtype: str = "bfloat16", time: int = 2**15
 ) -> list[dict[str, str]]:
     """What an encoder stage and a decoder stage are computed by, for each platform."""
     encoder_stage = jax.eval_shape(lambda: EncoderStage(config, config.num_filters, 4, rngs=nnx.Rngs(0)))
@@ -94,7 +99,7 @@ def stage_choice(
     found = []
     with policy.computing(compute):
         for stage, channels in ((encoder_stage, config.num_filters), (decoder_stage, 2 * config.num_filters)):
-            found.append(policy.part_choice(stage, jnp.zeros((1, time, channels), dtype)))
+            found.append(policy.part_choice(stage, shape(time, channels, dtype)))
     return found
 
 
@@ -106,12 +111,46 @@ def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.Mon
     assert stage_choice(ampere, dtype="float16") == [triton] * 2
     assert stage_choice(ampere, dtype="float32") == [layers] * 2
     assert stage_choice(ampere, time=0) == [layers] * 2
-    assert stage_choice(ampere, time=6) == [layers, triton]  # the encoder refuses it
+    assert stage_choice(ampere, time=2**15 + 2) == [layers, triton]  # the encoder refuses it
+    assert stage_choice(ampere, time=2**15 - 4) == [layers] * 2  # a step
     assert stage_choice(policy.Compute(fused=("cuda",), capability=80)) == [layers] * 2  # many devices
     assert stage_choice(policy.Compute(fused=("tpu",), one_device=True)) == [layers] * 2
     assert stage_choice(policy.PORTABLE) == [layers] * 2
     monkeypatch.setattr(triton_stages, "is_available", lambda: False)
     assert stage_choice(ampere) == [layers] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "fused"),
+    [
+        ({}, ["encoder_front", "decoder_back"]),
+        ({"num_filters": 64}, ["encoder_front", "decoder_back"]),
+        ({"num_filters": 128}, []),
+        ({"audio_channels": 2}, []),
+        ({"residual_kernel_size": 5}, []),
+        ({"kernel_size": 17, "last_kernel_size": 4}, []),
+        ({"kernel_size": 17}, ["decoder_back"]),
+        ({"pad_mode": "replicate"}, []),
+    ],
+    ids=str,
+)
+def test_ends_next_to_the_waveform_are_chosen_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], fused: list[str]
+):
+    monkeypatch.setattr(triton_stages, "is_available", lambda: True)
+    config = dataclasses.replace(FITS, **fields)
+    model = checkpoint.abstract_model(config)
+    found = []
+    with policy.computing(policy.Compute(fused=("cuda",), one_device=True, capability=80)):
+        for network in (model.encoder, model.decoder):
+            assert network is not None
+            for group in network.groups():
+                if group.operation:
+                    channels = config.audio_channels if network is model.encoder else 2 * config.num_filters
+                    choice = policy.part_choice(group, shape(2**15, channels, "bfloat16"))["cuda"]
+                    assert choice in ("few_passes", "triton")
+                    found += [group.operation] if choice == "triton" else []
+    assert found == fused
 
 
 @pytest.mark.parametrize(
@@ -178,12 +217,12 @@ def test_stages_under_vmap_are_computed_layer_by_layer(monkeypatch: pytest.Monke
     x = jnp.asarray(noise(2, 1, 8, 32), jnp.bfloat16)
     expected = jax.vmap(stage)(x)
 
-    def call(*_: Any, **__: Any) -> list[jax.Array]:
-        return [jnp.zeros((1, 4, 64), "bfloat16"), jnp.zeros((1, 2, 32), "bfloat16")]
+    def call(*_: Any, outputs: list[tuple[int, ...]], **__: Any) -> list[jax.Array]:
+        return [jnp.zeros(shape, "bfloat16") for shape in outputs]
 
     monkeypatch.setattr(triton_stages, "call", call)
     with policy.computing(policy.resolve({"encoder_stage": "triton"})):
-        assert not stage(x[0]).any()
+        assert not np.array_equal(stage(x[0]), expected[0])
         np.testing.assert_array_equal(jax.vmap(stage)(x), expected)
 
 

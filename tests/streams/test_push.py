@@ -253,6 +253,48 @@ def test_an_interrupt_after_the_last_step_stops_the_stream_too(monkeypatch: pyte
         encoder.push(noise(20))
 
 
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_a_push_waits_once_and_a_step_takes_one_array(direction: str, monkeypatch: pytest.MonkeyPatch):
+    """All steps of a push are under way before the first result is fetched. A step starts one program, with
+    one array from the host."""
+    if direction == "encode":
+        stream, pushed = StreamingEncoder(MODEL), noise(19 * FRAME)
+    else:
+        stream, pushed = StreamingDecoder(MODEL), np.zeros((CODEBOOKS, 19), int)
+    stream.push(pushed)  # which takes the fresh state to the device
+    name, events = f"_{direction}_step", []
+    step = getattr(push_module, name)
+
+    class Result:
+        def __init__(self, array: jax.Array):
+            self._array = array
+
+        def __array__(self, *_, **__) -> np.ndarray:
+            events.append("fetch")
+            return np.asarray(self._array)
+
+    def counted(*args: Any) -> tuple:
+        from_host = [leaf for leaf in jax.tree.leaves(args[1:-1] if direction == "encode" else args[1:])]
+        events.append(sum(not isinstance(leaf, jax.Array) for leaf in from_host))
+        state, result = step(*args)
+        return state, Result(result)
+
+    monkeypatch.setattr(push_module, name, counted)
+    with count_compilations() as compiled:
+        stream.push(pushed)
+    assert compiled == []
+    assert events == [1] * 5 + ["fetch"] * 5  # 8, 8, 1, 1 and 1 frames
+
+
+def test_an_encoder_does_without_the_decoder():
+    encoder, decoder = StreamingEncoder(MODEL), StreamingDecoder(MODEL)
+    for stream, halves in ((encoder, ("encoder", "upsample")), (decoder, ("decoder", "downsample"))):
+        kept, dropped = halves
+        model = jax.tree.unflatten(stream._structure, stream._parameters)
+        assert getattr(model, kept) is not None and getattr(model, dropped) is None
+    assert MODEL.encoder is not None and MODEL.decoder is not None
+
+
 class Interrupting:
     """Codes that raise KeyboardInterrupt when they are converted to NumPy."""
 
