@@ -56,9 +56,11 @@ GPU_TESTS = ["tests/test_gpu.py", "tests/ops"]  # where all tests with the marke
 
 
 def tests(folders: Folders, small: bool) -> list[str]:
-    """In four processes where that is possible: most of the time goes into compiling."""
+    """In four processes where that is possible, since most of the time goes into compiling. A warning is no
+    reason to lose a test there.
+    """
     parallel = ["-p", "xdist.plugin", "--numprocesses", "4"] if importlib.util.find_spec("xdist") else []
-    return ["-m", "pytest", "-m", "gpu", "-rsfE", "--durations", "20", *parallel, *GPU_TESTS]
+    return ["-m", "pytest", "-m", "gpu", "-W", "default", "-rsfE", "--durations", "20", *parallel, *GPU_TESTS]
 
 
 def profile(folders: Folders, small: bool) -> list[str]:
