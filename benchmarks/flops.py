@@ -7,16 +7,30 @@ from mimi_jax import MimiConfig
 
 def count_flops(config: MimiConfig, seconds: float, codebooks: int) -> dict[str, int]:
     """FLOPs of "encode" and of "decode" for one clip; a multiply-add counts as two."""
+    return {
+        direction: sum(parts.values()) for direction, parts in count_parts(config, seconds, codebooks).items()
+    }
+
+
+def count_parts(config: MimiConfig, seconds: float, codebooks: int) -> dict[str, dict[str, int]]:
+    """The same, by part of the network: "convolutions", "Transformer" and "RVQ"."""
     frames = math.ceil(round(seconds * config.sampling_rate) / config.frame_size)
     steps, size, dim = frames * config.latent_stride, config.hidden_size, config.codebook_dim
     projections = 2 * frames * size * dim if dim != size else 0  # of the semantic and the acoustic quantizer
     distances = frames * codebooks * config.codebook_size * dim
     resampling = 2 * steps * size * size  # its kernel is two strides long
     sizes = config.kernel_size, config.last_kernel_size
-    both = transformer_products(config, steps)
-    encode = seanet_products(config, steps, *sizes) + both + resampling + projections + distances
-    decode = seanet_products(config, steps, *reversed(sizes)) + both + projections
-    return {"encode": 2 * encode, "decode": 2 * (decode + resampling // config.upsample_groups)}
+    transformer = transformer_products(config, steps)
+    encode = seanet_products(config, steps, *sizes) + resampling
+    decode = seanet_products(config, steps, *reversed(sizes)) + resampling // config.upsample_groups
+    return {
+        "encode": {
+            "convolutions": 2 * encode,
+            "Transformer": 2 * transformer,
+            "RVQ": 2 * (projections + distances),
+        },
+        "decode": {"convolutions": 2 * decode, "Transformer": 2 * transformer, "RVQ": 2 * projections},
+    }
 
 
 def seanet_products(config: MimiConfig, steps: int, outer_kernel: int, inner_kernel: int) -> int:

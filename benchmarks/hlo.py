@@ -45,6 +45,7 @@ class DeviceKernel(NamedTuple):
 
     source: str  # the JAX name of its last operation
     bytes: int  # read and written, in all its runs
+    name: str  # of the operation in the program
 
 
 class Computation(NamedTuple):
@@ -128,7 +129,8 @@ def _kernels(computations: dict[str, Computation], name: str, times: int) -> Ite
             raise ValueError(f"cannot count an operation of the kind {operation.kind}: {operation.name}")
         else:
             [source, *_] = [*re.findall(r'op_name="([^"]*)"', operation.text), operation.kind]
-            yield DeviceKernel(source.rpartition("/")[2], times * _moved(computations, name, operation))
+            moved = times * _moved(computations, name, operation)
+            yield DeviceKernel(source.rpartition("/")[2], moved, operation.name)
 
 
 def _moved(computations: dict[str, Computation], name: str, operation: Operation) -> int:

@@ -15,14 +15,46 @@ if TYPE_CHECKING:  # it loads JAX, and some benchmarks choose JAX's device after
 
 SAMPLE = Path(mimi_jax.__file__).parent / "samples" / "speech.flac"
 CODEBOOKS = 8  # that every implementation uses where speed is measured
+# So small that everything can be tried on a CPU in seconds.
+SMALL = MimiConfig(
+    num_filters=2,
+    upsampling_ratios=(5, 4),
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=16,
+    sliding_window=5,
+    upsample_groups=16,
+    num_quantizers=8,
+    codebook_size=16,
+    codebook_dim=8,
+    vector_quantization_hidden_dimension=8,
+)
 CLIP_SECONDS = 10  # of audio in one clip, for codes and audio that are compared
 
 
-def random_model() -> "Mimi":
-    """The published architecture with random weights. Enough for speed; for codes see `load_model`."""
-    from flax import nnx
+def random_model(config: MimiConfig | None = None) -> "Mimi":
+    """A model with random weights, by default of the published size. Enough for speed; for codes see
+    `load_model`.
 
-    return mimi_jax.Mimi(MimiConfig(), rngs=nnx.Rngs(0))
+    NumPy draws the weights, always the same ones, so that nothing compiles.
+    """
+    from mimi_jax.checkpoint.parameters import abstract_model, fill, parameters
+
+    generator = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith(("initialized", "cluster_usage")):
+            return np.ones(shape, np.float32)
+        if name.endswith("embedding_sum"):
+            scale = 1.0
+        else:
+            scale = 0.3 if len(shape) == 1 else math.prod(shape[:-1]) ** -0.5
+        return np.float32(scale) * generator.standard_normal(shape, np.float32)
+
+    model = abstract_model(config or MimiConfig())
+    return fill(model, {name: draw(name, value.shape) for name, value in parameters(model).items()}, None)
 
 
 def save_random_model(folder: str | Path) -> None:

@@ -14,11 +14,13 @@ import safetensors
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from mimi_jax import checkpoint
+from benchmarks.inputs import SAMPLE, random_model
+from mimi_jax import checkpoint, load_audio
 from mimi_jax.config import MimiConfig
 from mimi_jax.model import Mimi
 
 FIXTURES = Path(__file__).parent / "fixtures"
+WIDE = FIXTURES / "wide.npz"
 SMALLEST_GAP = 1e-5  # of two distances that rounding cannot tell apart, in units of the vector's norm
 
 Tree = TypeVar("Tree")
@@ -53,6 +55,40 @@ def load_fixture(name: str) -> Fixture:
     model = checkpoint.fill(model, checkpoint.read_tensors(weights, model, name), None)
     indices = sorted(key.split("/")[1] for key in tensors if key.startswith("audio/"))
     return Fixture(model, [Clip(*(tensors[f"{field}/{i}"] for field in Clip._fields)) for i in indices])
+
+
+@functools.cache
+def wide_model() -> Mimi:
+    """Layers of the published sizes, but one Transformer layer and 8 codebooks: the model of `WIDE`."""
+    return random_model(MimiConfig(num_hidden_layers=1, num_quantizers=8))
+
+
+def wide_audio() -> np.ndarray:
+    """Two clips of five frames of speech, float32 [2, 1, samples]."""
+    return load_audio(SAMPLE)[0, 24_000 : 24_000 + 2 * 9600].reshape(2, 1, 9600)
+
+
+def wide_sum(model: Mimi) -> float:
+    return sum(float(np.abs(np.asarray(leaf, np.float64)).sum()) for leaf in jax.tree.leaves(model))
+
+
+def load_wide() -> dict[str, np.ndarray]:
+    """The results in `WIDE`, as `tests/fixtures/wide.py` describes them."""
+    with np.load(WIDE) as file:
+        results = dict(file)
+    # NumPy promises the same random numbers for the same seed, but not for all time.
+    np.testing.assert_allclose(wide_sum(wide_model()), results["weights"], rtol=1e-9)
+    return results
+
+
+def check_wide(latents: ArrayLike, codes: ArrayLike, audio_values: ArrayLike) -> None:
+    """Compare what a device computes of `wide_audio` in float32 with what is stored."""
+    stored = load_wide()
+    assert relative_error(latents, stored["latents"]) < 1e-5
+    for row in range(2):
+        expected = stored["audio_codes"][row]
+        check_ties(wide_model(), stored["latents"][row], np.asarray(codes)[row], expected)
+    assert relative_error(audio_values, stored["audio_values"]) < 1e-5
 
 
 def random_like(tree: Tree, seed: int) -> Tree:

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from mimi_jax.model import Mimi
-from tests.models import fixture_names, load_fixture, relative_error
+from tests.models import (
+    check_wide,
+    fixture_names,
+    load_fixture,
+    load_wide,
+    relative_error,
+    wide_audio,
+    wide_model,
+)
 
 # Clip 0 is six windows long, clip 1 ends inside a frame (in `kyutai` all frames are whole), clip 2 has 3
 # samples. Compiling for a length takes a second, so most options skip clip 0, which adds nothing but length.
@@ -32,3 +40,13 @@ def test_equals_the_reference(name: str, clip: int):
 
 def test_no_fixture_is_missing():
     assert len(fixture_names()) == 15
+
+
+def test_layers_of_the_published_sizes_give_what_is_stored():
+    """What GPUs are compared with, in tests/test_gpu.py."""
+    model = wide_model()
+    latents, codes, _ = roundtrip(model, wide_audio())
+    audio = jax.jit(lambda model, codes: model.decode_latents(model.dequantize(codes)))(
+        model, load_wide()["audio_codes"]
+    )
+    check_wide(latents, codes, audio)

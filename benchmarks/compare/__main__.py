@@ -1,7 +1,7 @@
 """Compare mimi_jax with other implementations of Mimi: speed, start-up and memory, same audio and weights.
 
     python -m benchmarks.compare [--device gpu] [--only CASE ...] [--systems SYSTEM ...]
-        [--markdown FILE] [--json FILE]
+        [--models FOLDER] [--markdown FILE] [--json FILE]
 
 Full size, random weights, 8 codebooks in every system. A system that is not installed is left out
 (`make parity` installs transformers and moshi, `pip install rustymimi` the other one). The systems take turns
@@ -15,6 +15,8 @@ Cases:
     encode-step-8, ...              a frame of 80 ms of 8 streams, host to host, with the 99th percentile
 
 The numbers in a case's name may be others than those of the default cases, for example `encode-step-64`.
+Steps of this package are those of `push`, and the systems `mimi_jax-step-...` are `encode_step` and
+`decode_step` alone, compiled with their state donated, host to host too.
 "of the ceiling" is the speed of the matrix products that a case needs, counted from the configuration, as
 a share of what `gemm` reaches in JAX in the same arithmetic, between the runs of the case.
 
@@ -45,6 +47,7 @@ from benchmarks.compare.systems import (
 from benchmarks.inputs import CODEBOOKS
 from benchmarks.report import Report, add_markdown_option
 from benchmarks.timing import Budget
+from mimi_jax import MimiConfig
 
 
 def case_name(text: str) -> str:
@@ -71,6 +74,9 @@ def parse_options() -> argparse.Namespace:
         "--seconds", type=float, default=60.0, help="the most that each system may take in a case"
     )
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to this file")
+    parser.add_argument(
+        "--models", type=Path, metavar="FOLDER", help="with the weights of all systems; made if there is none"
+    )
     add_markdown_option(parser)
     options = parser.parse_args()
     options.systems = options.systems or list(SYSTEMS[options.device])
@@ -99,9 +105,11 @@ def measure_all(folder: Path, options: argparse.Namespace) -> None:
     names, budget = installed(options.systems), Budget(options.repeats, options.seconds)
     wanted = options.only or cases.default_cases(options.device)
     results: dict[str, dict[str, Result]] = {}
-    # In a new process, for the sake of `start` and `memory`; see `systems`.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pool.submit(save_models, folder).result()
+    if not folder.exists():
+        # In a new process, for the sake of `start` and `memory`; see `systems`.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(save_models, folder).result()
+    config = MimiConfig.from_json(folder / "transformers" / "config.json")
     for case, measure in (("start", measure_start), ("memory", measure_memory)):
         if case in wanted:
             results[case] = measure(folder, names, options.device, budget)
@@ -112,9 +120,9 @@ def measure_all(folder: Path, options: argparse.Namespace) -> None:
         if case == "gemm":
             results[case] = cases.measure_gemm(systems, options.device, budget)
         elif is_step(case):
-            results[case] = cases.measure_steps(case, systems, options.steps, budget)
+            results[case] = cases.measure_steps(case, config, systems, options.steps, budget)
         elif case not in results:
-            results[case] = cases.measure_clips(case, systems, options.device, budget)
+            results[case] = cases.measure_clips(case, config, systems, options.device, budget)
         for row in table_rows(case, results[case]):
             report.row(row)
     report.save(options.markdown)
@@ -127,7 +135,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cuda,cpu" if options.device == "gpu" else "cpu"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs memory too
     with tempfile.TemporaryDirectory() as folder:
-        measure_all(Path(folder), options)
+        measure_all(options.models or Path(folder, "models"), options)
 
 
 if __name__ == "__main__":

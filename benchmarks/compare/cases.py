@@ -29,16 +29,19 @@ def default_cases(device: str) -> list[str]:
     return ["start", "memory", "gemm", *clips, *steps]
 
 
-def measure_clips(case: str, systems: dict[str, System], device: str, budget: Budget) -> dict[str, Result]:
+def measure_clips(
+    case: str, config: MimiConfig, systems: dict[str, System], device: str, budget: Budget
+) -> dict[str, Result]:
     """Milliseconds of a case such as `encode-8x10`, with the ceiling measured between its runs."""
     direction, clips = case.split("-")
     batch, seconds = map(int, clips.split("x"))
-    config = MimiConfig()
     array = make_clips(config, direction, batch, seconds)
     if device == "gpu" and (torch := sys.modules.get("torch")):
         torch.cuda.empty_cache()  # of the case before
     runs: dict[str, Run] = {}
     for name, system in systems.items():
+        if system.clip is None:
+            continue
         runs[name] = system.clip(direction, array)
         package, kind = name.split("-")[0], name.split("-")[-1]
         if package == "mimi_jax":  # right after it, when no thread of another library spins
@@ -60,13 +63,15 @@ def measure_clips(case: str, systems: dict[str, System], device: str, budget: Bu
     }
 
 
-def measure_steps(case: str, systems: dict[str, System], num_steps: int, budget: Budget) -> dict[str, Result]:
+def measure_steps(
+    case: str, config: MimiConfig, systems: dict[str, System], num_steps: int, budget: Budget
+) -> dict[str, Result]:
     """Milliseconds of the steps of a case such as `encode-step-8`: one frame of each stream, host to host.
 
     Each step attends to a whole window of 10 s, however young the streams are, in this package and in moshi.
     """
     direction, _, batch = case.split("-")
-    frames = make_frames(MimiConfig(), direction, int(batch))
+    frames = make_frames(config, direction, int(batch))
 
     def run_of(step: Step) -> Run:
         endless = itertools.cycle(frames)

@@ -37,8 +37,9 @@ def table_rows(case: str, results: dict[str, Result]) -> Iterator[list[str]]:
     """A row for each system, with the columns `COLUMNS`; what does not apply stays empty."""
     baseline = results.get(STEP_BASELINE if is_step(case) else BASELINE)
     for name, result in results.items():
-        p99 = f"{np.percentile(result.values, 99):,.1f} {result.unit}" if is_step(case) else ""
-        cells = [case, name, f"{result.median:,.1f} {result.unit}", p99, str(len(result.values)), *[""] * 4]
+        p99 = number(np.percentile(result.values, 99), result.unit) if is_step(case) else ""
+        median, count = number(result.median, result.unit), str(len(result.values))
+        cells = [case, name, median, p99, count, *[""] * 4]
         if baseline:
             cells[5] = f"{baseline.median / result.median:.2f}x"
         if result.audio_seconds:
@@ -48,6 +49,10 @@ def table_rows(case: str, results: dict[str, Result]) -> Iterator[list[str]]:
         if result.equal_codes is not None:
             cells[8] = f"{result.equal_codes:.2%}"
         yield cells
+
+
+def number(value: float, unit: str) -> str:
+    return f"{value:,.1f} {unit}" if value >= 10 else f"{value:.3f} {unit}"
 
 
 def write_json(path: str, results: dict[str, dict[str, Result]]) -> None:

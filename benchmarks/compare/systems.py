@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.inputs import CODEBOOKS, random_model, write_speech
 from benchmarks.timing import Run, warn
+from mimi_jax import MimiConfig
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +28,14 @@ MODES = ("eager", "compile", "graphs")  # of torch; "graphs" is "reduce-overhead
 SYSTEMS = {
     "cpu": (
         *(f"mimi_jax-{kind}" for kind in KINDS["cpu"]),
+        *(f"mimi_jax-step-{kind}" for kind in KINDS["cpu"]),
         *(f"transformers-{mode}-float32" for mode in MODES[:2]),
         "moshi-float32",
         "rustymimi-float32",
     ),
     "gpu": (
         *(f"mimi_jax-{kind}" for kind in KINDS["gpu"]),
+        *(f"mimi_jax-step-{kind}" for kind in KINDS["gpu"]),
         *(f"transformers-{mode}-{kind}" for mode, kind in itertools.product(MODES, KINDS["gpu"])),
         "moshi-float32",
     ),
@@ -48,17 +51,21 @@ class System(NamedTuple):
     """One implementation, loaded, in one arithmetic."""
 
     # From "encode" or "decode" and an input on the host to a function that computes the output, on the host.
-    clip: Callable[[str, np.ndarray], Run]
+    clip: Callable[[str, np.ndarray], Run] | None
     # From "encode" or "decode" and a batch size to a context that gives the function of one streaming step.
     stream: Callable[[str, int], AbstractContextManager[Step]] | None = None
 
 
-def save_models(folder: Path) -> None:
-    """The same random weights in the layouts of all systems, and a clip of 10 s."""
+def save_models(folder: Path, config: MimiConfig | None = None) -> None:
+    """The same random weights in the layouts of all systems, and a clip of 10 s.
+
+    Args:
+        config: of another size than the published one, which Kyutai's layout cannot hold.
+    """
     from mimi_jax.checkpoint import save
 
-    model = random_model()
-    for layout in ("transformers", "kyutai"):
+    model = random_model(config)
+    for layout in ("transformers", "kyutai") if config is None else ("transformers",):
         save(model, folder / layout, layout)
     write_speech(folder / "clip.wav", 10 / 60, model.config.sampling_rate)
 
@@ -87,6 +94,8 @@ def load_system(name: str, folder: Path, device: str) -> System:
     match name.split("-"):
         case ["mimi_jax", kind]:
             return load_mimi_jax(folder, kind)
+        case ["mimi_jax", "step", kind]:
+            return load_bare_steps(folder, kind)
         case ["transformers", mode, kind]:
             return load_transformers(folder, mode, kind, TORCH_DEVICE[device])
         case ["moshi", _]:
@@ -95,15 +104,22 @@ def load_system(name: str, folder: Path, device: str) -> System:
             return load_rustymimi(folder)
 
 
-def load_mimi_jax(folder: Path, kind: str) -> System:
-    import jax
+def load_model_of_kind(folder: Path, kind: str) -> "Mimi":
     import jax.numpy as jnp
 
     import mimi_jax
 
     precision = "default" if kind == "tf32" else "highest"
     model = mimi_jax.Mimi.from_pretrained(folder / "transformers", precision=precision)
-    model = model.astype(jnp.bfloat16) if kind == "bfloat16" else model
+    return model.astype(jnp.bfloat16) if kind == "bfloat16" else model
+
+
+def load_mimi_jax(folder: Path, kind: str) -> System:
+    import jax
+
+    import mimi_jax
+
+    model = load_model_of_kind(folder, kind)
 
     def clip(direction: str, array: np.ndarray) -> Run:
         x = array if jax.default_backend() == "cpu" else jax.block_until_ready(jax.device_put(array))
@@ -124,6 +140,45 @@ def make_step(model: "Mimi", direction: str, batch: int) -> Step:
     if direction == "encode":
         return mimi_jax.StreamingEncoder(model, batch, CODEBOOKS).push
     return mimi_jax.StreamingDecoder(model, batch).push
+
+
+def load_bare_steps(folder: Path, kind: str) -> System:
+    """What `push` adds to: a step as a program of one's own, without checks, pieces and masks."""
+    model = load_model_of_kind(folder, kind)
+
+    def stream(direction: str, batch: int) -> AbstractContextManager[Step]:
+        compute, parameters, state = make_bare_step(model, direction, batch)
+
+        def step(frame: np.ndarray) -> np.ndarray:
+            nonlocal state
+            state, output = compute(parameters, state, frame)
+            return np.asarray(output)
+
+        return contextlib.nullcontext(step)
+
+    return System(None, stream)
+
+
+def make_bare_step(model: "Mimi", direction: str, batch: int) -> tuple[Any, list, Any]:
+    """A compiled function of parameters, state and frame, then its parameters and the first state.
+
+    It gives the next state and the output. The next state takes the memory of the state before it.
+    """
+    import jax
+
+    import mimi_jax
+
+    parameters, structure = jax.tree.flatten(model)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(parameters: list, state: Any, frame: Any) -> Any:
+        model = jax.tree.unflatten(structure, parameters)
+        if direction == "encode":
+            return mimi_jax.encode_step(model, state, frame, num_quantizers=CODEBOOKS)
+        return mimi_jax.decode_step(model, state, frame)
+
+    state = model.init_encoder_state(batch) if direction == "encode" else model.init_decoder_state(batch)
+    return step, parameters, state
 
 
 def load_transformers(folder: Path, mode: str, kind: str, device: str) -> System:

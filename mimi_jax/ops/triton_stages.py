@@ -39,11 +39,24 @@ HOPPER = 90
 MOST_CHANNELS_OF_ENDS = 64
 
 
+def import_jax_triton() -> Any:
+    """jax_triton, also with the Triton 3.6 that torch 2.11 asks for."""
+    from triton.backends.nvidia import driver  # pyright: ignore[reportMissingImports]
+
+    # Without this name, which is new in Triton 3.7, jax_triton takes the NVIDIA part of Triton for missing.
+    # It is CUDA's number of a type that no device kernel here has.
+    if not hasattr(driver, "TMA_TF32"):
+        driver.TMA_TF32 = 11
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    return jax_triton
+
+
 @functools.cache
 def is_available() -> bool:
     """Whether JAX can call Triton. If it cannot, a line of the log says so, once."""
     try:
-        import jax_triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import_jax_triton()
     except Exception as error:  # it fails in many ways beside a Triton that it does not know
         logging.getLogger("mimi_jax").warning(
             "half precision would be faster on this GPU with jax_triton (%s); on Python 3.12 or newer:"
@@ -150,7 +163,7 @@ def call(
 ) -> list[jax.Array]:
     """Run a device kernel of `triton_kernels` on `programs` tiles of each row of the batch."""
     try:
-        import jax_triton  # pyright: ignore[reportMissingImports]
+        jax_triton = import_jax_triton()
     except ImportError as error:
         raise ImportError(
             "fused stages need jax_triton and Python 3.12 or newer: pip install 'mimi_jax[cuda]'; or leave"

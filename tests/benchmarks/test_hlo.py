@@ -145,8 +145,8 @@ def test_bytes_read_and_written_are_counted(text: str, expected: int):
 
 
 def test_device_kernels_are_named_after_their_sources():
-    assert device_kernels(ADD) == [DeviceKernel("add(f32[99])", 100)]
-    assert device_kernels(CALL) == [DeviceKernel("custom-call", 64)]
+    assert device_kernels(ADD) == [DeviceKernel("add(f32[99])", 100, "sum")]
+    assert device_kernels(CALL) == [DeviceKernel("custom-call", 64, "called")]
 
 
 @pytest.mark.parametrize(

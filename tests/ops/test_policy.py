@@ -205,6 +205,20 @@ def test_one_line_of_the_log_says_that_triton_is_missing(
     assert "pip install 'mimi_jax[cuda]'" in record.getMessage()
 
 
+def test_jax_triton_finds_the_nvidia_part_of_an_older_triton(monkeypatch: pytest.MonkeyPatch):
+    """jax_triton looks for a name when it is imported, which Triton 3.6 lacks."""
+    names = ["triton", "triton.backends", "triton.backends.nvidia", "triton.backends.nvidia.driver"]
+    modules = {name: types.ModuleType(name) for name in [*names, "jax_triton"]}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    driver: Any = modules[names[-1]]
+    assert triton_stages.import_jax_triton() is modules["jax_triton"]
+    assert driver.TMA_TF32 == 11  # as in Triton 3.7
+    driver.TMA_TF32 = 12
+    triton_stages.import_jax_triton()
+    assert driver.TMA_TF32 == 12
+
+
 @pytest.mark.parametrize("kind", [EncoderStage, DecoderStage])
 def test_stages_that_triton_cannot_compute_are_refused_where_it_is_asked_for(kind: type):
     stage = kind(FITS, 64, 4, rngs=nnx.Rngs(0))
