@@ -34,7 +34,7 @@ NARROW = range(3, 33)
 
 # Steps have as few positions and frames, in all rows, and a step should be one CUDA graph. It can hold
 # neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
-STEP_POSITIONS, STEP_FRAMES = range(1, 2**15), range(1, 2**8)
+STEP_POSITIONS, STEP_FRAMES = range(1, 2**12), range(1, 2**8)
 
 # What the float32 units of an H100 compute while its memory moves a byte: 67 TFLOP/s by 3.35 TB/s. With fewer
 # operations a byte, memory is the limit of a product, and tensor cores do not help.

@@ -84,6 +84,8 @@ LAYERS = {
     "encoder": Row(lambda rngs: Encoder(CONFIG, rngs=rngs), 1, 6),
     "decoder stage": Row(lambda rngs: DecoderStage(CONFIG, 4, 3, rngs=rngs), 4),
     "decoder": Row(lambda rngs: Decoder(CONFIG, rngs=rngs), 8),
+}
+UNUSUAL_NETWORKS = {
     "encoder, unusual": Row(lambda rngs: Encoder(UNUSUAL, rngs=rngs), 1, 6),
     "decoder, unusual": Row(lambda rngs: Decoder(UNUSUAL, rngs=rngs), 8),
 }
@@ -133,7 +135,7 @@ class Case:
 
 @pytest.fixture(scope="module", params=LAYERS)
 def case(request: pytest.FixtureRequest) -> Case:
-    return Case(LAYERS[request.param])
+    return Case((LAYERS | UNUSUAL_NETWORKS)[request.param])
 
 
 def test_a_fresh_state_is_zero_and_has_the_batch_first(case: Case):
@@ -184,18 +186,17 @@ FEW_PASSES = {"encoder_front": "few_passes", "decoder_back": "few_passes"}
 
 
 @pytest.mark.parametrize(
-    ("limits", "compute"),
+    ("case", "limits", "compute"),
     [
-        ((1000, 300), "portable"),
-        ((1000, 700), "portable"),
-        ((2000, 2000), "portable"),
-        ((144, 144), FEW_PASSES),
-        ((2000, 2000), FEW_PASSES),
+        *[
+            (network, limits, "portable")
+            for network in ("encoder", "decoder")
+            for limits in ((1000, 300), (1000, 700), (2000, 2000))
+        ],
+        *[(network, (144, 144), FEW_PASSES) for network in ("encoder", "decoder", *UNUSUAL_NETWORKS)],
     ],
+    indirect=["case"],
     ids=str,
-)
-@pytest.mark.parametrize(
-    "case", ["encoder", "encoder, unusual", "decoder", "decoder, unusual"], indirect=True
 )
 def test_networks_in_pieces_equal_layer_by_layer(
     case: Case, limits: tuple[int, int], compute: str | dict[str, str]

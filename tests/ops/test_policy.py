@@ -112,7 +112,7 @@ def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.Mon
     assert stage_choice(ampere, dtype="float32") == [layers] * 2
     assert stage_choice(ampere, time=0) == [layers] * 2
     assert stage_choice(ampere, time=2**15 + 2) == [layers, triton]  # the encoder refuses it
-    assert stage_choice(ampere, time=2**15 - 4) == [layers] * 2  # a step
+    assert stage_choice(ampere, time=2**12 - 4) == [layers] * 2  # a step
     assert stage_choice(policy.Compute(fused=("cuda",), capability=80)) == [layers] * 2  # many devices
     assert stage_choice(policy.Compute(fused=("tpu",), one_device=True)) == [layers] * 2
     assert stage_choice(policy.PORTABLE) == [layers] * 2
