@@ -140,8 +140,7 @@ def make_model(
 ) -> mimi_jax.Mimi:
     """A model of full size that has shapes but no values. `stages` are those in Triton."""
     compute = policy.resolve("portable" if attention is None else {"attention": attention})
-    if stages:
-        compute = dataclasses.replace(compute, fused=("cuda",), capability=CAPABILITY)
+    compute = dataclasses.replace(compute, capability=CAPABILITY, fused=("cuda",) if stages else ())
     model = abstract_model(mimi_jax.MimiConfig(), precision=precision, compute=compute)
     return jax.eval_shape(lambda model: model.astype(dtype), model)
 

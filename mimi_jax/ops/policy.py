@@ -234,6 +234,11 @@ def _exact_choice(x: jax.Array, size_in: int, size_out: int) -> Choice:
     return choice
 
 
+def _on_gpus(name: str, choice: Choice) -> Choice:
+    """Also this on NVIDIA GPUs, if there is one: to trace a way that no device will take costs time."""
+    return choice if _compute.get().capability is None else {"cuda": name} | choice
+
+
 def _implementations(operation: str, table: Implementations, choice: Choice) -> Implementations:
     """By platform. An implementation that was asked for is used on all of them."""
     if asked := dict(_compute.get().asked).get(operation):
@@ -261,7 +266,7 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
     if x.dtype in HALF_PRECISION and taps % stride == 0 and dilation == 1:
         choice["cpu"] = "strides"  # XLA:CPU has no convolutions in half precision
     if _positions(x) in STEP_POSITIONS:
-        choice.setdefault("cuda", "windows")
+        choice = _on_gpus("windows", choice)
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)
 
 
@@ -278,7 +283,7 @@ def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: 
     elif _positions(x) in NARROW:
         choice["cpu"] = "convolution"
     if _positions(x) in few_rows.FEW_ROWS:
-        choice.setdefault("cuda", "repeated_rows")
+        choice = _on_gpus("repeated_rows", choice)
     return _call("product", choice, x, kernel, dimension_numbers=dimension_numbers, **options)
 
 
@@ -291,7 +296,7 @@ def projection(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **option
 def elu(x: jax.Array) -> jax.Array:
     """ELU. In half precision, 1 is rounded too coarsely for the faster way."""
     choice = {"default": "plain", "cpu": "float32"} if x.dtype in HALF_PRECISION else {"default": "exp"}
-    return _call("elu", choice | {"cuda": "min_max"}, x)
+    return _call("elu", _on_gpus("min_max", choice), x)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int) -> jax.Array:
@@ -325,7 +330,7 @@ def scan(function: Callable[[Any, Any], tuple[Any, Any]], init: jax.Array, xs: A
     """`lax.scan` over the levels of a quantizer. `init` is [batch, frames, dim]."""
     choice = {"default": "loop"}
     if init[..., 0].size in STEP_FRAMES:
-        choice["cuda"] = "unrolled"  # a CUDA graph cannot hold the loop
+        choice = _on_gpus("unrolled", choice)  # a CUDA graph cannot hold the loop
     return _call("scan", choice, init, function=function, xs=xs)
 
 
@@ -335,6 +340,8 @@ def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> Ste
     if part.operation not in PARTS or (part.operation == "transformer" and is_long):
         return part.step_layers(state, x, lengths)
     implementations = _implementations(part.operation, PARTS[part.operation], part_choice(part, x))
+    if implementations == {"default": layer_by_layer}:
+        return part.step_layers(state, x, lengths)
     context = _Context(_compute.get(), _precision())
     return _step(implementations, context, part, state, x, lengths)
 
@@ -347,7 +354,11 @@ def _positions(x: jax.Array) -> int:
 def part_choice(part: Part, x: jax.Array) -> Choice:
     """What a part of the network is computed by, for each platform."""
     compute, choice = _compute.get(), PART_CHOICES[part.operation]
-    if "triton" not in PARTS[part.operation]:
+    if part.operation == "network":
+        return choice
+    if compute.capability is None:
+        return {"default": "layers"}
+    if part.operation == "transformer":
         return choice
     if _positions(x) < STEP_POSITIONS.stop:
         return {"default": "layers"}

@@ -120,22 +120,28 @@ def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.Mon
     assert stage_choice(ampere) == [layers] * 2
 
 
-def test_steps_are_written_for_few_launches_and_clips_for_few_passes():
+def test_steps_are_written_for_few_launches_and_clips_for_few_passes_on_gpus():
     model = checkpoint.abstract_model(FITS)
     encoder, transformer = model.encoder, model.encoder_transformer
     assert encoder is not None and transformer is not None
-    front = encoder.groups()[0]
-    step, clip = (jax.ShapeDtypeStruct((1, size, 1), jnp.float32) for size in (1920, 2**15))
-    assert policy.part_choice(front, step) == {"default": "layers"}  # pyright: ignore[reportArgumentType]
-    assert policy.part_choice(front, clip)["cuda"] == "few_passes"  # pyright: ignore[reportArgumentType]
+    front, gpu = encoder.groups()[0], policy.Compute(capability=75)
 
-    def stepped(time: int) -> str:
-        x = jax.ShapeDtypeStruct((1, time, FITS.hidden_size), jnp.float32)
+    def choice(compute: policy.Compute, size: int) -> dict[str, str]:
+        with policy.computing(compute):
+            return policy.part_choice(front, shape(size, 1, "float32"))
+
+    assert choice(gpu, 1920) == {"default": "layers"}
+    assert choice(gpu, 2**15) == {"default": "layers", "cuda": "few_passes"}
+    assert choice(policy.PORTABLE, 2**15) == {"default": "layers"}
+
+    def stepped(compute: policy.Compute, time: int) -> str:
         state = jax.eval_shape(lambda: transformer.init_state(1))
-        traced = jax.jit(lambda part, state, x: part.step(state, x)).trace(transformer, state, x)
+        step = policy.computing(compute)(lambda part, state, x: part.step(state, x))
+        traced = jax.jit(step).trace(transformer, state, shape(time, FITS.hidden_size, "float32"))
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
-    assert [stepped(time).count("optimization_barrier") > 0 for time in (2, 8)] == [True, False]
+    found = [stepped(*case).count("barrier") > 0 for case in ((gpu, 2), (gpu, 8), (policy.PORTABLE, 2))]
+    assert found == [True, False, False]
 
 
 @pytest.mark.parametrize(

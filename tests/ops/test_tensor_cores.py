@@ -32,7 +32,7 @@ from mimi_jax.ops.nearest import SEARCHES, first_argmax
 from tests.models import check_ties, load_fixture, noise, relative_error
 
 PLAIN_ON_CPU = "BF16_BF16_F32_X6"
-GPU = policy.Compute(tensor_cores=True)
+GPU = policy.Compute(capability=90, tensor_cores=True)
 THREE = "num_primitive_operations = 3"
 
 
