@@ -47,6 +47,7 @@ def test_tables_of_launches(capfd: pytest.CaptureFixture):
     assert rows_after("device kernel", text)[0] == ["`conv`", "convolutions", "2.000", "1"]
 
 
+@pytest.mark.slow
 def test_cases_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
     monkeypatch.setattr(profile, "measure_ceilings", lambda device: CEILINGS)
     cases = ["encode-1x1-float32", "decode-step-1-float32", "encode-step-none-float32"]
