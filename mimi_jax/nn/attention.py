@@ -98,7 +98,7 @@ class Attention(StreamingLayer):
         self, state: AttentionState | None, x: Float[Array, "batch time features"], lengths: Lengths = None
     ) -> tuple[AttentionState | None, Float[Array, "batch time features"]]:
         if state is not None and x.shape[1] > self.slots:
-            return step_in_pieces(self.step, state, x, lengths, self.slots)
+            return step_in_pieces(self.step, state, x, lengths, largest=self.slots)
         batch, time, _ = x.shape
         query = self.query_proj(x).reshape(batch, time, self.num_heads, self.head_dim)
         key = self.key_proj(x).reshape(batch, time, self.num_key_value_heads, self.head_dim)

@@ -109,8 +109,9 @@ class Network(Chain):
         """`step`, in pieces of time whose widest activations take no more than `limits`."""
         step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
 
-        def size(max_bytes: int, inputs_per_step: int) -> int:
-            return max(max_bytes // max(step_bytes, 1), 1) * inputs_per_step
+        def sizes(max_bytes: int, inputs_per_step: int) -> dict[str, int]:
+            steps = max(max_bytes // max(step_bytes, 1), 1)
+            return {"largest": steps * inputs_per_step, "unit": inputs_per_step}
 
         def step_groups(state: tuple, x: Float[Array, "batch time in"], lengths: Lengths) -> StepResult:
             new_state = ()
@@ -118,13 +119,14 @@ class Network(Chain):
                 max_bytes = limits.wide_layers if group.is_wide else limits.all_layers
                 count = len(group.layers())
                 old, state = state[:count], state[count:]
-                new, x = step_in_pieces(group.step, old, x, lengths, size(max_bytes, group.inputs_per_step))
+                limit = sizes(max_bytes, group.inputs_per_step)
+                new, x = step_in_pieces(group.step, old, x, lengths, **limit)
                 new_state += new
                 lengths = group.output_lengths(lengths)
             return new_state, x
 
         first = self.groups()[0].inputs_per_step
-        return step_in_pieces(step_groups, state, x, lengths, size(limits.all_layers, first))
+        return step_in_pieces(step_groups, state, x, lengths, **sizes(limits.all_layers, first))
 
 
 class EncoderFront(Group):

@@ -10,18 +10,31 @@ from jax import lax
 State = TypeVar("State")
 
 
+def piece_size(time: int, largest: int, unit: int) -> int:
+    """The size of pieces of at most `largest` positions, both multiples of `unit`.
+
+    It divides `time` if a size above half of `largest` does. A rest would be a program of its own, and its
+    output would be copied behind that of the pieces.
+    """
+    sizes = range(largest, largest // 2, -unit)
+    return next((size for size in sizes if time % size == 0), largest)
+
+
 def step_in_pieces(
-    step: Callable, state: State, x: jax.Array, lengths: jax.Array | None, size: int
+    step: Callable, state: State, x: jax.Array, lengths: jax.Array | None, *, largest: int, unit: int = 1
 ) -> tuple[State, jax.Array]:
-    """`step(state, x, lengths)`, computed `size` positions of x at a time.
+    """`step(state, x, lengths)`, computed over pieces of x, one after the other.
 
     Args:
         step: maps a state, x [batch, time, channels] and lengths to the next state and an output.
         lengths: int [batch], how much of each row is real; None for all.
+        largest: how many positions a piece may have.
+        unit: of which the size of each piece is a multiple. It divides `largest`.
     """
     batch, time, channels = x.shape
-    if time <= size:
+    if time <= largest:
         return step(state, x, lengths)
+    size = piece_size(time, largest, unit)
 
     def step_piece(state: State, piece: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
         start, x = piece

@@ -32,6 +32,10 @@ HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 # tap. It gives those to Eigen, and products to YNNPACK, which is better with more rows.
 NARROW = range(3, 33)
 
+# With so few outputs in half precision, XLA:CPU copies the kernel for each stride of it in more time than it
+# would copy the inputs of a single product.
+FEW_OUTPUTS = range(1, 2**7 + 1)
+
 # Steps have as few positions and frames, in all rows, and a step should be one CUDA graph. It can hold
 # neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
 STEP_POSITIONS, STEP_FRAMES = range(1, 2**12), range(1, 2**8)
@@ -263,8 +267,11 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
     # As a product, it has a result for each stride of the kernel, and each of these is a sum over one stride.
     if taps % stride == 0 and 1 in (stride, dilation) and stride * size_in >= MIN_SUMMANDS:
         choice = _exact_choice(x, stride * size_in, taps // stride * size_out)
-    if x.dtype in HALF_PRECISION and taps % stride == 0 and dilation == 1:
-        choice["cpu"] = "strides"  # XLA:CPU has no convolutions in half precision
+    if x.dtype in HALF_PRECISION:  # XLA:CPU has no such convolutions
+        if _positions(x) // stride in FEW_OUTPUTS:
+            choice["cpu"] = "windows"
+        elif taps % stride == 0 and dilation == 1:
+            choice["cpu"] = "strides"
     if _positions(x) in STEP_POSITIONS:
         choice = _on_gpus("windows", choice)
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)

@@ -279,10 +279,15 @@ def test_gradients_of_stages_are_computed_layer_by_layer(monkeypatch: pytest.Mon
 
 
 def test_convolutions_and_products_are_chosen_for_cpus_by_dtype_and_size(choices: list[policy.Choice]):
-    half, full = jnp.zeros((1, 40, 3), jnp.bfloat16), jnp.zeros((1, 40, 3))
-    for x, taps, stride, dilation in ((full, 4, 2, 1), (half, 4, 2, 1), (half, 7, 2, 1), (half, 3, 1, 2)):
+    half, full = jnp.zeros((1, 400, 3), jnp.bfloat16), jnp.zeros((1, 400, 3))
+    few = half[:, :128]
+    for x, taps, stride, dilation in (
+        *((full, 4, 2, 1), (full[:, :128], 4, 2, 1)),
+        *((half, 4, 2, 1), (half, 7, 2, 1), (half, 3, 1, 2)),
+        *((few, 4, 2, 1), (few, 7, 2, 1), (few, 3, 1, 2)),
+    ):
         policy.convolution(x, jnp.zeros((taps, 3, 5), x.dtype), stride=stride, dilation=dilation)
-    assert [choice.get("cpu") for choice in choices] == [None, "strides", None, None]
+    assert [choice.get("cpu") for choice in choices] == [None] * 2 + ["strides", None, None] + ["windows"] * 3
     choices.clear()
     for x in (full, full[:, :2], full[:, :3], half):
         policy.product(x, jnp.zeros((3, 5), x.dtype), None)
