@@ -7,6 +7,7 @@
     transformer_step  a Transformer's step of few rows, for XLA:GPU
     transformer       the Transformers on either side of the quantizer
     few_passes        the layers next to the waveform, for XLA:GPU
+    polyphase         layers with several positions a row, for TPUs
     seanet            the convolutional encoder and decoder
     quantizer         the residual vector quantizer
 

@@ -161,21 +161,26 @@ class ConvTranspose1d(StreamingLayer):
     def step(
         self, state: ConvTransposeState | None, x: Float[Array, "batch time in"], lengths: Lengths = None
     ) -> tuple[ConvTransposeState, Float[Array, "batch time_out out"]]:
+        batch, time, _ = x.shape
+        state, y = self.step_strides(state, x, lengths)
+        y = y.reshape(batch, y.shape[1] * self.stride, self.out_channels)
+        return state, y[:, self.lookahead : self.lookahead + time * self.stride]
+
+    def step_strides(
+        self, state: ConvTransposeState | None, x: Float[Array, "batch time in"], lengths: Lengths = None
+    ) -> tuple[ConvTransposeState, Float[Array, "batch strides stride_and_out"]]:
+        """`step`, but the outputs of each stride lie side by side. With lookahead there is a stride more."""
         state = state or self.init_state(x.shape[0], x.dtype)
         if self.lookahead:  # otherwise no real output sees anything beyond the end
             x = fill_beyond(x, lengths, "constant")
-        batch, time, _ = x.shape
         x, past = _follow(state.past, x, self.activation)
         state = keep_idle_rows(lengths, ConvTransposeState(past), state)
         if self.lookahead:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
         # The bias is added before strides become time: after that XLA:GPU would write it out as large as y.
         y = self._strides(x)
-        y = y.reshape(batch, y.shape[1], self.stride * self.out_channels)
-        if self.bias is not None:
-            y += jnp.tile(self.bias[None, None], self.stride)
-        y = y.reshape(batch, y.shape[1] * self.stride, self.out_channels)
-        return state, y[:, self.lookahead : self.lookahead + time * self.stride]
+        y = y.reshape(*y.shape[:2], self.stride * self.out_channels)
+        return state, y if self.bias is None else y + jnp.tile(self.bias[None, None], self.stride)
 
     def _strides(self, x: jax.Array) -> jax.Array:
         """The outputs of each two neighbouring inputs: [batch, 1 + time, in] -> [batch, time, ...]."""

@@ -9,11 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
-from mimi_jax.nn import few_passes
+from mimi_jax.nn import few_passes, polyphase
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer
+from mimi_jax.ops.parts import PieceBytes
 from mimi_jax.ops.pieces import step_in_pieces
-from mimi_jax.ops.policy import PieceBytes, elu
+from mimi_jax.ops.policy import elu
 
 StepResult: TypeAlias = tuple[tuple, Float[Array, "batch time_out out"]]
 
@@ -54,7 +55,23 @@ def _residual_blocks(config: MimiConfig, channels: int, rngs: nnx.Rngs) -> nnx.L
     return nnx.List(ResidualBlock(config, channels, dilation, rngs=rngs) for dilation in dilations)
 
 
-class EncoderStage(Chain):
+class Part(Chain):
+    """Layers that TPUs compute with several positions a row where channels are few."""
+
+    def step_in_rows(
+        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths
+    ) -> StepResult:
+        return polyphase.step(self, state, x, lengths)
+
+    def fits_in_rows(self) -> bool:
+        return polyphase.fits(self)
+
+    def channels(self) -> int:
+        """Of its residual blocks."""
+        return polyphase.channels(self)
+
+
+class EncoderStage(Part):
     """Residual blocks, then a convolution to `ratio` times fewer positions of twice as many channels."""
 
     operation = "encoder_stage"
@@ -69,7 +86,7 @@ class EncoderStage(Chain):
         return *self.blocks, self.downsample
 
 
-class Group(Chain):
+class Group(Part):
     """Neighbouring layers of a network, which go over pieces of time together."""
 
     is_wide = False  # whether it lies next to the waveform, where activations are largest
@@ -165,7 +182,7 @@ class Encoder(Network):
         )
 
 
-class DecoderStage(Chain):
+class DecoderStage(Part):
     """A convolution to `ratio` times more positions of half as many channels, then residual blocks."""
 
     operation = "decoder_stage"

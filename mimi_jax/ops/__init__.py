@@ -10,6 +10,7 @@
     triton_kernels   device kernels of SEANet stages
     triton_stages    SEANet stages with them
     pieces           a long input in pieces of time
+    parts            ways to compute parts of the network
     policy           which of these computes what
 
 Layers call `policy`. Device kernels for other operations or for whole parts of the network come here too.

@@ -24,6 +24,15 @@ from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
 from mimi_jax.ops.nearest import SEARCHES
+from mimi_jax.ops.parts import (
+    Part,
+    StepResult,
+    in_few_passes,
+    in_large_pieces,
+    in_rows,
+    in_small_pieces,
+    layer_by_layer,
+)
 from mimi_jax.ops.tensor_cores import FAST, are_exact
 
 HALF_PRECISION = (jnp.bfloat16, jnp.float16)
@@ -55,44 +64,7 @@ PLAIN_FLOAT32 = "F32_F32_F32"  # those of float32 units, as in `jax.lax.DotAlgor
 FIRST_FUSED = 80  # Ampere, the first GPUs that run cuDNN's flash attention
 
 
-class PieceBytes(NamedTuple):
-    """How many bytes the widest activations of one piece of time may take."""
-
-    all_layers: int
-    wide_layers: int  # those next to the waveform, which go over smaller pieces inside
-
-
-# A CPU is bound by memory. All layers go over pieces small enough that the system need not find new buffers
-# for each, and the widest layers go over pieces that fit in cache.
-CPU_PIECES = PieceBytes(25_000_000, 2_500_000)
-# cuDNN took no more than 2**31 elements before version 9.3, and some of its convolutions still do not.
-GPU_PIECES = PieceBytes(2**31, 2**31)
-
-StepResult = tuple[Any, jax.Array]
-
-
-class Part(Protocol):
-    """A part of the network: layers one after the other."""
-
-    operation: str  # its table in `PARTS`; a part without a table is computed layer by layer
-
-    def step_layers(self, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult: ...
-
-
-def layer_by_layer(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
-    return part.step_layers(state, x, lengths)
-
-
-def in_small_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
-    return network.step_in_pieces(CPU_PIECES, state, x, lengths)
-
-
-def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
-    return network.step_in_pieces(GPU_PIECES, state, x, lengths)
-
-
-def in_few_passes(ends: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
-    return ends.step_in_few_passes(state, x, lengths)
+LANES = 128  # numbers in a row of a TPU's registers
 
 
 def in_triton(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
@@ -121,12 +93,14 @@ PARTS: dict[str, Implementations] = {
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
-    "encoder_front": {"layers": layer_by_layer, "few_passes": in_few_passes, "triton": in_triton},
-    "encoder_stage": {"layers": layer_by_layer, "triton": in_triton},
-    "decoder_stage": {"layers": layer_by_layer, "triton": in_triton},
-    "decoder_back": {"layers": layer_by_layer, "few_passes": in_few_passes, "triton": in_triton},
+    "encoder_front": {"layers": layer_by_layer, "rows": in_rows, "few_passes": in_few_passes, "triton": in_triton},
+    "encoder_stage": {"layers": layer_by_layer, "rows": in_rows, "triton": in_triton},
+    "decoder_stage": {"layers": layer_by_layer, "rows": in_rows, "triton": in_triton},
+    "decoder_back": {"layers": layer_by_layer, "rows": in_rows, "few_passes": in_few_passes, "triton": in_triton},
     "transformer": {"layers": layer_by_layer, "few_rows": few_rows.step},
 }
+
+STAGES = ("encoder_front", "encoder_stage", "decoder_stage", "decoder_back")
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
@@ -361,6 +335,11 @@ def _positions(x: jax.Array) -> int:
 def part_choice(part: Part, x: jax.Array) -> Choice:
     """What a part of the network is computed by, for each platform."""
     compute, choice = _compute.get(), PART_CHOICES[part.operation]
+    if "tpu" in compute.fused:
+        if part.operation == "network":
+            return choice | {"tpu": "large_pieces"}
+        if part.operation in STAGES and part.channels() < LANES and part.fits_in_rows() and x.size:
+            return choice | {"tpu": "rows"}
     if part.operation == "network":
         return choice
     if compute.capability is None:
@@ -388,12 +367,26 @@ class _Context(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _step(implementations: Implementations, _: _Context, part: Part, *inputs: Any) -> StepResult:
+    return _dispatch(implementations, part, *inputs)
+
+
+def _dispatch(implementations: Implementations, part: Part, *inputs: Any) -> StepResult:
     calls = {platform: functools.partial(call, part) for platform, call in implementations.items()}
     return calls["default"](*inputs) if len(calls) == 1 else lax.platform_dependent(*inputs, **calls)
 
 
-@_step.defjvp
-def _step_layers(_: Implementations, context: _Context, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+def _step_back(implementations: Implementations, part: Part, *inputs: Any) -> StepResult:
+    """The same, with only what can be differentiated as it is."""
     # The way back needs all activations, and pieces would copy all of them for each piece.
+    ways = {platform: call if call is in_rows else layer_by_layer for platform, call in implementations.items()}
+    if set(ways.values()) == {layer_by_layer}:
+        return layer_by_layer(part, *inputs)
+    return _dispatch(ways, part, *inputs)
+
+
+@_step.defjvp
+def _step_jvp(
+    implementations: Implementations, context: _Context, primals: tuple, tangents: tuple
+) -> tuple[Any, Any]:
     with computing(*context):
-        return jax.jvp(layer_by_layer, primals, tangents)
+        return jax.jvp(functools.partial(_step_back, implementations), primals, tangents)

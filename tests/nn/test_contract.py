@@ -18,7 +18,7 @@ from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.seanet import Decoder, DecoderStage, Encoder, EncoderStage, ResidualBlock
 from mimi_jax.nn.streaming import StreamingLayer
 from mimi_jax.nn.transformer import Transformer, TransformerLayer
-from mimi_jax.ops import policy
+from mimi_jax.ops import parts, policy
 from mimi_jax.streams.rows import reset_rows
 from tests.models import random_like, random_module, relative_error
 
@@ -204,7 +204,7 @@ def test_networks_in_pieces_equal_layer_by_layer(
     """In pieces of pieces, as on a CPU, and in large ones, as on a GPU. A step of 25 Hz has 144 bytes."""
     network: Any = case.layer
     computing = policy.computing(policy.resolve(compute))
-    in_pieces = jax.jit(computing(functools.partial(network.step_in_pieces, policy.PieceBytes(*limits))))
+    in_pieces = jax.jit(computing(functools.partial(network.step_in_pieces, parts.PieceBytes(*limits))))
     in_order = jax.jit(network.step_layers)
     assert "while" in in_pieces.lower(case.init_state(), case.x, None).as_text()
     for lengths, _ in ragged(case):
