@@ -8,6 +8,7 @@
     transformer       the Transformers on either side of the quantizer
     few_passes        the layers next to the waveform, for XLA:GPU
     polyphase         layers with several positions a row, for TPUs
+    pallas_stages     the layers next to the waveform as device kernels, for TPUs
     seanet            the convolutional encoder and decoder
     quantizer         the residual vector quantizer
 

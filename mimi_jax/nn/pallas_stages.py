@@ -97,26 +97,22 @@ def _start(pasts: list, states: list) -> None:
             past[...] = state[...]
 
 
-def _residual_block(
-    x: jax.Array, past: Any, conv1: Rows, conv2: Rows
-) -> jax.Array:
+def _residual_block(x: jax.Array, past: Any, conv1: Rows, conv2: Rows) -> jax.Array:
     y = _convolve(_elu(_follow(past, x)), conv1).astype(x.dtype)
     y = _convolve(_elu(y), conv2).astype(x.dtype)
     return x + y
 
 
-def _encoder_front_kernel(
-    phases: int, lengths, windows, states, first, conv1, conv2, down, y, pasts
-) -> None:
+def _encoder_front_kernel(phases: int, lengths, windows, states, first, conv1, conv2, down, y, pasts) -> None:
     from jax.experimental import pallas as pl
 
     _start(pasts, states)
     dtype = windows.dtype
-    parts = [_dot(windows[...], first.kernel[row])[:, None] for row in range(GROUP)]
-    x = jnp.concatenate(parts, axis=1)
-    rows, _, batch, columns = x.shape
-    rows *= GROUP
-    x = (x.reshape(rows, batch, columns) + first.bias[...][None]).astype(dtype)
+    groups = _dot(windows[...], first.kernel[...])
+    columns = first.bias.shape[1]
+    parts = [groups[:, :, row * columns : (row + 1) * columns] for row in range(GROUP)]
+    rows, batch = GROUP * groups.shape[0], groups.shape[1]
+    x = (jnp.stack(parts, axis=1).reshape(rows, batch, columns) + first.bias[...][None]).astype(dtype)
     x = _residual_block(x, pasts[0], conv1, conv2)
     row, column = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 2))
     position = (pl.program_id(1) * rows + row) * phases + column // (columns // phases)
@@ -124,9 +120,7 @@ def _encoder_front_kernel(
     y[...] = _convolve(_elu(_follow(pasts[1], x)), down).astype(dtype)
 
 
-def _decoder_back_kernel(
-    x, states, up, conv1, conv2, last, y, pasts
-) -> None:
+def _decoder_back_kernel(x, states, up, conv1, conv2, last, y, pasts) -> None:
     _start(pasts, states)
     dtype = x.dtype
     h = _convolve(_elu(_follow(pasts[0], x[...])), up).astype(dtype)
@@ -136,12 +130,12 @@ def _decoder_back_kernel(
     total = last.bias[...][None]
     for tap in range(taps):
         groups = h[tap : tap + rows].reshape(rows // GROUP, GROUP, batch, columns)
-        for row in range(GROUP):
-            total += _dot(groups[:, row], last.kernel[tap, row])
+        side_by_side = jnp.concatenate([groups[:, row] for row in range(GROUP)], axis=2)
+        total += _dot(side_by_side, last.kernel[tap])
     y[...] = total.astype(dtype)
 
 
-def _call(kernel: Any, rows: int, inputs: list, constants: Any, states: list, y: tuple, interpret: bool) -> Any:
+def _call(kernel: Any, rows: int, inputs: list, constants: Any, states: list, y: Any) -> Any:
     """Run a device kernel over tiles of rows, 8 rows of the batch at a time.
 
     Args:
@@ -168,16 +162,17 @@ def _call(kernel: Any, rows: int, inputs: list, constants: Any, states: list, y:
     def kept(array: Any) -> pl.BlockSpec:
         return pl.BlockSpec((array.shape[0], BATCH, array.shape[2]), lambda b, t: (0, b, 0))
 
-    out = [y, [jax.ShapeDtypeStruct(state.shape, state.dtype) for state in states]]
-    return pl.pallas_call(
+    call = functools.partial(
+        pl.pallas_call,
         kernel,
         grid=(batch // BATCH, tiles),
         in_specs=[*map(in_time, inputs), [*map(kept, states)], *jax.tree.map(whole, constants)],
         out_specs=[in_time(y), [*map(kept, states)]],
-        out_shape=out,
+        out_shape=[y, [jax.ShapeDtypeStruct(state.shape, state.dtype) for state in states]],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=interpret,
-    )(*inputs, states, *constants)
+    )
+    # Elsewhere an interpreter computes the same, slowly.
+    return lax.platform_dependent(*inputs, states, *constants, tpu=call(), default=call(interpret=True))
 
 
 def _rows_of(conv: Any, phases: int) -> Rows:
@@ -196,15 +191,13 @@ def _past_rows(past: jax.Array, conv: Conv1d, phases: int) -> jax.Array:
 
 def _past_of(rows: jax.Array, state: Any, lengths: Lengths) -> Any:
     """The reverse, as the state after a step."""
-    count, batch, _ = rows.shape
+    batch = rows.shape[1]
     context, size = state.past.shape[1:]
     past = jnp.swapaxes(rows, 0, 1).reshape(batch, -1, size)[:, -context:]
     return keep_idle_rows(lengths, state._replace(past=past), state)
 
 
-def encoder_front(
-    part: Any, state: tuple, x: jax.Array, lengths: Lengths, interpret: bool
-) -> StepResult:
+def encoder_front(part: Any, state: tuple, x: jax.Array, lengths: Lengths) -> StepResult:
     """`EncoderFront.step`."""
     conv, stage = part.layers()
     [block], down = stage.blocks, stage.downsample
@@ -220,9 +213,10 @@ def encoder_front(
     taps, _, size = conv.kernel.shape
     zero = jnp.zeros((), x.dtype)
     kernels = [
-        lax.pad(conv.kernel[:, 0], zero, ((start, LANES - start - taps, 0), (0, 0, 0))) for start in range(span)
+        lax.pad(conv.kernel[:, 0], zero, ((start, LANES - start - taps, 0), (0, 0, 0)))
+        for start in range(span)
     ]
-    kernel = jnp.stack(kernels, axis=1).reshape(LANES, GROUP, phases * size)
+    kernel = jnp.stack(kernels, axis=1).reshape(LANES, span * size)
     bias = jnp.zeros(size, jnp.float32) if conv.bias is None else conv.bias[...].astype(jnp.float32)
     ends = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
     y, (conv1_rows, last_rows) = _call(
@@ -230,19 +224,18 @@ def encoder_front(
         rows=time // phases,
         inputs=[ends[:, None], jnp.swapaxes(windows, 0, 1)],
         constants=(
-            Rows(jnp.moveaxis(kernel, 1, 0), jnp.tile(bias, phases)[None]),
+            Rows(kernel, jnp.tile(bias, phases)[None]),
             *(_rows_of(layer, phases) for layer in (block.conv1, block.conv2, down)),
         ),
         states=[_past_rows(conv1.past, block.conv1, phases), _past_rows(last.past, down, phases)],
         y=jax.ShapeDtypeStruct((time // phases, batch, 2 * size), x.dtype),
-        interpret=interpret,
     )
     first = keep_idle_rows(lengths, first._replace(past=joined[:, -context:]), first)
     conv1, last = _past_of(conv1_rows, conv1, lengths), _past_of(last_rows, last, lengths)
     return (first, ((conv1, conv2), last)), jnp.swapaxes(y, 0, 1)
 
 
-def decoder_back(part: Any, state: tuple, x: jax.Array, lengths: Lengths, interpret: bool) -> StepResult:
+def decoder_back(part: Any, state: tuple, x: jax.Array, lengths: Lengths) -> StepResult:
     """`DecoderBack.step`."""
     stage, conv = part.layers()
     [block], up = stage.blocks, stage.upsample
@@ -258,7 +251,7 @@ def decoder_back(part: Any, state: tuple, x: jax.Array, lengths: Lengths, interp
         lax.pad(kernel, zero, ((0, 0, 0), (0, 0, 0), (row * phases, LANES - (row + 1) * phases, 0)))
         for row in range(GROUP)
     ]
-    last_rows = Rows(jnp.stack(kernels, axis=1), jnp.broadcast_to(bias[:, :1], (1, LANES)))
+    last_rows = Rows(jnp.concatenate(kernels, axis=1), jnp.broadcast_to(bias[:, :1], (1, LANES)))
     y, (first_past, conv1_past, last_past) = _call(
         _decoder_back_kernel,
         rows=rows,
@@ -270,7 +263,6 @@ def decoder_back(part: Any, state: tuple, x: jax.Array, lengths: Lengths, interp
             _past_rows(last.past, conv, phases),
         ],
         y=jax.ShapeDtypeStruct((rows // GROUP, batch, LANES), x.dtype),
-        interpret=interpret,
     )
     lengths_out = stage.output_lengths(lengths)
     first = _past_of(first_past, first, lengths)
@@ -282,9 +274,20 @@ def decoder_back(part: Any, state: tuple, x: jax.Array, lengths: Lengths, interp
 KERNELS = {"encoder_front": encoder_front, "decoder_back": decoder_back}
 
 
-def step(part: Any, state: tuple | None, x: jax.Array, lengths: Lengths, *, interpret: bool) -> StepResult:
-    """`part.step_layers` for an `EncoderFront` or a `DecoderBack` that `fits`."""
-    new_state, y = KERNELS[part.operation](
-        part, state or part.init_state(x.shape[0], x.dtype), x, lengths, interpret
-    )
+def step(part: Any, state: tuple | None, x: jax.Array, lengths: Lengths) -> StepResult:
+    """`part.step_layers` for an `EncoderFront` or a `DecoderBack`.
+
+    The compiler cannot partition the device kernel. On several chips, call it inside `shard_map` with
+    `check_vma=False`, since the kernel does not say how its results differ between devices.
+
+    Raises:
+        ValueError: the device kernel cannot compute it.
+    """
+    if not fits(part, x):
+        raise ValueError(
+            f'compute[{part.operation!r}]="pallas" needs a causal network with pad_mode="constant", one audio'
+            " channel, one residual block a stage without use_conv_shortcut, and a batch of a multiple of"
+            f' {BATCH} rows, got {len(x)}; "auto" uses it where it can'
+        )
+    new_state, y = KERNELS[part.operation](part, state or part.init_state(len(x), x.dtype), x, lengths)
     return new_state if state else (None,) * len(part.layers()), y

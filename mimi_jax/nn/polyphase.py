@@ -9,7 +9,6 @@ where an output does not see an input. So each output is the sum of the same pro
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -34,8 +33,7 @@ def leaves(part: Any) -> list[Conv1d | ConvTranspose1d]:
 def fits(part: StreamingLayer) -> bool:
     """Whether all of its convolutions are causal ones of zeros before the clip."""
     return all(
-        not conv.lookahead
-        and (conv.pad_mode == "constant" if isinstance(conv, Conv1d) else conv.groups == 1)
+        not conv.lookahead and (conv.pad_mode == "constant" if isinstance(conv, Conv1d) else conv.groups == 1)
         for conv in leaves(part)
     )
 
@@ -46,8 +44,8 @@ def channels(part: StreamingLayer) -> int:
 
 
 def kernel_of_rows(
-    kernel: Float[Array, "taps in out"], context: int, phases: int, stride: int, dilation: int
-) -> Float[Array, "row_taps phases_and_in phases_and_out"]:
+    kernel: Float[Array, "taps channels out"], context: int, phases: int, stride: int, dilation: int
+) -> Float[Array, "row_taps row_in row_out"]:
     """The kernel of the same convolution of rows.
 
     Args:
@@ -84,7 +82,7 @@ def step_conv(
     if conv.stride > 1:
         rows = fill_rows_beyond(rows, phases, lengths)
     kernel = kernel_of_rows(conv.kernel[...], conv.context, phases, conv.stride, conv.dilation)
-    if conv.context:
+    if state.past is not None:
         batch, count = len(rows), len(kernel) - 1
         lead = count * phases - conv.context
         past = jnp.pad(state.past, ((0, 0), (lead, 0), (0, 0))).reshape(batch, count, rows.shape[2])

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mimi_jax.config import MimiConfig
-from mimi_jax.nn import few_passes, polyphase
+from mimi_jax.nn import few_passes, pallas_stages, polyphase
 from mimi_jax.nn.conv import Conv1d, ConvTranspose1d
 from mimi_jax.nn.streaming import Chain, Lengths, StreamingLayer
 from mimi_jax.ops.parts import PieceBytes
@@ -146,10 +146,24 @@ class Network(Chain):
         return step_in_pieces(step_groups, state, x, lengths, **sizes(limits.all_layers, first))
 
 
-class EncoderFront(Group):
+class End(Group):
+    """The layer next to the waveform and the stage next to it, which TPUs compute in one device kernel."""
+
+    is_wide = True
+
+    def step_in_pallas(
+        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths
+    ) -> StepResult:
+        return pallas_stages.step(self, state, x, lengths)
+
+    def fits_in_pallas(self, x: Float[Array, "batch time in"]) -> bool:
+        return pallas_stages.fits(self, x)
+
+
+class EncoderFront(End):
     """The first convolution and the stage after it."""
 
-    operation, is_wide = "encoder_front", True
+    operation = "encoder_front"
 
     def step_in_few_passes(
         self, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
@@ -203,10 +217,10 @@ class DecoderStage(Part):
         return self.upsample, *self.blocks
 
 
-class DecoderBack(Group):
+class DecoderBack(End):
     """The last stage and the convolution after it."""
 
-    operation, is_wide = "decoder_back", True
+    operation = "decoder_back"
 
     def step_in_few_passes(
         self, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths

@@ -48,3 +48,12 @@ def in_few_passes(ends: Any, state: Any, x: jax.Array, lengths: jax.Array | None
 
 def in_rows(part: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
     return part.step_in_rows(state, x, lengths)
+
+
+def in_pallas(end: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
+    return end.step_in_pallas(state, x, lengths)
+
+
+# How the way back of a gradient is computed, if not layer by layer. It needs all activations, and pieces
+# would copy all of them for each piece.
+WAYS_BACK = {in_rows: in_rows, in_pallas: in_rows}

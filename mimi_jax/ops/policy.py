@@ -13,7 +13,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,12 @@ from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
 from mimi_jax.ops.nearest import SEARCHES
 from mimi_jax.ops.parts import (
+    WAYS_BACK,
     Part,
     StepResult,
     in_few_passes,
     in_large_pieces,
+    in_pallas,
     in_rows,
     in_small_pieces,
     layer_by_layer,
@@ -87,20 +89,20 @@ OPERATIONS: dict[str, Implementations] = {
     "search": SEARCHES,
     "scan": few_rows.SCANS,
 }
+STAGES: Implementations = {"layers": layer_by_layer, "rows": in_rows, "triton": in_triton}
+ENDS = STAGES | {"few_passes": in_few_passes, "pallas": in_pallas}
 PARTS: dict[str, Implementations] = {
     "network": {
         "layers": layer_by_layer,
         "small_pieces": in_small_pieces,
         "large_pieces": in_large_pieces,
     },
-    "encoder_front": {"layers": layer_by_layer, "rows": in_rows, "few_passes": in_few_passes, "triton": in_triton},
-    "encoder_stage": {"layers": layer_by_layer, "rows": in_rows, "triton": in_triton},
-    "decoder_stage": {"layers": layer_by_layer, "rows": in_rows, "triton": in_triton},
-    "decoder_back": {"layers": layer_by_layer, "rows": in_rows, "few_passes": in_few_passes, "triton": in_triton},
+    "encoder_front": ENDS,
+    "encoder_stage": STAGES,
+    "decoder_stage": STAGES,
+    "decoder_back": ENDS,
     "transformer": {"layers": layer_by_layer, "few_rows": few_rows.step},
 }
-
-STAGES = ("encoder_front", "encoder_stage", "decoder_stage", "decoder_back")
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
@@ -225,13 +227,14 @@ def _implementations(operation: str, table: Implementations, choice: Choice) -> 
 
 
 def _call(operation: str, choice: Choice, *arrays: jax.Array, **options: Any) -> jax.Array:
-    implementations = _implementations(operation, OPERATIONS[operation], choice)
+    return _dispatch(_implementations(operation, OPERATIONS[operation], choice), *arrays, **options)
+
+
+def _dispatch(implementations: Implementations, *arrays: Any, **options: Any) -> Any:
     calls = {
         platform: functools.partial(function, **options) for platform, function in implementations.items()
     }
-    if len(calls) == 1:
-        return calls["default"](*arrays)
-    return lax.platform_dependent(*arrays, **calls)
+    return calls["default"](*arrays) if len(calls) == 1 else lax.platform_dependent(*arrays, **calls)
 
 
 def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
@@ -290,15 +293,18 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int
     if query.dtype in HALF_PRECISION and query.size:
         if "cuda" in compute.fused:
             choice["cuda"] = "cudnn"
-        if "tpu" in compute.fused and (compute.one_device or _is_divided_by_hand(query)):
+        if "tpu" in compute.fused and _stays_whole(query):
             choice["tpu"] = "splash"
     return _call("attention", choice, query, key, value, window=window)
 
 
-def _is_divided_by_hand(x: jax.Array) -> bool:
-    """Whether this is traced inside a `shard_map` that does not check how results differ by device."""
+def _stays_whole(x: jax.Array) -> bool:
+    """Whether there is one device, or this is inside a `shard_map` that does not check how results differ.
+
+    The compiler cannot partition device kernels of Pallas and Triton.
+    """
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    return bool(manual) and not jax.typeof(x).manual_axis_type.varying
+    return _compute.get().one_device or (bool(manual) and not jax.typeof(x).manual_axis_type.varying)
 
 
 def search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> jax.Array:
@@ -323,7 +329,8 @@ def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> Ste
     implementations = _implementations(part.operation, PARTS[part.operation], part_choice(part, x))
     if implementations == {"default": layer_by_layer}:
         return part.step_layers(state, x, lengths)
-    context = _Context(_compute.get(), _precision())
+    # JAX traces the rule of a gradient later, where neither holds any more.
+    context = _compute.get(), _precision()
     return _step(implementations, context, part, state, x, lengths)
 
 
@@ -338,8 +345,8 @@ def part_choice(part: Part, x: jax.Array) -> Choice:
     if "tpu" in compute.fused:
         if part.operation == "network":
             return choice | {"tpu": "large_pieces"}
-        if part.operation in STAGES and part.channels() < LANES and part.fits_in_rows() and x.size:
-            return choice | {"tpu": "rows"}
+        if "rows" in PARTS[part.operation]:
+            return choice | _tpu_choice(part, x)
     if part.operation == "network":
         return choice
     if compute.capability is None:
@@ -350,7 +357,7 @@ def part_choice(part: Part, x: jax.Array) -> Choice:
         return {"default": "layers"}
     if (
         "cuda" in compute.fused
-        and (compute.one_device or _is_divided_by_hand(x))  # the compiler cannot partition it
+        and _stays_whole(x)
         and triton_stages.fits(part, x)
         and triton_stages.is_available()
     ):
@@ -358,35 +365,34 @@ def part_choice(part: Part, x: jax.Array) -> Choice:
     return choice
 
 
-class _Context(NamedTuple):
-    """What holds where a part is called. JAX traces the rule of its gradient later, outside of that."""
-
-    compute: Compute
-    precision: str | None
+def _tpu_choice(part: Any, x: jax.Array) -> Choice:
+    """For stages and ends."""
+    if part.channels() >= LANES or not part.fits_in_rows() or not x.size:
+        return {}
+    fuses = "pallas" in PARTS[part.operation] and part.fits_in_pallas(x) and _stays_whole(x)
+    return {"tpu": "pallas" if fuses else "rows"}
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _step(implementations: Implementations, _: _Context, part: Part, *inputs: Any) -> StepResult:
-    return _dispatch(implementations, part, *inputs)
+def _step(implementations: Implementations, _: tuple, part: Part, *inputs: Any) -> StepResult:
+    return _dispatch(_of(part, implementations), *inputs)
 
 
-def _dispatch(implementations: Implementations, part: Part, *inputs: Any) -> StepResult:
-    calls = {platform: functools.partial(call, part) for platform, call in implementations.items()}
-    return calls["default"](*inputs) if len(calls) == 1 else lax.platform_dependent(*inputs, **calls)
+def _of(part: Part, implementations: Implementations) -> Implementations:
+    return {platform: functools.partial(call, part) for platform, call in implementations.items()}
 
 
 def _step_back(implementations: Implementations, part: Part, *inputs: Any) -> StepResult:
     """The same, with only what can be differentiated as it is."""
-    # The way back needs all activations, and pieces would copy all of them for each piece.
-    ways = {platform: call if call is in_rows else layer_by_layer for platform, call in implementations.items()}
+    ways = {platform: WAYS_BACK.get(call, layer_by_layer) for platform, call in implementations.items()}
     if set(ways.values()) == {layer_by_layer}:
         return layer_by_layer(part, *inputs)
-    return _dispatch(ways, part, *inputs)
+    return _dispatch(_of(part, ways), *inputs)
 
 
 @_step.defjvp
 def _step_jvp(
-    implementations: Implementations, context: _Context, primals: tuple, tangents: tuple
+    implementations: Implementations, context: tuple, primals: tuple, tangents: tuple
 ) -> tuple[Any, Any]:
     with computing(*context):
         return jax.jvp(functools.partial(_step_back, implementations), primals, tangents)

@@ -30,7 +30,9 @@ CASES = {
     "encoder stage": Case("encoder_stage", 4),
     "encoder stage, odd ratio": Case("encoder_stage", 5),
     "encoder stage, dilated blocks": Case("encoder_stage", 4, {"num_residual_layers": 3}),
-    "encoder stage, long kernel": Case("encoder_stage", 2, {"residual_kernel_size": 7, "use_conv_shortcut": True}),
+    "encoder stage, long kernel": Case(
+        "encoder_stage", 2, {"residual_kernel_size": 7, "use_conv_shortcut": True}
+    ),
     "encoder front": Case("encoder_front", 4),
     "encoder front, ratio of one": Case("encoder_front", 1, {"kernel_size": 5}),
     "decoder stage": Case("decoder_stage", 6, {"use_conv_shortcut": True}),
@@ -59,7 +61,9 @@ def make_part(case: Case) -> Chain:
 def make_input(part: Chain, case: Case, strides: int) -> jax.Array:
     """[BATCH, time, channels], for so many positions of the lower rate."""
     channels = jax.tree.leaves(part.init_state(1))[0].shape[-1]
-    return jnp.asarray(noise(BATCH, strides * (case.ratio if case.operation.startswith("encoder") else 1), channels))
+    return jnp.asarray(
+        noise(BATCH, strides * (case.ratio if case.operation.startswith("encoder") else 1), channels)
+    )
 
 
 @pytest.fixture(params=CASES)

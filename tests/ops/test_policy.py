@@ -114,10 +114,41 @@ def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.Mon
     assert stage_choice(ampere, time=2**15 + 2) == [layers, triton]  # the encoder refuses it
     assert stage_choice(ampere, time=2**12 - 4) == [layers] * 2  # a step
     assert stage_choice(policy.Compute(fused=("cuda",), capability=80)) == [layers] * 2  # many devices
-    assert stage_choice(policy.Compute(fused=("tpu",), one_device=True)) == [layers] * 2
     assert stage_choice(policy.PORTABLE) == [layers] * 2
     monkeypatch.setattr(triton_stages, "is_available", lambda: False)
     assert stage_choice(ampere) == [layers] * 2
+
+
+def test_narrow_layers_have_several_positions_a_row_on_tpus():
+    layers, rows = {"default": "layers"}, {"default": "layers", "tpu": "rows"}
+    tpu = policy.Compute(fused=("tpu",))
+    assert stage_choice(tpu) == stage_choice(tpu, dtype="float32") == [rows] * 2
+    assert stage_choice(tpu, time=0) == [layers] * 2
+    wide = dataclasses.replace(FITS, num_filters=policy.LANES)
+    assert stage_choice(tpu, config=wide) == [layers] * 2
+    looks_ahead = dataclasses.replace(FITS, use_causal_conv=False)
+    assert stage_choice(tpu, config=looks_ahead) == [layers] * 2
+
+
+def test_tpus_compute_the_ends_in_one_device_kernel_if_it_stays_whole():
+    model = checkpoint.abstract_model(MimiConfig())
+    [front, _], [_, back] = model.encoder.groups(), model.decoder.groups()
+
+    def choices(batch: int, compute: policy.Compute) -> list[str | None]:
+        with policy.computing(compute):
+            found = [
+                policy.part_choice(part, jnp.zeros((batch, 1920, channels), "bfloat16"))
+                for part, channels in ((front, 1), (back, 128))
+            ]
+        return [choice.get("tpu") for choice in found]
+
+    whole = policy.Compute(fused=("tpu",), one_device=True)
+    assert choices(16, whole) == ["pallas", "pallas"]
+    assert choices(12, whole) == ["rows", "rows"]  # the kernel takes 8 rows at a time
+    assert choices(16, policy.Compute(fused=("tpu",))) == ["rows", "rows"]
+    assert choices(16, policy.Compute(one_device=True)) == [None, None]
+    with policy.computing(whole):
+        assert policy.part_choice(model.encoder, jnp.zeros((8, 1920, 1), "bfloat16"))["tpu"] == "large_pieces"
 
 
 def test_steps_are_written_for_few_launches_and_clips_for_few_passes_on_gpus():
