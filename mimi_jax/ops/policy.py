@@ -66,7 +66,9 @@ PLAIN_FLOAT32 = "F32_F32_F32"  # those of float32 units, as in `jax.lax.DotAlgor
 FIRST_FUSED = 80  # Ampere, the first GPUs that run cuDNN's flash attention
 
 
-LANES = 128  # numbers in a row of a TPU's registers
+# Registers of TPUs have 8 rows of 128 numbers. XLA fills the rows with those of the batch if these suffice.
+# Otherwise it cuts time into 8 parts, and several positions a row save nothing.
+SUBLANES, LANES = 8, 128
 
 
 def in_triton(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
@@ -293,7 +295,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int
     if query.dtype in HALF_PRECISION and query.size:
         if "cuda" in compute.fused:
             choice["cuda"] = "cudnn"
-        if "tpu" in compute.fused and _stays_whole(query):
+        # Up to one window, there is nothing to leave out, and splash attention would pad it.
+        if "tpu" in compute.fused and query.shape[1] > window and _stays_whole(query):
             choice["tpu"] = "splash"
     return _call("attention", choice, query, key, value, window=window)
 
@@ -367,7 +370,7 @@ def part_choice(part: Part, x: jax.Array) -> Choice:
 
 def _tpu_choice(part: Any, x: jax.Array) -> Choice:
     """For stages and ends."""
-    if part.channels() >= LANES or not part.fits_in_rows() or not x.size:
+    if part.channels() >= LANES or x.shape[0] < SUBLANES or not x.size or not part.fits_in_rows():
         return {}
     fuses = "pallas" in PARTS[part.operation] and part.fits_in_pallas(x) and _stays_whole(x)
     return {"tpu": "pallas" if fuses else "rows"}
@@ -375,19 +378,16 @@ def _tpu_choice(part: Any, x: jax.Array) -> Choice:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _step(implementations: Implementations, _: tuple, part: Part, *inputs: Any) -> StepResult:
-    return _dispatch(_of(part, implementations), *inputs)
-
-
-def _of(part: Part, implementations: Implementations) -> Implementations:
-    return {platform: functools.partial(call, part) for platform, call in implementations.items()}
+    calls = {platform: functools.partial(call, part) for platform, call in implementations.items()}
+    return _dispatch(calls, *inputs)
 
 
 def _step_back(implementations: Implementations, part: Part, *inputs: Any) -> StepResult:
     """The same, with only what can be differentiated as it is."""
-    ways = {platform: WAYS_BACK.get(call, layer_by_layer) for platform, call in implementations.items()}
-    if set(ways.values()) == {layer_by_layer}:
+    if not WAYS_BACK.keys() & set(implementations.values()):
         return layer_by_layer(part, *inputs)
-    return _dispatch(_of(part, ways), *inputs)
+    ways = {platform: WAYS_BACK.get(call, layer_by_layer) for platform, call in implementations.items()}
+    return _dispatch({platform: functools.partial(way, part) for platform, way in ways.items()}, *inputs)
 
 
 @_step.defjvp

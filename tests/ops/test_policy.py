@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import re
 import sys
 import types
@@ -47,7 +48,7 @@ def test_fused_attention_is_chosen_where_it_can_run(choices: list[policy.Choice]
         policy.Compute(fused=("tpu",)),  # the compiler cannot divide it between devices
     ):
         with policy.computing(compute):
-            policy.attention(query, query, query, window=250)
+            policy.attention(query, query, query, window=4)
     assert [set(choice.items()) - {("default", "reference")} for choice in choices] == [
         set(),
         {("cuda", "cudnn")},
@@ -56,8 +57,9 @@ def test_fused_attention_is_chosen_where_it_can_run(choices: list[policy.Choice]
     ]
     choices.clear()
     with policy.computing(policy.Compute(fused=("cuda", "tpu"), one_device=True)):
-        policy.attention(*[query.astype(jnp.float32)] * 3, window=250)
-    assert choices == [{"default": "reference"}]
+        policy.attention(*[query.astype(jnp.float32)] * 3, window=4)
+        policy.attention(query, query, query, window=5)  # there is nothing that a TPU could leave out
+    assert choices == [{"default": "reference"}, {"default": "reference", "cuda": "cudnn"}]
 
 
 @pytest.mark.parametrize(
@@ -86,12 +88,16 @@ FITS = MimiConfig(num_filters=32)
 STAGES = ("encoder_stage", "decoder_stage")
 
 
-def shape(time: int, channels: int, dtype: str) -> Any:
-    return jax.ShapeDtypeStruct((1, time, channels), dtype)
+def shape(time: int, channels: int, dtype: str, batch: int = 1) -> Any:
+    return jax.ShapeDtypeStruct((batch, time, channels), dtype)
 
 
 def stage_choice(
-    compute: policy.Compute, config: MimiConfig = FITS, dtype: str = "bfloat16", time: int = 2**15
+    compute: policy.Compute,
+    config: MimiConfig = FITS,
+    dtype: str = "bfloat16",
+    time: int = 2**15,
+    batch: int = 1,
 ) -> list[dict[str, str]]:
     """What an encoder stage and a decoder stage are computed by, for each platform."""
     encoder_stage = jax.eval_shape(lambda: EncoderStage(config, config.num_filters, 4, rngs=nnx.Rngs(0)))
@@ -99,7 +105,7 @@ def stage_choice(
     found = []
     with policy.computing(compute):
         for stage, channels in ((encoder_stage, config.num_filters), (decoder_stage, 2 * config.num_filters)):
-            found.append(policy.part_choice(stage, shape(time, channels, dtype)))
+            found.append(policy.part_choice(stage, shape(time, channels, dtype, batch)))
     return found
 
 
@@ -121,13 +127,11 @@ def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.Mon
 
 def test_narrow_layers_have_several_positions_a_row_on_tpus():
     layers, rows = {"default": "layers"}, {"default": "layers", "tpu": "rows"}
-    tpu = policy.Compute(fused=("tpu",))
-    assert stage_choice(tpu) == stage_choice(tpu, dtype="float32") == [rows] * 2
-    assert stage_choice(tpu, time=0) == [layers] * 2
-    wide = dataclasses.replace(FITS, num_filters=policy.LANES)
-    assert stage_choice(tpu, config=wide) == [layers] * 2
-    looks_ahead = dataclasses.replace(FITS, use_causal_conv=False)
-    assert stage_choice(tpu, config=looks_ahead) == [layers] * 2
+    choice = functools.partial(stage_choice, policy.Compute(fused=("tpu",)), batch=8)
+    assert choice() == choice(dtype="float32") == choice(time=16) == [rows] * 2
+    assert choice(batch=7) == choice(time=0) == [layers] * 2
+    for field in ({"num_filters": policy.LANES}, {"use_causal_conv": False}, {"pad_mode": "replicate"}):
+        assert choice(config=dataclasses.replace(FITS, **field)) == [layers] * 2
 
 
 def test_tpus_compute_the_ends_in_one_device_kernel_if_it_stays_whole():
