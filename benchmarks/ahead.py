@@ -13,8 +13,16 @@ Without a GPU, XLA can also not try out which device kernels are fastest, and le
 with Triton, so on a real GPU the program may move fewer bytes. With `--stages`, rows in bfloat16 compute the
 stages of SEANet as `mimi_jax.ops.triton_stages` does. That needs Python 3.12 and jax_triton.
 
-Rows in bfloat16 have the precision "default". On a TPU, this computes everything in one pass, including the
-quantizer.
+For TPUs, `--stages` divides the work between the chips by hand, as `mimi-jax tokenize` does, since the compiler
+cannot partition device kernels. Then the ends of the network and attention are in Pallas where
+`mimi_jax.ops.policy` chooses so. XLA counts the bytes of their inputs and outputs, and none of their work.
+
+Rows in bfloat16 have the precision "default". On a TPU, this computes everything in one pass but the
+quantizer, which takes six.
+
+A step should read its weights and the state of its streams once, and write the new steps into the state.
+After the table, its bytes are compared with that (`needed`). They are those to and from the main memory of
+the chip, as `benchmarks/hlo.py` counts them: XLA also counts what stays on the chip.
 """
 
 import argparse
@@ -39,7 +47,12 @@ from benchmarks.hlo import DeviceKernel, device_kernels
 from mimi_jax.checkpoint import abstract_model
 from mimi_jax.ops import policy
 
-FUNCTIONS = ("encode", "decode", "encode_step")
+FUNCTIONS = ("encode", "decode", "encode_step", "decode_step")
+STEPS = FUNCTIONS[2:]
+PARTS = {
+    "encode": ("encoder", "encoder_transformer", "downsample"),
+    "decode": ("upsample", "decoder_transformer", "decoder"),
+}
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 
 
@@ -62,6 +75,9 @@ TPU_SPEED = {
 GPU_SPEED = {("bfloat16", "default"): 989e12, ("float32", "default"): 495e12, ("float32", "highest"): 67e12}
 DEVICES = {
     "v5e": Device("tpu", 16_000_000_000, 819e9, TPU_SPEED),
+    "v6e": Device(
+        "tpu", 32_000_000_000, 1640e9, {kind: 918 / 197 * speed for kind, speed in TPU_SPEED.items()}
+    ),
     "h100": Device("cuda", 80_000_000_000, 3.35e12, GPU_SPEED),
     "h200": Device("cuda", 141_000_000_000, 4.8e12, GPU_SPEED),
 }
@@ -109,7 +125,7 @@ class Program(NamedTuple):
     bytes_accessed: float
     collectives: list[str]  # see `collectives`
     text: str  # of the compiled program
-    kernels: list[DeviceKernel]  # for GPUs
+    kernels: list[DeviceKernel]  # for GPUs, and for the steps of TPUs
 
 
 def make_mesh(name: str) -> Mesh:
@@ -136,11 +152,23 @@ def make_mesh(name: str) -> Mesh:
 
 @functools.cache
 def make_model(
-    dtype: DTypeLike, precision: str, attention: str | None = None, stages: bool = False
+    dtype: DTypeLike,
+    precision: str,
+    attention: str | None = None,
+    stages: bool = False,
+    platform: str = "cuda",
 ) -> mimi_jax.Mimi:
-    """A model of full size that has shapes but no values. `stages` are those in Triton."""
+    """A model of full size that has shapes but no values.
+
+    Args:
+        stages: whether stages are in Triton. In Pallas they are wherever nothing is partitioned.
+        platform: "cuda" or "tpu", whose ways it computes in.
+    """
     compute = policy.resolve("portable" if attention is None else {"attention": attention})
-    compute = dataclasses.replace(compute, capability=CAPABILITY, fused=("cuda",) if stages else ())
+    if platform == "cuda":
+        compute = dataclasses.replace(compute, capability=CAPABILITY, fused=("cuda",) if stages else ())
+    else:
+        compute = dataclasses.replace(compute, fused=("tpu",))
     model = abstract_model(mimi_jax.MimiConfig(), precision=precision, compute=compute)
     return jax.eval_shape(lambda model: model.astype(dtype), model)
 
@@ -158,8 +186,10 @@ def make_program(
     if function == "decode":
         codes = jax.ShapeDtypeStruct((batch, codebooks, frames), jnp.int32)
         return lambda model, codes: mimi_jax.decode(model, codes).audio_values, (codes,)
-    state = jax.eval_shape(lambda: model.init_encoder_state(batch))
-    return mimi_jax.encode_step, (state, audio)
+    if function == "encode_step":
+        return mimi_jax.encode_step, (jax.eval_shape(lambda: model.init_encoder_state(batch)), audio)
+    state = jax.eval_shape(lambda: model.init_decoder_state(batch))
+    return mimi_jax.decode_step, (state, jax.ShapeDtypeStruct((batch, codebooks, frames), jnp.int32))
 
 
 def compile_for(
@@ -177,7 +207,7 @@ def compile_for(
     weights, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     shardings = (weights, *[rows] * len(shapes))
     # As in a server, a step writes its state into the memory of the previous state.
-    donated = (1,) if function == "encode_step" else ()
+    donated = (1,) if function in STEPS else ()
     if by_hand:
         specs = (PartitionSpec(), *[PartitionSpec("data")] * len(shapes))
         # The device kernels do not say over which axes its results differ, so that is not checked.
@@ -190,7 +220,7 @@ def compile_for(
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     taken = sizes - memory.alias_size_in_bytes
-    counted = device_kernels(text) if platform == "cuda" else []
+    counted = device_kernels(text) if platform == "cuda" or function in STEPS else []
     if platform == "cuda":
         flops = (
             batch
@@ -198,6 +228,36 @@ def compile_for(
         )
         cost = {"flops": flops, "bytes accessed": sum(kernel.bytes for kernel in counted)}
     return Program(taken, cost["flops"], cost["bytes accessed"], collectives(text), text, counted)
+
+
+class Needed(NamedTuple):
+    """The bytes that a step has to move."""
+
+    weights: int  # parameters that it reads
+    state: int  # of all streams
+    written: int  # of the state, what is new: the slots of new steps, and all that is not a ring
+
+
+def needed(model: mimi_jax.Mimi, function: str, batch: int, seconds: float) -> Needed:
+    """What one of `STEPS` has to move for `batch` streams on one chip."""
+
+    def size(tree: Any) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    half, config = function.removesuffix("_step"), model.config
+    quantizers = model.quantizer.semantic, model.quantizer.acoustic
+    frames = batch * model.encoded_length(round(seconds * config.sampling_rate))
+    weights = size([getattr(model, part) for part in PARTS[half]])
+    for quantizer in quantizers:
+        if half == "encode":
+            weights += size([quantizer.input_proj, quantizer.embedding, quantizer.half_square])
+        else:  # the embeddings of the codes alone
+            num_levels, _, dim = quantizer.embedding.shape
+            weights += size(quantizer.output_proj) + 4 * frames * num_levels * dim
+    state = jax.tree.leaves(make_program(model, function, batch, seconds)[1][0])
+    new = frames // batch * config.latent_stride
+    written = sum(size(x) * min(new, x.shape[2]) // x.shape[2] if x.ndim == 4 else size(x) for x in state)
+    return Needed(weights, size(state), written)
 
 
 def collectives(text: str) -> list[str]:
@@ -228,11 +288,16 @@ class Case(NamedTuple):
     kind: tuple[str, str]  # dtype and precision
     batch: int  # rows on each chip
     seconds: float  # of audio in a row
-    stages: bool = False  # in Triton
+    stages: bool = False  # in device kernels
+
+
+def model_of(name: str, case: Case) -> mimi_jax.Mimi:
+    attention = fused_attention(name, case.kind[0])
+    return make_model(*case.kind, attention, case.stages, DEVICES[name].platform)
 
 
 def compile_case(mesh: Mesh, name: str, case: Case) -> Program:
-    model = make_model(*case.kind, fused_attention(name, case.kind[0]), case.stages)
+    model = model_of(name, case)
     return compile_for(mesh, model, case.function, case.batch, case.seconds, by_hand=case.stages)
 
 
@@ -242,6 +307,24 @@ def table_row(name: str, case: Case, report: Program) -> str:
     cells += [f"{report.flops / 1e9:.1f}", f"{report.bytes_accessed / 1e9:.2f}", f"{speed:,.0f}"]
     cells.append(", ".join(report.collectives) or "none")
     return f"| {' | '.join(cells)} |"
+
+
+def needed_row(name: str, case: Case, report: Program) -> str:
+    model = model_of(name, case)
+    parts = needed(model, case.function, case.batch, case.seconds)
+    moved = sum(kernel.bytes for kernel in report.kernels)
+    cells = [case.function, case.kind[0], str(case.batch), f"{case.seconds:g}"]
+    cells += [f"{size / 1e6:.1f}" for size in (*parts, moved)] + [f"{moved / sum(parts):.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def print_steps(name: str, reports: dict[Case, Program]) -> None:
+    """What steps move, in units of what they have to move."""
+    rows = [needed_row(name, case, report) for case, report in reports.items() if case.function in STEPS]
+    columns = ["step", "dtype", "batch per chip", "seconds of audio", "MB of weights", "MB of state"]
+    columns += ["MB of it written", "MB moved", "ratio"]
+    if rows:
+        print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", *rows, sep="\n")
 
 
 def print_largest(case: Case, report: Program, count: int) -> None:
@@ -269,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--step", type=float, default=0.08, help="seconds of audio in a step; tokenize uses 1.28"
     )
     parser.add_argument("--functions", choices=FUNCTIONS, nargs="+", default=FUNCTIONS)
-    parser.add_argument("--stages", action="store_true", help="for GPUs, compute stages of SEANet in Triton")
+    parser.add_argument("--stages", action="store_true", help="compute stages of SEANet in device kernels")
     parser.add_argument(
         "--largest",
         type=int,
@@ -278,8 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     platform = DEVICES[options.device].platform
-    if (options.largest or options.stages) and platform == "tpu":
-        parser.error("--largest and --stages need a GPU as --device")
+    if options.largest and platform == "tpu":
+        parser.error("--largest needs a GPU as --device")
     mesh = make_mesh(options.device)
     columns = ["function", "dtype", "precision", "batch per chip", "seconds of audio", "MB per chip", "GFLOP"]
     columns += ["GB accessed", f"{'' if platform == 'tpu' else 'about '}at most x realtime", "collectives"]
@@ -288,10 +371,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds = (("bfloat16", "default"), ("float32", options.precision))
     reports = {}
     for batch, function, kind in itertools.product(options.batch, options.functions, kinds):
-        seconds = options.step if function == "encode_step" else options.seconds
-        case = Case(function, kind, batch, seconds, options.stages and kind[0] == "bfloat16")
+        seconds = options.step if function in STEPS else options.seconds
+        case = Case(
+            function, kind, batch, seconds, options.stages and (platform == "tpu" or kind[0] == "bfloat16")
+        )
         reports[case] = compile_case(mesh, options.device, case)
         print(table_row(options.device, case, reports[case]), flush=True)
+    print_steps(options.device, reports)
     for case, report in reports.items():
         if options.largest:
             print_largest(case, report, options.largest)

@@ -257,10 +257,10 @@ class Mimi(nnx.Module):
         """The state of `batch_size` fresh streams, for `decode_step`."""
         return self._init_state("decoder", batch_size)
 
-    @transfers_allowed()
     def _init_state(self, half: str, batch_size: int) -> Any:
         check_streamable(self.config)
-        return tuple(layer.init_state(batch_size, self.dtype) for layer in self._layers(half))
+        with transfers_allowed(), policy.computing(self.compute):
+            return tuple(layer.init_state(batch_size, self.dtype) for layer in self._layers(half))
 
     def __call__(
         self, audio: ArrayLike, padding_mask: ArrayLike | None = None, num_quantizers: int | None = None

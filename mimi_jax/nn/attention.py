@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from mimi_jax.nn.streaming import Lengths, StreamingLayer
 from mimi_jax.ops import policy
 from mimi_jax.ops.attention import visible
+from mimi_jax.ops.lanes import narrow, scores_of_two_rounds, widen, write_slots
 from mimi_jax.ops.pieces import step_in_pieces
 
 
@@ -51,11 +52,11 @@ class AttentionState(NamedTuple):
     """A ring of slots. The key of step t is in slot t % slots, rotated to the position of that slot.
 
     So a key is written once, and never moved or rotated again. Positions do not grow, so that a stream keeps
-    its precision however long it lasts.
+    its precision however long it lasts. On TPUs several heads lie side by side, as one wide head.
     """
 
-    key: Float[Array, "batch key_value_heads slots head_dim"]
-    value: Float[Array, "batch key_value_heads slots head_dim"]
+    key: Float[Array, "batch wide_heads slots wide_head_dim"]
+    value: Float[Array, "batch wide_heads slots wide_head_dim"]
     # The position of the next step, minus whole rounds of the ring. From `slots` on, all slots are full. A
     # Transformer keeps that of its first layer, for all of them.
     position: Int[Array, " batch"]
@@ -89,7 +90,9 @@ class Attention(StreamingLayer):
         self.output_proj = linear(num_heads * head_dim, features)
 
     def init_state(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> AttentionState:
-        shape = batch_size, self.num_key_value_heads, self.slots, self.head_dim
+        side_by_side = policy.heads_side_by_side(self.num_key_value_heads, self.head_dim)
+        wide_heads, wide_head_dim = self.num_key_value_heads // side_by_side, side_by_side * self.head_dim
+        shape = batch_size, wide_heads, self.slots, wide_head_dim
         return AttentionState(
             jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32)
         )
@@ -131,6 +134,9 @@ class Attention(StreamingLayer):
         if lengths is not None:  # an idle row writes nothing
             positions = jnp.where(lengths[:, None] > 0, positions, slots)
             end = jnp.where(lengths > 0, end, state.position)
+        if state.key.shape[1] < self.num_key_value_heads:
+            write = functools.partial(write_slots, positions=positions)
+            return AttentionState(write(state.key, key), write(state.value, value), end)
         rows = jnp.arange(len(key), dtype=jnp.int32)[:, None]
         return AttentionState(
             state.key.at[rows, :, positions].set(key, mode="drop"),
@@ -153,23 +159,30 @@ class Attention(StreamingLayer):
             key, value: those of the queries' own steps; None if the ring holds them.
         """
         batch, time, heads, head_dim = query.shape
-        slots, key_value_heads = self.slots, self.num_key_value_heads
-        groups = heads // key_value_heads
+        wide_heads, slots, wide_head_dim = ring.key.shape[1:]
+        side_by_side, groups = self.num_key_value_heads // wide_heads, heads // self.num_key_value_heads
+        wide = batch, time, wide_heads, wide_head_dim
         newest = (ring.position[:, None] - 1) % slots
         positions = newest + ahead[None]
         # A slot after the newest one holds a step of the round before. A query is one round further from it.
         slot = jnp.arange(slots, dtype=jnp.int32)[None]
         before = slot > newest
         queries = jnp.stack([self._rotate(query, positions), self._rotate(query, positions + slots)], axis=1)
-        queries = queries.reshape(batch, 2, time, key_value_heads, groups, head_dim)
+        if side_by_side > 1:
+            queries = widen(queries, side_by_side, groups)
+        queries = queries.reshape(batch, 2, time, wide_heads, side_by_side * groups, wide_head_dim)
         queries = jnp.transpose(queries, (0, 3, 4, 1, 2, 5))
         products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         # The ring is the first operand, or XLA:CPU would rearrange it for the product.
-        scores = jnp.moveaxis(products("bhsd,bhgrtd->bhsgrt", ring.key, queries), 2, -1)
-        scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
+        if side_by_side > 1:
+            scores = scores_of_two_rounds(ring.key, queries, before)
+        else:
+            scores = jnp.moveaxis(products("bhsd,bhgrtd->bhsgrt", ring.key, queries), 2, -1)
+            scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
         key_positions = slot - jnp.where(before, slots, 0)
         if key is not None:
-            new = products("bhgtd,bshd->bhgts", queries[:, :, :, 0], self._rotate(key, positions))
+            own_round = queries[:, :, :, 0]
+            new = products("bhgtd,bshd->bhgts", own_round, self._rotate(key, positions).reshape(wide))
             scores = jnp.concatenate([scores, new], axis=-1)
             key_positions = jnp.concatenate([key_positions, positions], axis=-1)
         first = newest + 1 - jnp.minimum(ring.position, slots)[:, None]
@@ -181,5 +194,8 @@ class Attention(StreamingLayer):
         # Heads come before time here too, or XLA:CPU would copy the whole ring to another layout.
         out = products("bhgts,bhsd->bhgtd", weights[..., :slots], ring.value)
         if value is not None:
-            out += products("bhgts,bshd->bhgtd", weights[..., slots:], value)
-        return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape).astype(query.dtype)
+            out += products("bhgts,bshd->bhgtd", weights[..., slots:], value.reshape(wide))
+        out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, time, heads, wide_head_dim)
+        if side_by_side > 1:
+            out = narrow(out, side_by_side, groups)
+        return out.astype(query.dtype)

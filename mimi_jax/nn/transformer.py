@@ -98,6 +98,8 @@ class Transformer(Chain):
 
     def step_few_rows(self, state: tuple, x: Steps, lengths: Lengths = None) -> tuple[tuple, Steps]:
         """`step` in few device kernels of XLA:GPU."""
+        if state[0].key.shape[1] < self.blocks[0].attention.num_key_value_heads:
+            return self.step_layers(state, x, lengths)  # a ring for TPUs
         state, x = step_few_rows(self.blocks, state, x, lengths)
         return _hold_once(state), x
 

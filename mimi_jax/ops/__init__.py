@@ -5,6 +5,7 @@
     convolution      convolutions, products and ELU
     attention        windowed attention in plain XLA
     fused_attention  that of accelerators: cuDNN, Pallas
+    lanes            heads side by side in the ring of a stream, for TPUs
     nearest          the search of a codebook
     few_rows         products, convolutions and loops of steps, for XLA:GPU
     triton_kernels   device kernels of SEANet stages

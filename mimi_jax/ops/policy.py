@@ -23,6 +23,7 @@ from mimi_jax.ops import few_rows, triton_stages
 from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
+from mimi_jax.ops.lanes import RINGS
 from mimi_jax.ops.nearest import SEARCHES
 from mimi_jax.ops.parts import (
     WAYS_BACK,
@@ -59,10 +60,8 @@ FLOPS_PER_BYTE = 20
 # of that speed. It has not been measured.
 MIN_SUMMANDS = 512
 
-# The precision of float32 products in JAX's words; the second is an alias.
-EXACT = ("highest", "float32")
+EXACT = ("highest", "float32")  # the precision of float32 products in JAX's words, and an alias
 PLAIN_FLOAT32 = "F32_F32_F32"  # those of float32 units, as in `jax.lax.DotAlgorithmPreset`
-
 FIRST_FUSED = 80  # Ampere, the first GPUs that run cuDNN's flash attention
 
 
@@ -90,6 +89,7 @@ OPERATIONS: dict[str, Implementations] = {
     "elu": ELUS,
     "search": SEARCHES,
     "scan": few_rows.SCANS,
+    "ring": RINGS,
 }
 STAGES: Implementations = {"layers": layer_by_layer, "rows": in_rows, "triton": in_triton}
 ENDS = STAGES | {"few_passes": in_few_passes, "pallas": in_pallas}
@@ -313,6 +313,8 @@ def _stays_whole(x: jax.Array) -> bool:
 def search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> jax.Array:
     """Find the nearest codes of one codebook; `mimi_jax.ops.nearest` gives the shapes."""
     choice = _exact_choice(vectors, *reversed(embedding.shape))
+    if "tpu" in _compute.get().fused:
+        choice["tpu"] = "one_pass"
     return _call("search", choice, vectors, embedding, half_square)
 
 
@@ -322,6 +324,12 @@ def scan(function: Callable[[Any, Any], tuple[Any, Any]], init: jax.Array, xs: A
     if init[..., 0].size in STEP_FRAMES:
         choice = _on_gpus("unrolled", choice)  # a CUDA graph cannot hold the loop
     return _call("scan", choice, init, function=function, xs=xs)
+
+
+def heads_side_by_side(num_heads: int, head_dim: int) -> int:
+    """How many heads of keys the ring of a stream holds side by side. All platforms share its form."""
+    choice = {"default": "lanes" if "tpu" in _compute.get().fused else "heads"}
+    return _implementations("ring", RINGS, choice)["default"](num_heads, head_dim)
 
 
 def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:

@@ -35,16 +35,16 @@ def gpus() -> Mesh:
 def check_program(
     mesh: Mesh, device: str, function: str, kind: tuple[str, str], attention: str | None = None
 ) -> ahead.Program:
-    model = ahead.make_model(*kind, attention)
+    model = ahead.make_model(*kind, attention, platform=ahead.DEVICES[device].platform)
     seconds = SECONDS
-    if function == "encode_step":
+    if function in ahead.STEPS:
         seconds = model.config.frame_size / model.config.sampling_rate
     report = ahead.compile_for(mesh, model, function, BATCH, seconds, by_hand=attention == "splash")
     assert report.collectives == []
     assert report.memory < ahead.DEVICES[device].memory
     assert report.flops == pytest.approx(BATCH * seconds * FLOPS_PER_SECOND_OF_AUDIO, rel=0.1)
     half = (model.encoder, model.encoder_transformer, model.downsample)
-    if function == "decode":
+    if function.startswith("decode"):
         half = (model.decoder, model.decoder_transformer, model.upsample)
     assert report.bytes_accessed > sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(half))
     return report
@@ -65,6 +65,15 @@ def test_compiles_for_eight_tpus_with_splash_attention(tpus: Mesh, function: str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("function", ahead.STEPS)
+def test_steps_move_their_weights_and_their_state_once_on_tpus(tpus: Mesh, function: str):
+    """64 streams on each chip, in bfloat16."""
+    case = ahead.Case(function, KINDS[0], 64, 0.08)
+    moved = sum(kernel.bytes for kernel in ahead.compile_case(tpus, "v5e", case).kernels)
+    assert 1 <= moved / sum(ahead.needed(ahead.model_of("v5e", case), function, 64, 0.08)) <= 1.3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("function", ahead.FUNCTIONS)
 def test_compiles_for_eight_gpus(gpus: Mesh, function: str, kind: tuple[str, str]):
@@ -72,7 +81,7 @@ def test_compiles_for_eight_gpus(gpus: Mesh, function: str, kind: tuple[str, str
     attention = ahead.fused_attention("h100", kind[0])
     report = check_program(gpus, "h100", function, kind, attention)
     fused = report.text.count("__cudnn$fmhaSoftmax")
-    assert fused == (8 if attention and function != "encode_step" else 0)
+    assert fused == (8 if attention and function not in ahead.STEPS else 0)
 
 
 @pytest.mark.slow
@@ -124,6 +133,26 @@ def test_large_batches_are_computed_in_parts_on_gpus(function: str, kind: tuple[
     arrays = [shape.split("x") for shape in re.findall(r"tensor<([\dx]+)x\w+>", text)]
     largest = max(math.prod(map(int, sizes)) for sizes in arrays)
     assert 2**28 < largest < 2**31
+
+
+def test_what_a_step_needs_is_added_up():
+    """In bfloat16, per stream: 8 layers of 2 rings of 256 slots of 512 numbers, and 2 slots are new."""
+    model = ahead.make_model(*KINDS[0], platform="tpu")
+    for function in ahead.STEPS:
+        one, two = (ahead.needed(model, function, batch, 0.08) for batch in (1, 2))
+        rings = 8 * 2 * 256 * 512 * 2
+        rest = one.state - rings
+        assert 0 < rest < 0.01 * rings
+        assert one.written == rings // 128 + rest
+        assert (two.state, two.written) == (2 * one.state, 2 * one.written)
+    codebooks = 4 * 32 * (2048 * 256 + 2048)
+    half = jax.tree.leaves((model.encoder, model.encoder_transformer, model.downsample))
+    projections = 4 * 2 * 512 * 256
+    encoder = ahead.needed(model, "encode_step", 1, 0.08).weights
+    assert encoder == 2 * sum(leaf.size for leaf in half) + codebooks + projections
+    half = jax.tree.leaves((model.decoder, model.decoder_transformer, model.upsample))
+    decoder = ahead.needed(model, "decode_step", 1, 0.08).weights
+    assert decoder == 2 * sum(leaf.size for leaf in half) + 4 * 32 * 256 + projections
 
 
 def test_collectives_are_found():

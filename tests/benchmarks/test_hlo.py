@@ -113,6 +113,54 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
 """
 
 
+# A TPU fetches an array, and a part of another one, into its own memory ahead of their use. Its arrays fill
+# tiles: 3 x 5 numbers take 8 x 128. The scatter is written into an operand, by a fusion inside a fusion.
+ON_TPU = """
+%scatter (x: f32[8,128], i: s32[2], new: f32[2,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %i = s32[2]{0} parameter(1)
+  %new = f32[2,128]{1,0} parameter(2)
+  ROOT %y = f32[8,128]{1,0:T(8,128)} scatter(%x, %i, %new), to_apply=%last
+}
+
+%write (new: f32[2,128], i: s32[2], x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %new = f32[2,128]{1,0} parameter(0)
+  %i = s32[2]{0} parameter(1)
+  ROOT %inner = f32[8,128]{1,0:T(8,128)} fusion(%x, %i, %new), kind=kCustom, calls=%scatter
+}
+
+%body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %state = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %new = f32[2,128]{1,0:T(2,128)S(1)} constant({...})
+  %i = s32[2]{0:T(128)S(1)} constant({...})
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%new, %i, %x), kind=kCustom, calls=%write
+  ROOT %next = (s32[], f32[8,128]{1,0:T(8,128)}) tuple(%n, %y)
+}
+
+%below (state: (s32[], f32[8,128])) -> pred[] {
+  %state = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %last = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[] compare(%n, %last), direction=LT
+}
+
+ENTRY %main (a: f32[3,5], b: f32[16,128], state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %a = f32[3,5]{1,0:T(8,128)} parameter(0)
+  %b = f32[16,128]{1,0:T(8,128)} parameter(1)
+  %state = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(2)
+  %c = (f32[3,5]{1,0:T(8,128)S(1)}, f32[3,5]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
+  %d = f32[3,5]{1,0:T(8,128)S(1)} copy-done(%c)
+  %e = ((f32[16,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%b)
+  %f = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%e)
+  %g = f32[8,128]{1,0:T(8,128)S(1)} pad(%d, %f)
+  ROOT %loop = (s32[], f32[8,128]{1,0:T(8,128)}) while(%state), condition=%below, body=%body
+}
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -126,6 +174,7 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
         (ALONE, 16 + 4 + 4 + 16 + 2 * 16),
         (LOOP, 7 * (40 + 40)),
         (CALL, 32 + 16 + 16),
+        (ON_TPU, 4096 + 4096 + 7 * 1024),
     ],
     ids=[
         "operands",
@@ -138,6 +187,7 @@ ENTRY %main (x: f32[4,2]) -> f32[4] {
         "alone",
         "loop",
         "library",
+        "on a TPU",
     ],
 )
 def test_bytes_read_and_written_are_counted(text: str, expected: int):
@@ -154,7 +204,7 @@ def test_device_kernels_are_named_after_their_sources():
     [
         (', config={"known_trip_count":{"n":"7"}}', "", "a loop with an unknown number of rounds: loop"),
         ("negate(", "call(", "an operation of the kind call: y"),
-        ("negate(", "copy-start(", "an operation of the kind copy-start: y"),
+        ("negate(", "all-reduce-start(", "an operation of the kind all-reduce-start: y"),
     ],
 )
 def test_programs_that_cannot_be_counted_are_refused(old: str, new: str, error: str):

@@ -135,7 +135,7 @@ def test_narrow_layers_have_several_positions_a_row_on_tpus():
 
 
 def test_tpus_compute_the_ends_in_one_device_kernel_if_it_stays_whole():
-    model = checkpoint.abstract_model(MimiConfig())
+    model: Any = checkpoint.abstract_model(MimiConfig())
     [front, _], [_, back] = model.encoder.groups(), model.decoder.groups()
 
     def choices(batch: int, compute: policy.Compute) -> list[str | None]:
