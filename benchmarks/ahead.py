@@ -13,8 +13,8 @@ Without a GPU, XLA can also not try out which device kernels are fastest, and le
 with Triton, so on a real GPU the program may move fewer bytes. With `--stages`, rows in bfloat16 compute the
 stages of SEANet as `mimi_jax.ops.triton_stages` does. That needs Python 3.12 and jax_triton.
 
-For TPUs, `--stages` divides the work between the chips by hand, as `mimi-jax tokenize` does, since the compiler
-cannot partition device kernels. Then the ends of the network and attention are in Pallas where
+For TPUs, `--stages` divides the work between the chips by hand, as `mimi-jax tokenize` does, since the
+compiler cannot partition device kernels. Then the ends of the network and attention are in Pallas where
 `mimi_jax.ops.policy` chooses so. XLA counts the bytes of their inputs and outputs, and none of their work.
 
 Rows in bfloat16 have the precision "default". On a TPU, this computes everything in one pass but the

@@ -56,19 +56,9 @@ def _residual_blocks(config: MimiConfig, channels: int, rngs: nnx.Rngs) -> nnx.L
 
 
 class Part(Chain):
-    """Layers that TPUs compute with several positions a row where channels are few."""
+    """Layers that TPUs compute with several positions a row if their channels are few."""
 
-    def step_in_rows(
-        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths
-    ) -> StepResult:
-        return polyphase.step(self, state, x, lengths)
-
-    def fits_in_rows(self) -> bool:
-        return polyphase.fits(self)
-
-    def channels(self) -> int:
-        """Of its residual blocks."""
-        return polyphase.channels(self)
+    step_in_rows, fits_in_rows, channels = polyphase.step, polyphase.fits, polyphase.channels
 
 
 class EncoderStage(Part):
@@ -147,17 +137,10 @@ class Network(Chain):
 
 
 class End(Group):
-    """The layer next to the waveform and the stage next to it, which TPUs compute in one device kernel."""
+    """The layer next to the waveform and the stage next to it. TPUs compute them in one device kernel."""
 
     is_wide = True
-
-    def step_in_pallas(
-        self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths
-    ) -> StepResult:
-        return pallas_stages.step(self, state, x, lengths)
-
-    def fits_in_pallas(self, x: Float[Array, "batch time in"]) -> bool:
-        return pallas_stages.fits(self, x)
+    step_in_pallas, fits_in_pallas = pallas_stages.step, pallas_stages.fits
 
 
 class EncoderFront(End):

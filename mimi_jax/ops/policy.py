@@ -36,7 +36,7 @@ from mimi_jax.ops.parts import (
     in_small_pieces,
     layer_by_layer,
 )
-from mimi_jax.ops.tensor_cores import FAST, are_exact
+from mimi_jax.ops.tensor_cores import FAST, are_exact, capability_of
 
 HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
@@ -158,19 +158,11 @@ def resolve(compute: str | Mapping[str, str] | Compute) -> Compute:
             choices = ", ".join(tables[operation])
             raise ValueError(f"compute[{operation!r}] must be one of {choices}, got {name!r}")
     device = jax.local_devices()[0]
-    capability, one_device = _capability(device), jax.device_count() == 1
+    capability, one_device = capability_of(device), jax.device_count() == 1
     can_fuse = {"cuda": (capability or 0) >= FIRST_FUSED, "tpu": device.platform == "tpu"}
     fused = tuple(platform for platform, holds in can_fuse.items() if holds)
     tensor_cores = one_device and capability in FAST and are_exact(device)
     return Compute(tuple(sorted(asked.items())), fused, one_device, capability, tensor_cores)
-
-
-def _capability(device: Any) -> int | None:
-    """Ten times the compute capability of an NVIDIA GPU; None for other devices."""
-    try:
-        return round(10 * float(device.compute_capability)) if device.platform == "gpu" else None
-    except (AttributeError, ValueError):  # AMD's GPUs give a name, such as "gfx942"
-        return None
 
 
 PORTABLE = Compute()

@@ -65,6 +65,14 @@ def convolution_by_shifts(
     )
 
 
+def capability_of(device: Any) -> int | None:
+    """Ten times the compute capability of an NVIDIA GPU; None for other devices."""
+    try:
+        return round(10 * float(device.compute_capability)) if device.platform == "gpu" else None
+    except (AttributeError, ValueError):  # AMD's GPUs give a name, such as "gfx942"
+        return None
+
+
 @functools.cache
 def are_exact(device: Any) -> bool:
     """Compute one product on a GPU. A compiler may take the algorithm for another one, and say nothing.
