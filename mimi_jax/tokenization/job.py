@@ -18,7 +18,7 @@ from mimi_jax.tokenization.output import Output, Totals
 from mimi_jax.tokenization.processes import process_from_jax
 from mimi_jax.tokenization.progress import Progress
 from mimi_jax.tokenization.settings import DEFAULTS, Settings
-from mimi_jax.tokenization.tokenizer import Tokenizer
+from mimi_jax.tokenization.tokenizer import make_tokenizer
 
 COMPILED = (
     "/jax/core/compile/backend_compile_duration"  # the event that JAX records for each compiled program
@@ -168,7 +168,7 @@ def tokenize(
     now = Totals()
     with contextlib.closing(job.progress(shards)) as progress, counted_compilations() as compiled:
         if shards:
-            with Tokenizer(job.model, job.output, batch_size, workers, strict) as tokenizer:
+            with make_tokenizer(job.model, job.output, batch_size, workers, strict) as tokenizer:
                 now = tokenizer.run(shards, progress)
     return job.finish(now, progress, len(compiled))
 
