@@ -27,8 +27,8 @@ SHORT_SECONDS = 30  # longer clips are streams
 SHORTEST_SECONDS = 1  # shorter clips are padded to this length
 # Audio in a batch of short clips, on each device. In float32 this takes 12 GB of a TPU.
 BATCH_SECONDS = 256
-# After this many full batches of clips were read, all clips that still wait are encoded, even in batches that
-# are not full. A job that is killed loses no more work than that.
+# A clip that has waited while the clips of this many full batches were read is encoded, even in a batch that
+# is not full. A job that is killed loses no more work than that.
 FLUSH_BATCHES = 64
 
 
@@ -78,17 +78,22 @@ class Coder:
         self._short.clear()  # an earlier run may have been stopped in the middle
         self._running.clear()
         self._rows, self._state = [None] * self.batch_size, None
-        for count, reader in enumerate(_take_ahead(readers, self.batch_size), 1):
+        period = FLUSH_BATCHES * self.batch_size // 2
+        for number, reader in enumerate(_take_ahead(readers, self.batch_size), 1):
             try:
-                clip = _Clip(reader)
+                clip = _Clip(reader, number)
             except ValueError as error:
                 yield Result(reader, 0, None, str(error))
             else:
                 is_short = clip.is_here and clip.num_here <= SHORT_SECONDS * self.config.sampling_rate
                 yield from self._add_short(clip) if is_short else self._add_long(clip)
-            if count % (FLUSH_BATCHES * self.batch_size) == 0:
-                yield from self._flush()
-        yield from self._flush()
+            if (
+                number % period == 0
+            ):  # the oldest clip that stays has waited for one period, and may do so again
+                yield from self._flush(number - period)
+        yield from self._flush(math.inf)
+        while self._running:
+            yield from self._collect()
 
     def _add_short(self, clip: "_Clip") -> Iterator[Result]:
         size = self._padded(clip)
@@ -102,21 +107,23 @@ class Coder:
             yield from self._encode_chunks()
         self._rows[self._rows.index(None)] = clip
 
-    def _flush(self) -> Iterator[Result]:
-        """Encode all clips that wait, even in batches that are not full."""
-        waiting = sorted(
-            (clip for clips in self._short.values() for clip in clips), key=lambda clip: -clip.num_here
-        )
-        self._short.clear()
+    def _flush(self, last: float) -> Iterator[Result]:
+        """Encode what waits with a clip of number `last` or before, even in batches that are not full.
+
+        Clips that came later wait on. If they were encoded too, the device would have nothing to do until
+        there are enough new ones.
+        """
+        late = [size for size, clips in self._short.items() if clips[0].number <= last]
+        waiting = sorted((clip for size in late for clip in self._short.pop(size)), key=lambda c: -c.num_here)
         while waiting:
             num_rows = self._num_rows(self._padded(waiting[0]))
             yield from self._encode_whole(waiting[:num_rows])
             del waiting[:num_rows]
+        if all(clip is None or clip.number > last for clip in self._rows):
+            return
         while any(self._rows):
             self._drop_empty_rows()
             yield from self._encode_chunks()
-        while self._running:
-            yield from self._collect()
         self._rows, self._state = [None] * self.batch_size, None
 
     def _padded(self, clip: "_Clip") -> int:
@@ -233,8 +240,8 @@ def _lengths(parts: list["_Part"], num_rows: int) -> np.ndarray:
 class _Clip:
     """A clip, with the samples that were read and are not encoded yet."""
 
-    def __init__(self, reader: ClipReader):
-        self.reader, self.num_samples, self.codes = reader, 0, []
+    def __init__(self, reader: ClipReader, number: int):
+        self.reader, self.number, self.num_samples, self.codes = reader, number, 0, []
         self._audio, self.is_here = reader.next()
 
     @property

@@ -1,5 +1,6 @@
 """A model with its worker processes, which encodes shards on the devices of this process."""
 
+import collections
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ OTHER_BATCH_SIZE = 64
 # average half of a clip's last chunk is padding. On a CPU the fixed cost is small, so a chunk is only 1.28 s.
 CHUNK_FRAMES = {"cpu": 16}
 OTHER_CHUNK_FRAMES = 50
+# Shards that are done and wait to be written. Several end together if each waited for a late clip.
+MAX_WAITING = 8
 
 
 @contextlib.contextmanager
@@ -140,8 +143,8 @@ class _OpenShards:
         writer: ThreadPoolExecutor,
     ):
         self._output, self._readers, self._progress, self._claims = output, readers, progress, claims
-        self._writer, self._writing = writer, Future[Totals]()
-        self._writing.set_result(Totals())
+        self._writer = writer
+        self._writing: collections.deque[Future[Totals]] = collections.deque()
         self._places: dict[int, tuple[_OpenShard, int]] = {}  # shard and position of each clip, by its key
         self.totals = Totals()
 
@@ -183,13 +186,14 @@ class _OpenShards:
 
     def _write_if_done(self, opened: _OpenShard) -> None:
         if opened.is_done:
-            self.finish_writing()  # so that no more than one shard waits
-            self._writing = self._writer.submit(self._write, opened)
+            self._writing.append(self._writer.submit(self._write, opened))
+            self.finish_writing(MAX_WAITING)
             self._progress.read(max(opened.shard.num_bytes - opened.num_bytes, 0))
 
-    def finish_writing(self) -> None:
-        """Wait until the last shard that is done is written, and raise its error if that failed."""
-        self.totals += self._writing.result()
+    def finish_writing(self, num_waiting: int = 0) -> None:
+        """Wait until at most `num_waiting` shards are to be written, and raise the error of a failed one."""
+        while len(self._writing) > num_waiting:
+            self.totals += self._writing.popleft().result()
 
     def _write(self, opened: _OpenShard) -> Totals:
         results = [opened.results[position] for position in range(opened.num_items)]
