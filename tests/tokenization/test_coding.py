@@ -170,6 +170,28 @@ def test_a_clip_of_a_rare_length_is_encoded_after_a_while():
     assert count == len(streams)
 
 
+def test_two_batches_are_in_flight_while_the_next_is_put_together(monkeypatch: pytest.MonkeyPatch):
+    coder, events = make_coder(load_fixture("base").model, 2, 4, jax.devices()[:1]), []
+    for name in ("encode", "fetch"):
+        method = getattr(coder._programs, name)
+        monkeypatch.setattr(
+            coder._programs, name, lambda *args, n=name, m=method: events.append(n) or m(*args)
+        )
+    run(coder, [FakeReader(n, [noise_clip(FRAME)]) for n in range(10)])
+    assert events == ["encode"] * 2 + ["encode", "fetch"] * 3 + ["fetch"] * 2
+
+
+def test_only_clips_that_waited_long_are_encoded_in_batches_that_are_not_full():
+    """If all were, the device would wait until there are enough new ones."""
+    coder, sizes = make_coder(load_fixture("base").model, 2, 4, jax.devices()[:1]), []
+    encode_whole = coder._encode_whole
+    coder._encode_whole = lambda clips: sizes.append(len(clips)) or encode_whole(clips)  # type: ignore
+    period = FLUSH_BATCHES  # half of the clips that the wait takes
+    lengths = [2 * RATE if n in (0, 3 * period - 2) else FRAME for n in range(4 * period)]
+    run(coder, [FakeReader(n, [noise_clip(length)]) for n, length in enumerate(lengths)])
+    assert [index for index, size in enumerate(sizes) if size == 1] == [period - 1, len(sizes) - 1]
+
+
 def test_clips_are_not_opened_long_before_their_turn():
     taken = 0
 
