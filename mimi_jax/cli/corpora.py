@@ -78,6 +78,12 @@ def _local_engine(arguments: argparse.Namespace) -> tuple[Callable[..., Any], di
     index, count = arguments.process_index, arguments.process_count
     if (index is None) != (count is None):
         raise UsageError("--process-index and --process-count must be given together")
+    if arguments.distributed:
+        if index is not None:
+            raise UsageError(
+                "--distributed finds --process-index and --process-count; give either it or them"
+            )
+        return tokenize, {"distributed": True}
     if index is None or count is None:
         index, count = process_from_environment(os.environ)
     if not 0 <= index < count:
@@ -90,6 +96,8 @@ def _ray_engine(arguments: argparse.Namespace) -> tuple[Callable[..., Any], dict
     check_installed("ray", "ray")
     if arguments.process_index is not None or arguments.process_count is not None:
         raise UsageError("--process-index and --process-count need --engine local; Ray shares out the work")
+    if arguments.distributed:
+        raise UsageError("--distributed needs --engine local; Ray shares out the work")
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # in this process; it leaves the accelerators to the actors

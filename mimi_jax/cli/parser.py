@@ -161,6 +161,11 @@ def _add_tokenize(command: AddCommand) -> None:
     add("--strict", action="store_true", help="stop at the first clip that cannot be encoded")
     text = "encode the shards that have errors again, for example after a failure of a disk or a network"
     add("--retry-errors", action="store_true", help=text)
+    text = (
+        "share the work with the processes that JAX finds: on the hosts of a TPU slice, or as SLURM, MPI or"
+        " Kubernetes say; if one is lost, the others continue, and the same command starts it again"
+    )
+    add("--distributed", action="store_true", help=text)
     text = "index of this process, from 0, where several share the work (default: as SLURM, MPI or GKE say)"
     add("--process-index", type=_integer, metavar="I", help=text)
     text = "number of processes that share the work (default: as SLURM, MPI or GKE say, else 1)"

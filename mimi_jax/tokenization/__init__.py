@@ -5,8 +5,10 @@ Every clip is encoded exactly once, or listed as an error with the reason.
     settings    what decides the codes, and which clips share an output file
     sources     the kinds of files that hold clips: audio, tar archives, Parquet files, manifests
     inputs      what there is to tokenize, divided into shards
+    sharing     handing arrays from one process to another in memory
     workers     worker processes that read and resample audio
-    coding      encoding many clips at once, with a handful of compiled programs
+    programs    the compiled programs of a model on all devices of this process
+    coding      encoding many clips at once, with a handful of these programs
     output      the output folder: Parquet files, errors, the manifest, locks on shards
     progress    a progress bar, or a line in the log every minute
     tokenizer   a model with its workers, which encodes shards

@@ -1,36 +1,34 @@
-"""Encoding many clips at once, on all devices of this process.
+"""Encoding many clips at once.
 
 Short clips wait for others of about the same length. They are padded to one of a few lengths and encoded
 together in one masked batch. Long clips are streams: each is a row of another batch, which is encoded one
 chunk at a time. When a clip ends inside a chunk, its mask ends there too, and the row takes the next clip
 with the next chunk. So clips of all lengths need only a handful of static shapes. In float32 their codes are
 those of `encode` on each clip alone.
+
+The device never waits for the host, as long as clips are read as fast as it encodes them: it has two batches
+to do while the next one is put together, and its answers are fetched after that.
 """
 
 import collections
-import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimi_jax.config import ceil_div
 from mimi_jax.files.batches import bucket_length
-from mimi_jax.model import Mimi, encode, encode_step
-from mimi_jax.nn.streaming import is_real, select_rows
+from mimi_jax.tokenization.programs import Programs
 from mimi_jax.tokenization.workers import ClipReader
 
-ROWS = PartitionSpec("rows")
 IN_FLIGHT = 2  # batches that wait for the device while the next one is put together
 SHORT_SECONDS = 30  # longer clips are streams
 SHORTEST_SECONDS = 1  # shorter clips are padded to this length
 # Audio in a batch of short clips, on each device. In float32 this takes 12 GB of a TPU.
 BATCH_SECONDS = 256
-# After this many full batches of clips were read, all clips that still wait are encoded, even in batches that
-# are not full. A job that is killed loses no more work than that.
+# A clip that has waited while the clips of this many full batches were read is encoded, even in a batch that
+# is not full. A job that is killed loses no more work than that.
 FLUSH_BATCHES = 64
 
 
@@ -44,52 +42,30 @@ class Result(NamedTuple):
 
 
 class Coder:
-    """A model on all devices of this process, which encodes clips.
+    """Encodes clips.
 
     Args:
-        model: a codec that can stream. Its decoder is not needed.
+        programs: the model on its devices.
         batch_size: clips in a batch, or fewer if they are too long for `BATCH_SECONDS`. A multiple of the
             number of devices.
         chunk_frames: frames of each long clip that are encoded at once.
-        num_quantizers: how many codebooks to use, counted from the first.
-        devices: the devices that share the rows. None for all of this process.
 
     Raises:
-        ValueError: the model cannot stream, has no encoder or too few codebooks, or the devices cannot share
-            the rows equally.
+        ValueError: the devices cannot share the rows equally.
     """
 
-    def __init__(
-        self,
-        model: Mimi,
-        batch_size: int,
-        chunk_frames: int,
-        num_quantizers: int,
-        devices: list[Any] | None = None,
-    ):
-        devices = jax.local_devices() if devices is None else devices
-        if batch_size < 1 or batch_size % len(devices):
-            raise ValueError(f"batch_size must be a multiple of the {len(devices)} devices, got {batch_size}")
-        if model.config.codebook_size > 2**16:
+    def __init__(self, programs: Programs, batch_size: int, chunk_frames: int):
+        if batch_size < 1 or batch_size % programs.num_devices:
             raise ValueError(
-                f"codebook_size must be at most 65536, since codes are stored in 16 bits, got"
-                f" {model.config.codebook_size}"
+                f"batch_size must be a multiple of the {programs.num_devices} devices, got {batch_size}"
             )
-        self.batch_size, self.config = batch_size, model.config
-        self.num_quantizers = model.quantizer.resolve_count(num_quantizers)
-        self.chunk_size = chunk_frames * model.config.frame_size
-        self._mesh = Mesh(np.array(devices), *ROWS)
-        self._by_row = NamedSharding(self._mesh, ROWS)
-        self._everywhere = NamedSharding(self._mesh, PartitionSpec())
-        self._parameters, self._structure = jax.tree.flatten(jax.device_put(model, self._everywhere))
-        self._init_state = jax.jit(model.init_encoder_state, static_argnums=0, out_shardings=self._by_row)
-        self._select = jax.jit(
-            lambda state, rows: jax.tree.map(lambda x: x[rows], state), out_shardings=self._by_row
-        )
+        self._programs, self.batch_size, self.config = programs, batch_size, programs.config
+        self.chunk_size = chunk_frames * self.config.frame_size
         self._short: dict[int, list[_Clip]] = {}  # waiting clips, by the length to which they will be padded
         self._rows: list[_Clip | None] = []  # long clips
         self._state: Any = None  # of the long clips
-        self._running: collections.deque[tuple[jax.Array, list[_Part]]] = collections.deque()
+        self._running: collections.deque[_Batch] = collections.deque()
+        self._free: list[np.ndarray] = []  # memory of batches that are done
 
     def run(self, readers: Iterator[ClipReader], coded: Callable[[int], object]) -> Iterator[Result]:
         """Encode clips, and yield each result when its clip ends.
@@ -102,17 +78,22 @@ class Coder:
         self._short.clear()  # an earlier run may have been stopped in the middle
         self._running.clear()
         self._rows, self._state = [None] * self.batch_size, None
-        for count, reader in enumerate(_take_ahead(readers, self.batch_size), 1):
+        period = FLUSH_BATCHES * self.batch_size // 2
+        for number, reader in enumerate(_take_ahead(readers, self.batch_size), 1):
             try:
-                clip = _Clip(reader)
+                clip = _Clip(reader, number)
             except ValueError as error:
                 yield Result(reader, 0, None, str(error))
             else:
                 is_short = clip.is_here and clip.num_here <= SHORT_SECONDS * self.config.sampling_rate
                 yield from self._add_short(clip) if is_short else self._add_long(clip)
-            if count % (FLUSH_BATCHES * self.batch_size) == 0:
-                yield from self._flush()
-        yield from self._flush()
+            if (
+                number % period == 0
+            ):  # the oldest clip that stays has waited for one period, and may do so again
+                yield from self._flush(number - period)
+        yield from self._flush(math.inf)
+        while self._running:
+            yield from self._collect()
 
     def _add_short(self, clip: "_Clip") -> Iterator[Result]:
         size = self._padded(clip)
@@ -126,21 +107,23 @@ class Coder:
             yield from self._encode_chunks()
         self._rows[self._rows.index(None)] = clip
 
-    def _flush(self) -> Iterator[Result]:
-        """Encode all clips that wait, even in batches that are not full."""
-        waiting = sorted(
-            (clip for clips in self._short.values() for clip in clips), key=lambda clip: -clip.num_here
-        )
-        self._short.clear()
+    def _flush(self, last: float) -> Iterator[Result]:
+        """Encode what waits with a clip of number `last` or before, even in batches that are not full.
+
+        Clips that came later wait on. If they were encoded too, the device would have nothing to do until
+        there are enough new ones.
+        """
+        late = [size for size, clips in self._short.items() if clips[0].number <= last]
+        waiting = sorted((clip for size in late for clip in self._short.pop(size)), key=lambda c: -c.num_here)
         while waiting:
             num_rows = self._num_rows(self._padded(waiting[0]))
             yield from self._encode_whole(waiting[:num_rows])
             del waiting[:num_rows]
+        if all(clip is None or clip.number > last for clip in self._rows):
+            return
         while any(self._rows):
             self._drop_empty_rows()
             yield from self._encode_chunks()
-        while self._running:
-            yield from self._collect()
         self._rows, self._state = [None] * self.batch_size, None
 
     def _padded(self, clip: "_Clip") -> int:
@@ -151,30 +134,31 @@ class Coder:
     def _num_rows(self, size: int) -> int:
         """How many clips of `size` samples make a batch."""
         per_device = BATCH_SECONDS * self.config.sampling_rate // size
-        return min(max(per_device, 1) * self._mesh.size, self.batch_size)
+        return min(max(per_device, 1) * self._programs.num_devices, self.batch_size)
 
     def _encode_whole(self, clips: list["_Clip"]) -> Iterator[Result]:
         """Encode short clips together, all padded as the longest needs it."""
         size = max(map(self._padded, clips))
-        audio = np.zeros((self._num_rows(size), self.config.audio_channels, size), np.float32)
+        audio = self._memory(self._num_rows(size), size)
         parts = [_Part(row, clip, *clip.take(audio[row])) for row, clip in enumerate(clips)]
-        inputs = jax.device_put((audio, _lengths(parts, len(audio))), self._by_row)
-        codes = _encode(self.num_quantizers, self._mesh, self._structure, self._parameters, *inputs)
-        yield from self._enqueue(codes, parts)
+        audio[len(parts) :] = 0
+        codes = self._programs.encode(audio, _lengths(parts, len(audio)))
+        yield from self._enqueue(_Batch(codes, parts, audio))
 
     def _encode_chunks(self) -> Iterator[Result]:
         """Encode the next chunk of each long clip."""
-        audio = np.zeros((len(self._rows), self.config.audio_channels, self.chunk_size), np.float32)
+        audio = self._memory(len(self._rows), self.chunk_size)
         is_new = np.zeros(len(self._rows), bool)
         parts = []
         for row, clip in enumerate(self._rows):
             if clip is None:
+                audio[row] = 0
                 continue
             is_new[row] = clip.num_samples == 0
             try:
                 part = _Part(row, clip, *clip.take(audio[row]))
             except ValueError as error:  # the codes that the clip has so far are dropped
-                self._rows[row] = None
+                self._rows[row], audio[row] = None, 0
                 yield Result(clip.reader, 0, None, str(error))
                 continue
             parts.append(part)
@@ -183,37 +167,48 @@ class Coder:
         if not parts:
             return
         if self._state is None:
-            self._state = self._init_state(len(self._rows))
-        inputs = jax.device_put((audio, _lengths(parts, len(audio)), is_new), self._by_row)
-        self._state, codes = _encode_step(
-            self.num_quantizers, self._mesh, self._structure, self._parameters, self._state, *inputs
-        )
-        yield from self._enqueue(codes, parts)
+            self._state = self._programs.init_state(len(self._rows))
+        lengths = _lengths(parts, len(audio))
+        self._state, codes = self._programs.encode_step(self._state, audio, lengths, is_new)
+        yield from self._enqueue(_Batch(codes, parts, audio))
 
     def _drop_empty_rows(self) -> None:
         """Shrink the batch to a quarter of its rows, or to a quarter of that, if the last long clips fit."""
         used = [row for row, clip in enumerate(self._rows) if clip is not None]
         size = len(self._rows)
-        while size % (4 * self._mesh.size) == 0 and len(used) <= size // 4:
+        while size % (4 * self._programs.num_devices) == 0 and len(used) <= size // 4:
             size //= 4
         if size == len(self._rows):
             return
         num_empty = size - len(used)
         self._rows = [self._rows[row] for row in used] + [None] * num_empty
         if self._state is not None:
-            rows = jax.device_put(np.array(used + [0] * num_empty), self._everywhere)
-            self._state = self._select(self._state, rows)
+            self._state = self._programs.select(self._state, used + [0] * num_empty)
 
-    def _enqueue(self, codes: jax.Array, parts: list["_Part"]) -> Iterator[Result]:
+    def _memory(self, num_rows: int, size: int) -> np.ndarray:
+        """Memory for a batch: float32 [rows, channels, samples], with any values.
+
+        It is that of an earlier batch, since new memory would cost as much time as filling it.
+        """
+        shape = (num_rows, self.config.audio_channels, size)
+        length = math.prod(shape)
+        memory = self._free.pop() if self._free else np.empty(0, np.float32)
+        if memory.size < length:
+            memory = np.empty(length, np.float32)
+        return memory[:length].reshape(shape)
+
+    def _enqueue(self, batch: "_Batch") -> Iterator[Result]:
         """Remember a batch that the device was given, and wait for the oldest if there are many."""
-        self._running.append((codes, parts))
+        self._running.append(batch)
         if len(self._running) > IN_FLIGHT:
             yield from self._collect()
 
     def _collect(self) -> Iterator[Result]:
         """Wait for the oldest batch, and yield the clips that end in it."""
-        codes, parts = self._running.popleft()
-        codes = jax.device_get(codes)
+        codes, parts, audio = self._running.popleft()
+        codes = self._programs.fetch(codes)
+        assert isinstance(audio.base, np.ndarray)
+        self._free.append(audio.base)  # nothing reads it any more
         self._coded(sum(part.length for part in parts))
         for part in parts:
             clip, frames = part.clip, ceil_div(part.length, self.config.frame_size)
@@ -234,58 +229,6 @@ def _take_ahead(readers: Iterator[ClipReader], count: int) -> Iterator[ClipReade
     yield from opened
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode(
-    num_quantizers: int, mesh: Mesh, structure: Any, parameters: list, audio: jax.Array, lengths: jax.Array
-) -> jax.Array:
-    """Encode whole clips: audio [rows, channels, samples] -> uint16 codes [rows, codebooks, frames]."""
-
-    def code(parameters: list, audio: jax.Array, lengths: jax.Array) -> jax.Array:
-        model = jax.tree.unflatten(structure, parameters)
-        codes = encode(model, audio, is_real(lengths, audio.shape[2]), num_quantizers).audio_codes
-        return codes.astype(jnp.uint16)
-
-    return _on_each_device(code, mesh)(parameters, audio, lengths)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _encode_step(
-    num_quantizers: int,
-    mesh: Mesh,
-    structure: Any,
-    parameters: list,
-    state: Any,
-    audio: jax.Array,
-    lengths: jax.Array,
-    is_new: jax.Array,
-) -> tuple[Any, jax.Array]:
-    """Encode the next chunk of each row. Rows in which a new clip begins forget their state first."""
-
-    def code(parameters: list, state: Any, audio: jax.Array, lengths: jax.Array, is_new: jax.Array) -> tuple:
-        model = jax.tree.unflatten(structure, parameters)
-        state = select_rows(is_new, jax.tree.map(jnp.zeros_like, state), state)
-        state, codes = encode_step(model, state, audio, is_real(lengths, audio.shape[2]), num_quantizers)
-        return state, codes.astype(jnp.uint16)
-
-    return _on_each_device(code, mesh)(parameters, state, audio, lengths, is_new)
-
-
-def _on_each_device(code: Callable, mesh: Mesh) -> Callable:
-    """Run a function on each device with its own rows.
-
-    The compiler cannot divide the device kernels for TPUs among devices, so this is done by hand.
-    """
-
-    def call(parameters: list, *by_row: Any) -> Any:
-        specs = PartitionSpec(), *[ROWS] * len(by_row)
-        # `check_vma` needs to know how results vary between devices, which the device kernels do not tell.
-        return jax.shard_map(code, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)(
-            parameters, *by_row
-        )
-
-    return call
-
-
 def _lengths(parts: list["_Part"], num_rows: int) -> np.ndarray:
     """int32 [rows]: the real samples of each row."""
     lengths = np.zeros(num_rows, np.int32)
@@ -297,8 +240,8 @@ def _lengths(parts: list["_Part"], num_rows: int) -> np.ndarray:
 class _Clip:
     """A clip, with the samples that were read and are not encoded yet."""
 
-    def __init__(self, reader: ClipReader):
-        self.reader, self.num_samples, self.codes = reader, 0, []
+    def __init__(self, reader: ClipReader, number: int):
+        self.reader, self.number, self.num_samples, self.codes = reader, number, 0, []
         self._audio, self.is_here = reader.next()
 
     @property
@@ -307,7 +250,7 @@ class _Clip:
         return self._audio.shape[1]
 
     def take(self, out: np.ndarray) -> tuple[int, bool]:
-        """Move the next samples to `out`, [channels, samples].
+        """Move the next samples to `out`, [channels, samples], and silence behind the last.
 
         Returns:
             How many samples were moved, and whether the clip ends with them.
@@ -326,6 +269,7 @@ class _Clip:
             if self.is_here:
                 break
             self._audio, self.is_here = self.reader.next()
+        out[:, length:] = 0
         self.num_samples += length
         return length, self.is_here and not self.num_here
 
@@ -337,3 +281,11 @@ class _Part(NamedTuple):
     clip: _Clip
     length: int  # samples
     is_last: bool
+
+
+class _Batch(NamedTuple):
+    """What a device is working on."""
+
+    codes: Any  # for `Programs.fetch`
+    parts: list[_Part]
+    audio: np.ndarray  # its memory must not change before the codes are there

@@ -15,10 +15,10 @@ from mimi_jax.files.corpus import expand_home
 from mimi_jax.model import HALVES, Mimi
 from mimi_jax.tokenization.inputs import Shard, find_shards, fingerprint, in_words
 from mimi_jax.tokenization.output import Output, Totals
-from mimi_jax.tokenization.processes import process_from_jax
+from mimi_jax.tokenization.processes import process_from_cluster, process_from_jax
 from mimi_jax.tokenization.progress import Progress
 from mimi_jax.tokenization.settings import DEFAULTS, Settings
-from mimi_jax.tokenization.tokenizer import Tokenizer
+from mimi_jax.tokenization.tokenizer import make_tokenizer
 
 COMPILED = (
     "/jax/core/compile/backend_compile_duration"  # the event that JAX records for each compiled program
@@ -119,6 +119,7 @@ def tokenize(
     retry_errors: bool = False,
     process_index: int | None = None,
     process_count: int | None = None,
+    distributed: bool = False,
 ) -> Summary:
     """Turn audio into Parquet files of codes, on all devices of this process.
 
@@ -142,6 +143,9 @@ def tokenize(
         process_index, process_count: this process does every `process_count`-th shard, starting with number
             `process_index`. None for both takes them from `jax.distributed` if it is initialized, and
             otherwise does all shards.
+        distributed: take both from where `jax.distributed.initialize` takes them: from a slice of TPUs,
+            SLURM, Open MPI or Kubernetes. No process waits for another or ends with it. On TPUs, call this
+            before JAX has used any.
 
     Returns:
         What this process did, and how much of the job is done.
@@ -153,24 +157,32 @@ def tokenize(
         ChildProcessError: the worker processes cannot start. They import the script that called this
             function, so it must make the call under `if __name__ == "__main__":`.
     """
-    if (process_index is None) != (process_count is None):
-        raise ValueError(
-            "process_index and process_count must be given together, got"
-            f" process_index={process_index}, process_count={process_count}"
-        )
-    if process_index is None or process_count is None:
-        process_index, process_count = process_from_jax()
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
+    process_index, process_count = _place(process_index, process_count, distributed)
     job = plan(sources, output, model, settings)
     # Only those of this process are retried: others may have retried theirs already.
     shards = job.missing(job.shards[process_index::process_count], retry_errors)
     now = Totals()
     with contextlib.closing(job.progress(shards)) as progress, counted_compilations() as compiled:
         if shards:
-            with Tokenizer(job.model, job.output, batch_size, workers, strict) as tokenizer:
+            with make_tokenizer(job.model, job.output, batch_size, workers, strict) as tokenizer:
                 now = tokenizer.run(shards, progress)
     return job.finish(now, progress, len(compiled))
+
+
+def _place(process_index: int | None, process_count: int | None, distributed: bool) -> tuple[int, int]:
+    """The index of this process and the number of processes, from the arguments of `tokenize`."""
+    if (process_index is None) != (process_count is None):
+        raise ValueError(
+            "process_index and process_count must be given together, got"
+            f" process_index={process_index}, process_count={process_count}"
+        )
+    if distributed and process_index is not None:
+        raise ValueError("distributed finds process_index and process_count; give either it or them")
+    if process_index is None or process_count is None:
+        process_index, process_count = process_from_cluster() if distributed else process_from_jax()
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
+    return process_index, process_count
 
 
 def _encoder_id(model: Mimi) -> str:

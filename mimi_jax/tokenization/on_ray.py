@@ -20,7 +20,7 @@ from mimi_jax.tokenization.job import Summary, plan
 from mimi_jax.tokenization.output import Output, Totals
 from mimi_jax.tokenization.progress import Progress
 from mimi_jax.tokenization.settings import DEFAULTS, Settings
-from mimi_jax.tokenization.tokenizer import Tokenizer
+from mimi_jax.tokenization.tokenizer import make_tokenizer
 
 
 def tokenize_on_ray(
@@ -122,7 +122,7 @@ class _Actor:
     ):
         codec = Mimi.from_pretrained(model, decoder=False)
         self._output = Output(Path(output), recorded, codec.config.to_dict())
-        self._tokenizer = Tokenizer(codec, self._output, batch_size, workers, strict)
+        self._tokenizer = make_tokenizer(codec, self._output, batch_size, workers, strict)
         self._rate = codec.config.sampling_rate
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

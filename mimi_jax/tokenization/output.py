@@ -194,12 +194,16 @@ class Output:
         Returns:
             The totals of all shards that are done, and how many those are.
         """
-        done = [shard for shard in range(self.num_shards) if self.is_done(shard)]
-        totals = sum((self.totals(shard) for shard in done), Totals())
-        with file_lock(self._work / "manifest.lock"):
-            recorded = json.loads(self.manifest.read_text())["shards_done"]
-            if len(done) >= recorded:  # otherwise another process has counted more since
-                self._write_manifest(totals, len(done))
+        done: list[int] = []
+        totals = Totals()
+        # Another process may write its last shard while this one counts. Where files cannot be locked, it may
+        # even write the manifest just before this one does.
+        while done != (now := [shard for shard in range(self.num_shards) if self.is_done(shard)]):
+            done, totals = now, sum((self.totals(shard) for shard in now), Totals())
+            with file_lock(self._work / "manifest.lock"):
+                recorded = json.loads(self.manifest.read_text())["shards_done"]
+                if len(done) >= recorded:  # otherwise another process has counted more since
+                    self._write_manifest(totals, len(done))
         if len(done) == self.num_shards:
             for leftover in self._work.glob("*.parquet"):  # of processes that were killed
                 leftover.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ imports JAX, so that the workers do without its threads and memory.
 
 import collections
 import contextlib
+import functools
 import io
 import itertools
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mimi_jax.files.audio import AudioReader
 from mimi_jax.files.containers.spans import part_of
 from mimi_jax.files.corpus import SILENCE, reason_of
 from mimi_jax.files.processes import Worker
+from mimi_jax.tokenization.sharing import Shared, can_share, open_shared, probe, release, share
 from mimi_jax.tokenization.sources import Item
 
 PIECE_SECONDS = 30  # length of a piece
@@ -37,6 +39,13 @@ class Piece(NamedTuple):
     """The next stretch of a clip."""
 
     audio: np.ndarray  # float32 [channels, samples]
+    is_last: bool
+
+
+class _SharedPiece(NamedTuple):
+    """A piece on its way from a worker."""
+
+    audio: Shared
     is_last: bool
 
 
@@ -142,8 +151,9 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self._process = Worker(_prepare, self._target)
+        self._process = Worker(_prepare, self._target, probe())
         self._generation += 1
+        self._opened: list[int] = []  # what the process need not share any longer
 
     def stop(self) -> None:
         self._process.stop()
@@ -152,8 +162,12 @@ class _Worker:
         """Ask for the next piece of a clip."""
         item = None if clip.known_by == self._generation else clip.item
         clip.known_by = self._generation
-        future = self._process.submit(_next_piece, clip.key, item, clip.num_taken)
+        opened = self._opened[:]
+        del self._opened[: len(opened)]  # meanwhile, `_receive` may have added more
+        answer = self._process.submit(_next_piece, clip.key, item, clip.num_taken, opened)
+        future: Future[Piece] = Future()
         self._asked[clip.key] = (clip, future)
+        answer.add_done_callback(functools.partial(_receive, future, self._opened))
 
     def result(self, clip: ClipReader) -> Piece:
         """Wait for the piece that was asked for."""
@@ -189,26 +203,49 @@ class _Worker:
                 self._asked[clip.key] = (clip, crashed)
 
 
+def _receive(future: "Future[Piece]", opened: list[int], answer: "Future[Piece | _SharedPiece]") -> None:
+    """Turn a worker's answer into a piece. This is done as soon as it comes, before the worker may die."""
+    if answer.cancelled():
+        return
+    try:
+        piece = answer.result()
+    except BaseException as error:
+        future.set_exception(error)
+        return
+    if isinstance(piece, _SharedPiece):
+        try:
+            audio = open_shared(piece.audio)
+        except OSError:
+            future.set_exception(BrokenProcessPool("the worker died before its answer came"))
+            return
+        opened.append(piece.audio.descriptor)
+        piece = Piece(audio, piece.is_last)
+    future.set_result(piece)
+
+
 # What follows runs in the worker process.
 
 _target: Target
+_can_share: bool
 _open: dict[int, Iterator[Piece]] = {}  # the clips that are being read, by their keys
 
 
-def _prepare(target: Target) -> None:
+def _prepare(target: Target, probe: Shared | np.ndarray) -> None:
     """Set up a new worker process."""
-    global _target
-    _target = target
+    global _target, _can_share
+    _target, _can_share = target, can_share(probe)
 
 
-def _next_piece(key: int, item: Item | None, num_taken: int) -> Piece:
+def _next_piece(key: int, item: Item | None, num_taken: int, opened: list[int]) -> Piece | _SharedPiece:
     """Read the next piece of a clip.
 
     Args:
         key: of the clip.
         item: where the clip is, if this process has not opened it yet; else None.
         num_taken: pieces to skip in a clip that is opened again.
+        opened: the audio of earlier pieces that the main process has opened.
     """
+    release(opened)
     if item is not None:
         _open[key] = _pieces(item, _target)
         collections.deque(itertools.islice(_open[key], num_taken), maxlen=0)
@@ -219,7 +256,8 @@ def _next_piece(key: int, item: Item | None, num_taken: int) -> Piece:
         raise
     if piece.is_last:
         del _open[key]
-    return piece
+    audio = share(piece.audio) if _can_share else piece.audio
+    return _SharedPiece(audio, piece.is_last) if isinstance(audio, Shared) else piece
 
 
 def _pieces(item: Item, target: Target) -> Iterator[Piece]:

@@ -64,6 +64,11 @@ def test_the_table_names_what_was_left_out_and_unreadable_audio_is_an_error(
     [
         (["--process-index", "1"], {}, "--process-index and --process-count must be given together"),
         (["--ray-actors", "2"], {}, "need --engine ray"),
+        (
+            ["--distributed", "--process-index", "1", "--process-count", "2"],
+            {},
+            "--distributed finds --process-index and --process-count; give either it or them",
+        ),
         (["--batch-size", "0"], {}, "argument --batch-size: must be positive, got 0"),
         (["--process-index", "2", "--process-count", "2"], {}, "must lie in [0, 2), got 2"),
         ([], {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4"}, "must lie in [0, 4), got 4"),
@@ -85,6 +90,17 @@ def test_the_process_is_named_by_options_or_variables(
     status = cli.main(["tokenize", str(tmp_path / "data"), "-o", str(tmp_path / "out"), *words])
     assert status == 2
     assert error in capsys.readouterr().err
+
+
+def test_distributed_without_other_processes_says_what_to_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_folder(tmp_path / "data", [100])
+    assert cli.main(["tokenize", str(tmp_path / "data"), "-o", str(tmp_path / "out"), "--distributed"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mimi-jax tokenize: error: nothing tells JAX of other processes")
+    assert "--process-index, --process-count" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_defaults_are_those_of_settings():

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from mimi_jax import Mimi
 from mimi_jax.tokenization.coding import FLUSH_BATCHES, Coder
 from mimi_jax.tokenization.job import counted_compilations
+from mimi_jax.tokenization.programs import Programs
 from mimi_jax.tokenization.sources import Item
 from mimi_jax.tokenization.workers import Piece
 from tests.models import load_fixture
@@ -30,6 +32,10 @@ class FakeReader:
         if isinstance(piece, Exception):
             raise piece
         return Piece(piece, is_last=not self._pieces)
+
+
+def make_coder(model: Mimi, batch_size: int, num_quantizers: int, devices: list[Any]) -> Coder:
+    return Coder(Programs(model, num_quantizers, devices), batch_size, CHUNK)
 
 
 def in_pieces(audio: np.ndarray, size: int) -> list[Any]:
@@ -61,7 +67,7 @@ def test_each_clip_gets_the_codes_that_it_gets_alone(fixture: str, num_devices: 
     readers = [FakeReader(n, in_pieces(clip, 83 * (n % 3 + 1))) for n, clip in enumerate(clips)]
     quantizers = model.config.num_quantizers
     with jax.transfer_guard("disallow"):
-        coder = Coder(model, 8, CHUNK, quantizers, jax.devices()[:num_devices])
+        coder = make_coder(model, 8, quantizers, jax.devices()[:num_devices])
         results = run(coder, readers)
     for number, clip in enumerate(clips):
         result = results[number]
@@ -72,7 +78,7 @@ def test_each_clip_gets_the_codes_that_it_gets_alone(fixture: str, num_devices: 
 
 def test_fewer_codebooks_are_the_first_ones():
     model, clip = load_fixture("base").model, noise_clip(500)
-    result = run(Coder(model, 2, CHUNK, 3, jax.devices()[:1]), [FakeReader(0, [clip])])[0]
+    result = run(make_coder(model, 2, 3, jax.devices()[:1]), [FakeReader(0, [clip])])[0]
     np.testing.assert_array_equal(result.codes, codes_alone(model, clip)[:3])
 
 
@@ -82,7 +88,7 @@ def test_a_clip_that_fails_in_the_middle_does_not_affect_others():
     streams = [FakeReader(n, in_pieces(clip, 100)) for n, clip in enumerate(clips)]
     streams[0] = FakeReader(0, [clips[0][:, :200], ValueError("damaged")])
     streams[3] = FakeReader(3, [ValueError("empty")])
-    results = run(Coder(model, 2, CHUNK, 4, jax.devices()[:1]), streams)
+    results = run(make_coder(model, 2, 4, jax.devices()[:1]), streams)
     assert [(results[n].codes is None, results[n].problem) for n in range(5)] == [
         (True, "damaged"),
         (False, ""),
@@ -98,7 +104,7 @@ def test_clips_of_many_lengths_need_few_programs():
     model = load_fixture("base").model
     clips = [noise_clip(1 + 480 * n, seed=n) for n in range(200)]  # 4 seconds
     with counted_compilations() as compiled:
-        coder = Coder(model, 3, CHUNK, 4, jax.devices()[:1])
+        coder = make_coder(model, 3, 4, jax.devices()[:1])
         results = run(coder, [FakeReader(n, [clip]) for n, clip in enumerate(clips)])
     assert len(compiled) == 9  # four lengths for each doubling, from 1 second on
     for number in range(0, 200, 50):
@@ -108,7 +114,7 @@ def test_clips_of_many_lengths_need_few_programs():
 def test_a_batch_of_longer_clips_has_fewer_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mimi_jax.tokenization.coding.BATCH_SECONDS", 4)
     model = load_fixture("base").model
-    coder = Coder(model, 8, CHUNK, 4, jax.devices()[:2])
+    coder = make_coder(model, 8, 4, jax.devices()[:2])
     assert [coder._num_rows(seconds * RATE) for seconds in (1, 2, 3, 4, 5)] == [8, 4, 2, 2, 2]
     clips = [noise_clip(seconds * RATE, seed=seconds) for seconds in (1, 3, 2, 1, 3, 4)]
     results = run(coder, [FakeReader(n, [clip]) for n, clip in enumerate(clips)])
@@ -120,7 +126,7 @@ def test_a_batch_of_longer_clips_has_fewer_rows(monkeypatch: pytest.MonkeyPatch)
 def test_the_batch_shrinks_with_the_number_of_long_clips(num_devices: int, expected: list[int]):
     model = load_fixture("base").model
     clips = [noise_clip(length, seed) for seed, length in enumerate([3000, 500, 600, 5000, 700])]
-    coder, sizes = Coder(model, 16, CHUNK, 4, jax.devices()[:num_devices]), []
+    coder, sizes = make_coder(model, 16, 4, jax.devices()[:num_devices]), []
     encode_chunks = coder._encode_chunks
 
     def spy() -> Iterator[Any]:
@@ -141,7 +147,7 @@ def test_the_batch_shrinks_with_the_number_of_long_clips(num_devices: int, expec
 def test_a_run_that_was_stopped_does_not_affect_the_next():
     model = load_fixture("base").model
     clips = [noise_clip(length, seed) for seed, length in enumerate([9000, 700, 3000, 8000, 500, 600])]
-    coder = Coder(model, 4, CHUNK, 4, jax.devices()[:1])
+    coder = make_coder(model, 4, 4, jax.devices()[:1])
     streams = [FakeReader(n, in_pieces(clip, 100)) for n, clip in enumerate(clips)]
     stopped = coder.run(iter(streams), ignore)  # type: ignore[arg-type]
     assert [next(stopped).reader.key for _ in range(5)][-1] == 3  # the last clip, alone in a small batch
@@ -157,11 +163,33 @@ def test_a_clip_of_a_rare_length_is_encoded_after_a_while():
     ]
     streams[2] = FakeReader(2, in_pieces(noise_clip(3 * CHUNK * FRAME), 100))
     for count, result in enumerate(
-        Coder(load_fixture("base").model, 2, CHUNK, 4, jax.devices()[:1]).run(iter(streams), ignore), 1
+        make_coder(load_fixture("base").model, 2, 4, jax.devices()[:1]).run(iter(streams), ignore), 1
     ):
         if result.reader.key in (1, 2):
             assert count <= FLUSH_BATCHES * 2
     assert count == len(streams)
+
+
+def test_two_batches_are_in_flight_while_the_next_is_put_together(monkeypatch: pytest.MonkeyPatch):
+    coder, events = make_coder(load_fixture("base").model, 2, 4, jax.devices()[:1]), []
+    for name in ("encode", "fetch"):
+        method = getattr(coder._programs, name)
+        monkeypatch.setattr(
+            coder._programs, name, lambda *args, n=name, m=method: events.append(n) or m(*args)
+        )
+    run(coder, [FakeReader(n, [noise_clip(FRAME)]) for n in range(10)])
+    assert events == ["encode"] * 2 + ["encode", "fetch"] * 3 + ["fetch"] * 2
+
+
+def test_only_clips_that_waited_long_are_encoded_in_batches_that_are_not_full():
+    """If all were, the device would wait until there are enough new ones."""
+    coder, sizes = make_coder(load_fixture("base").model, 2, 4, jax.devices()[:1]), []
+    encode_whole = coder._encode_whole
+    coder._encode_whole = lambda clips: sizes.append(len(clips)) or encode_whole(clips)  # type: ignore
+    period = FLUSH_BATCHES  # half of the clips that the wait takes
+    lengths = [2 * RATE if n in (0, 3 * period - 2) else FRAME for n in range(4 * period)]
+    run(coder, [FakeReader(n, [noise_clip(length)]) for n, length in enumerate(lengths)])
+    assert [index for index, size in enumerate(sizes) if size == 1] == [period - 1, len(sizes) - 1]
 
 
 def test_clips_are_not_opened_long_before_their_turn():
@@ -173,7 +201,7 @@ def test_clips_are_not_opened_long_before_their_turn():
             taken += 1
             yield FakeReader(number, [noise_clip(FRAME)])
 
-    results = Coder(load_fixture("base").model, 4, CHUNK, 4, jax.devices()[:1]).run(streams(), ignore)
+    results = make_coder(load_fixture("base").model, 4, 4, jax.devices()[:1]).run(streams(), ignore)
     for count, _ in enumerate(results, 1):
         assert taken <= count + 4 * 5  # those that wait, that are being encoded, and that were taken ahead
     assert taken == 100
@@ -188,4 +216,4 @@ def test_clips_are_not_opened_long_before_their_turn():
 )
 def test_arguments_that_do_not_fit_are_refused(batch_size: int, quantizers: int, error: str):
     with pytest.raises(ValueError, match=error):
-        Coder(load_fixture("base").model, batch_size, CHUNK, quantizers, jax.devices()[:2])
+        make_coder(load_fixture("base").model, batch_size, quantizers, jax.devices()[:2])

@@ -11,7 +11,7 @@ from flax import nnx
 import mimi_jax
 from mimi_jax import Mimi, checkpoint
 from mimi_jax.tokenization import Settings, Summary, read_codes, read_manifest, tokenize
-from mimi_jax.tokenization.output import Totals
+from mimi_jax.tokenization.output import Output, Totals
 from tests.models import load_fixture
 from tests.tokenization.corpora import (
     RATE,
@@ -260,6 +260,18 @@ def test_another_encoder_is_refused(tmp_path: Path, tiny: Path):
     tuned.save_pretrained(tmp_path / "tuned")
     with pytest.raises(ValueError, match="encoder_id was"):
         tokenize([tmp_path / "data"], tmp_path / "out", tmp_path / "tuned")
+
+
+def test_a_shard_that_cannot_be_written_stops_the_job(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    write_folder(tmp_path / "data", [100, 200])
+    monkeypatch.setattr(Output, "write", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        tokenize([tmp_path / "data"], tmp_path / "out", tiny)
 
 
 def test_strict_stops_at_the_first_broken_clip(tmp_path: Path, tiny: Path):

@@ -124,6 +124,25 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert list((tmp_path / "out").rglob("*.parquet")) == []
 
 
+def test_the_manifest_counts_a_shard_that_is_written_during_the_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where files cannot be locked, another process may even count it and write its manifest first."""
+    output = open_output(tmp_path / "out", num_shards=2)
+    output.write(0, [row(0)], [], Counter())
+    write_manifest = output._write_manifest
+
+    def write_late(totals: Totals, num_done: int) -> None:
+        if not output.is_done(1):
+            output.write(1, [row(1)], [], Counter())
+        write_manifest(totals, num_done)
+
+    monkeypatch.setattr(output, "_write_manifest", write_late)
+    totals, num_done = output.finish()
+    assert (totals.clips, num_done) == (2, 2)
+    assert json.loads(output.manifest.read_text())["totals"]["clips"] == 2
+
+
 def test_a_shard_that_is_done_again_has_only_its_new_errors(tmp_path: Path):
     output = open_output(tmp_path / "out")
     output.write(0, [], [Failure("a", "b", "c")], Counter())

@@ -1,0 +1,76 @@
+"""Handing arrays from a worker process to the main process in memory.
+
+A pipe copies an array several times, mostly while no other thread of the main process can run Python. In
+memory that both processes have, it is not copied on its way. Linux has such memory without a name, which is
+freed when no process has it open, however they end. Elsewhere, arrays go through pipes.
+"""
+
+import functools
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SMALLEST = 2**16  # bytes; a pipe is as good for less
+MOST = 256  # arrays that a worker shares at once, since each is an open file, and a process may have 1,024
+
+
+class Shared(NamedTuple):
+    """A float32 array in memory that a worker has open."""
+
+    process: int
+    descriptor: int
+    shape: tuple[int, ...]
+
+
+_shared: set[int] = set()  # the descriptors that this process has open
+
+
+@functools.cache
+def probe() -> Shared | np.ndarray:
+    """Something that this process shares until it ends, for `can_share`."""
+    return share(np.zeros(SMALLEST, np.float32))
+
+
+def can_share(probe: Shared | np.ndarray) -> bool:
+    """Whether this process may open what another one shares, tried on the `probe` of that one."""
+    try:
+        return isinstance(probe, Shared) and open_shared(probe).any() == 0
+    except OSError:
+        return False
+
+
+def share(array: np.ndarray) -> Shared | np.ndarray:
+    """Copy a float32 array to memory that another process can open; the array itself, if a pipe must do."""
+    if array.nbytes < SMALLEST or len(_shared) >= MOST or not hasattr(os, "memfd_create"):
+        return array
+    descriptor = os.memfd_create("audio")
+    _shared.add(descriptor)
+    left = np.ascontiguousarray(array).data.cast("B")
+    while left:
+        left = left[os.write(descriptor, left) :]
+    return Shared(os.getpid(), descriptor, array.shape)
+
+
+def open_shared(shared: Shared) -> np.ndarray:
+    """The array, read-only, that another process of this user shares. It stays when that process ends.
+
+    Raises:
+        OSError: the other process has ended, or this one may not look into it.
+    """
+    descriptor = os.open(f"/proc/{shared.process}/fd/{shared.descriptor}", os.O_RDONLY)
+    try:
+        memory = mmap.mmap(descriptor, 4 * math.prod(shared.shape), prot=mmap.PROT_READ)
+    finally:
+        os.close(descriptor)
+    return np.frombuffer(memory, np.float32).reshape(shared.shape)
+
+
+def release(descriptors: Sequence[int]) -> None:
+    """Close what this process shares, after the other one has opened it."""
+    for descriptor in descriptors:
+        _shared.remove(descriptor)
+        os.close(descriptor)
