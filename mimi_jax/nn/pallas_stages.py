@@ -50,7 +50,6 @@ def fits(part: Any, x: jax.Array) -> bool:
         and 0 < conv.context <= GROUP * phases <= LANES - conv.context
         and stage.blocks[0].conv1.context > 0
         and x.size > 0
-        and x.shape[0] % BATCH == 0
         and rows % GROUP == 0
         and (not is_encoder or x.shape[1] % phases == 0)
     )
@@ -150,22 +149,23 @@ def _call(kernel: Any, rows: int, inputs: list, constants: Any, states: list, y:
 
     tile = next(size for size in range(MOST_ROWS, 0, -GROUP) if rows % size == 0)
     tiles, batch = rows // tile, states[0].shape[1]
+    together = min(batch, BATCH)  # the last ones may be fewer; what is computed beside them is not kept
 
     def in_time(array: Any) -> pl.BlockSpec:
         if len(array.shape) == 2:
-            return pl.BlockSpec((BATCH, array.shape[1]), lambda b, t: (b, 0))
-        return pl.BlockSpec((array.shape[0] // tiles, BATCH, array.shape[2]), lambda b, t: (t, b, 0))
+            return pl.BlockSpec((together, array.shape[1]), lambda b, t: (b, 0))
+        return pl.BlockSpec((array.shape[0] // tiles, together, array.shape[2]), lambda b, t: (t, b, 0))
 
     def whole(array: Any) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda b, t: (0,) * len(array.shape))
 
     def kept(array: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((array.shape[0], BATCH, array.shape[2]), lambda b, t: (0, b, 0))
+        return pl.BlockSpec((array.shape[0], together, array.shape[2]), lambda b, t: (0, b, 0))
 
     call = functools.partial(
         pl.pallas_call,
         kernel,
-        grid=(batch // BATCH, tiles),
+        grid=(pl.cdiv(batch, together), tiles),
         in_specs=[*map(in_time, inputs), [*map(kept, states)], *jax.tree.map(whole, constants)],
         out_specs=[in_time(y), [*map(kept, states)]],
         out_shape=[y, [jax.ShapeDtypeStruct(state.shape, state.dtype) for state in states]],
@@ -286,8 +286,8 @@ def step(part: Any, state: tuple | None, x: jax.Array, lengths: Lengths) -> Step
     if not fits(part, x):
         raise ValueError(
             f'compute[{part.operation!r}]="pallas" needs a causal network with pad_mode="constant", one audio'
-            " channel, one residual block a stage without use_conv_shortcut, and a batch of a multiple of"
-            f' {BATCH} rows, got {len(x)}; "auto" uses it where it can'
+            " channel, one residual block a stage without use_conv_shortcut, and whole groups of"
+            f' {GROUP} strides, got an input of shape {x.shape}; "auto" uses it where it can'
         )
     new_state, y = KERNELS[part.operation](part, state or part.init_state(len(x), x.dtype), x, lengths)
     return new_state if state else (None,) * len(part.layers()), y
