@@ -49,7 +49,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pallas_stages, "MOST_ROWS", 16)
 
 
-@pytest.mark.parametrize("name", CASES)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow if "," in name else ()) for name in CASES])
 def test_the_numbers_are_those_of_the_layers(name: str):
     end = make_end(name)
     x = make_input(end, 48)  # three tiles
@@ -67,7 +70,9 @@ def test_the_numbers_are_those_of_the_layers(name: str):
             assert relative_error(ours, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["decoder", *[pytest.param(name, marks=slow) for name in CASES if name != "decoder"]]
+)
 def test_half_precision_is_as_exact_as_that_of_the_layers(name: str):
     end = make_end(name)
     x = make_input(end, 48)
@@ -91,7 +96,7 @@ def test_streams_give_the_numbers_of_whole_clips(name: str):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", [pytest.param("encoder", marks=slow), "decoder"])
 def test_gradients_and_vmap_are_those_of_the_layers(name: str):
     end = make_end(name)
     x = make_input(end, 16)

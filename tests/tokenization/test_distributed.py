@@ -157,6 +157,7 @@ def test_a_lost_process_is_started_again_alone(tmp_path: Path, tiny: Path, count
     assert json.dumps(manifest["totals"]) == json.dumps(alone)
 
 
+@pytest.mark.slow
 def test_with_the_service_of_jax_each_process_uses_its_own_devices(tmp_path: Path, tiny: Path):
     write_folder(tmp_path / "data", [200 + n for n in range(6)])
     (tmp_path / "script.py").write_text(WITH_THE_SERVICE)
