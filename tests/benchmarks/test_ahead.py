@@ -42,7 +42,9 @@ def check_program(
     report = ahead.compile_for(mesh, model, function, BATCH, seconds, by_hand=attention == "splash")
     assert report.collectives == []
     assert report.memory < ahead.DEVICES[device].memory
-    assert report.flops == pytest.approx(BATCH * seconds * FLOPS_PER_SECOND_OF_AUDIO, rel=0.1)
+    # On TPUs, layers with several positions a row also multiply zeros, and device kernels are not counted.
+    tolerance = 0.25 if ahead.DEVICES[device].platform == "tpu" else 0.1
+    assert report.flops == pytest.approx(BATCH * seconds * FLOPS_PER_SECOND_OF_AUDIO, rel=tolerance)
     half = (model.encoder, model.encoder_transformer, model.downsample)
     if function.startswith("decode"):
         half = (model.decoder, model.decoder_transformer, model.upsample)
