@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,21 @@ def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def check_step(step: Callable, part: Any, state: Any, x: jax.Array, lengths: Any, tolerance: float) -> None:
+    """A way to step a part of the network, beside its layers: the real outputs, and the state after them."""
+    expected_state, expected = part.step_layers(state, x, lengths)
+    new_state, y = step(part, state, x, lengths)
+    assert jax.tree.structure(new_state) == jax.tree.structure(expected_state)
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    ends = part.output_lengths(jnp.full(len(x), x.shape[1], jnp.int32) if lengths is None else lengths)
+    for row, size in enumerate(np.asarray(ends)):
+        if size:
+            assert relative_error(y[row, :size], expected[row, :size]) < tolerance
+    for ours, theirs in zip(jax.tree.leaves(new_state), jax.tree.leaves(expected_state), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours, theirs) < tolerance
 
 
 def check_ties(model: Mimi, latents: np.ndarray, actual: np.ndarray, expected: np.ndarray) -> None:

@@ -16,15 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from mimi_jax.nn import polyphase
-from mimi_jax.nn.conv import Conv1d
-from mimi_jax.nn.polyphase import kernel_of_rows
+from mimi_jax.nn.polyphase import kernel_of_rows, past_in_rows
 from mimi_jax.nn.streaming import Lengths, keep_idle_rows
 from mimi_jax.ops.convolution import elu_by_exp, elu_in_float32
+from mimi_jax.ops.lanes import LANES, SUBLANES
 
 StepResult = tuple[tuple, jax.Array]
 
-LANES = 128
-BATCH = 8  # rows of a batch in a register
 GROUP = 8  # rows of a stage that share a row of the waveform
 MOST_ROWS = 128  # of a tile, so that its activations fit in the fast memory
 
@@ -149,7 +147,7 @@ def _call(kernel: Any, rows: int, inputs: list, constants: Any, states: list, y:
 
     tile = next(size for size in range(MOST_ROWS, 0, -GROUP) if rows % size == 0)
     tiles, batch = rows // tile, states[0].shape[1]
-    together = min(batch, BATCH)  # the last ones may be fewer; what is computed beside them is not kept
+    together = min(batch, SUBLANES)  # the last ones may be fewer; what is computed beside them is not kept
 
     def in_time(array: Any) -> pl.BlockSpec:
         if len(array.shape) == 2:
@@ -181,12 +179,9 @@ def _rows_of(conv: Any, phases: int) -> Rows:
     return Rows(kernel, jnp.tile(bias.astype(jnp.float32), phases // conv.stride)[None])
 
 
-def _past_rows(past: jax.Array, conv: Conv1d, phases: int) -> jax.Array:
+def _past_rows(past: jax.Array, phases: int) -> jax.Array:
     """[batch, context, in] to [rows, batch, columns], with zeros before the context."""
-    batch, context, size = past.shape
-    count = -(-context // phases)
-    past = jnp.pad(past, ((0, 0), (count * phases - context, 0), (0, 0)))
-    return jnp.swapaxes(past.reshape(batch, count, phases * size), 0, 1)
+    return jnp.swapaxes(past_in_rows(past, phases), 0, 1)
 
 
 def _past_of(rows: jax.Array, state: Any, lengths: Lengths) -> Any:
@@ -227,7 +222,7 @@ def encoder_front(part: Any, state: tuple, x: jax.Array, lengths: Lengths) -> St
             Rows(kernel, jnp.tile(bias, phases)[None]),
             *(_rows_of(layer, phases) for layer in (block.conv1, block.conv2, down)),
         ),
-        states=[_past_rows(conv1.past, block.conv1, phases), _past_rows(last.past, down, phases)],
+        states=[_past_rows(conv1.past, phases), _past_rows(last.past, phases)],
         y=jax.ShapeDtypeStruct((time // phases, batch, 2 * size), x.dtype),
     )
     first = keep_idle_rows(lengths, first._replace(past=joined[:, -context:]), first)
@@ -259,8 +254,8 @@ def decoder_back(part: Any, state: tuple, x: jax.Array, lengths: Lengths) -> Ste
         constants=(up_rows, _rows_of(block.conv1, phases), _rows_of(block.conv2, phases), last_rows),
         states=[
             jnp.swapaxes(first.past, 0, 1),
-            _past_rows(conv1.past, block.conv1, phases),
-            _past_rows(last.past, conv, phases),
+            _past_rows(conv1.past, phases),
+            _past_rows(last.past, phases),
         ],
         y=jax.ShapeDtypeStruct((rows // GROUP, batch, LANES), x.dtype),
     )

@@ -65,6 +65,14 @@ def kernel_of_rows(
     return jnp.stack(columns, axis=2).reshape(row_taps, phases * size_in, outputs * size_out)
 
 
+def past_in_rows(past: Float[Array, "batch context in"], phases: int) -> RowsOut:
+    """Whole rows, with zeros before the context."""
+    batch, context, size = past.shape
+    count = ceil_div(context, phases)
+    past = jnp.pad(past, ((0, 0), (count * phases - context, 0), (0, 0)))
+    return past.reshape(batch, count, phases * size)
+
+
 def fill_rows_beyond(rows: Rows, phases: int, lengths: Lengths) -> Rows:
     """Overwrite what comes after the end of each clip with zeros."""
     if lengths is None:
@@ -83,11 +91,10 @@ def step_conv(
         rows = fill_rows_beyond(rows, phases, lengths)
     kernel = kernel_of_rows(conv.kernel[...], conv.context, phases, conv.stride, conv.dilation)
     if state.past is not None:
-        batch, count = len(rows), len(kernel) - 1
-        lead = count * phases - conv.context
-        past = jnp.pad(state.past, ((0, 0), (lead, 0), (0, 0))).reshape(batch, count, rows.shape[2])
+        past = past_in_rows(state.past, phases)
+        batch, count, _ = past.shape
         last = jnp.concatenate([past, rows[:, -count:]], axis=1)[:, -count:]
-        next_past = last.reshape(batch, count * phases, conv.in_channels)[:, lead:]
+        next_past = last.reshape(batch, count * phases, conv.in_channels)[:, -conv.context :]
         state = keep_idle_rows(lengths, ConvState(next_past, None), state)
         rows = policy.join(activate(past), activate(rows))
     else:

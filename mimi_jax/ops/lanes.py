@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LANES = 128
+SUBLANES, LANES = 8, 128  # the rows of a register, and the numbers in a row
 
 
 def heads_in_lanes(num_heads: int, head_dim: int) -> int:

@@ -23,7 +23,7 @@ from mimi_jax.ops import few_rows, triton_stages
 from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
 from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
-from mimi_jax.ops.lanes import RINGS
+from mimi_jax.ops.lanes import LANES, RINGS, SUBLANES
 from mimi_jax.ops.nearest import SEARCHES
 from mimi_jax.ops.parts import (
     WAYS_BACK,
@@ -63,11 +63,6 @@ MIN_SUMMANDS = 512
 EXACT = ("highest", "float32")  # the precision of float32 products in JAX's words, and an alias
 PLAIN_FLOAT32 = "F32_F32_F32"  # those of float32 units, as in `jax.lax.DotAlgorithmPreset`
 FIRST_FUSED = 80  # Ampere, the first GPUs that run cuDNN's flash attention
-
-
-# Registers of TPUs have 8 rows of 128 numbers. XLA fills the rows with those of the batch if these suffice.
-# Otherwise it cuts time into 8 parts, and several positions a row save nothing.
-SUBLANES, LANES = 8, 128
 
 
 def in_triton(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
@@ -325,7 +320,7 @@ def heads_side_by_side(num_heads: int, head_dim: int) -> int:
 
 
 def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
-    """Step a part of the network. Gradients are those of the part computed layer by layer."""
+    """Step a part of the network. Gradients are computed layer by layer, or in rows on TPUs."""
     is_long = state is None or _positions(x) not in few_rows.FEW_ROWS
     if part.operation not in PARTS or (part.operation == "transformer" and is_long):
         return part.step_layers(state, x, lengths)
@@ -349,7 +344,7 @@ def part_choice(part: Part, x: jax.Array) -> Choice:
         if part.operation == "network":
             return choice | {"tpu": "large_pieces"}
         if "rows" in PARTS[part.operation]:
-            return choice | _tpu_choice(part, x)
+            return {"default": "layers"} | _tpu_choice(part, x)
     if part.operation == "network":
         return choice
     if compute.capability is None:
@@ -370,6 +365,8 @@ def part_choice(part: Part, x: jax.Array) -> Choice:
 
 def _tpu_choice(part: Any, x: jax.Array) -> Choice:
     """For stages and ends."""
+    # XLA fills the rows of registers with those of the batch if these suffice. Otherwise it cuts time into as
+    # many parts, and several positions a row save nothing.
     if part.channels() >= LANES or x.shape[0] < SUBLANES or not x.size or not part.fits_in_rows():
         return {}
     fuses = "pallas" in PARTS[part.operation] and part.fits_in_pallas(x) and _stays_whole(x)

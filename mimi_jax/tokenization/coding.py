@@ -87,9 +87,8 @@ class Coder:
             else:
                 is_short = clip.is_here and clip.num_here <= SHORT_SECONDS * self.config.sampling_rate
                 yield from self._add_short(clip) if is_short else self._add_long(clip)
-            if (
-                number % period == 0
-            ):  # the oldest clip that stays has waited for one period, and may do so again
+            # The oldest clip that stays has waited for one period, and may do so again.
+            if number % period == 0:
                 yield from self._flush(number - period)
         yield from self._flush(math.inf)
         while self._running:

@@ -13,7 +13,7 @@ from mimi_jax.nn import pallas_stages
 from mimi_jax.nn.conv import Conv1d
 from mimi_jax.nn.seanet import DecoderBack, DecoderStage, EncoderFront, EncoderStage
 from mimi_jax.ops import policy
-from tests.models import noise, random_like, random_module, relative_error
+from tests.models import check_step, noise, random_like, random_module, relative_error
 
 BATCH = 11  # a register holds 8. One row ends early, and one is idle
 TOLERANCE = 1e-6  # other orders of sums
@@ -59,15 +59,7 @@ def test_the_numbers_are_those_of_the_layers(name: str):
     state = random_like(end.init_state(BATCH), 1)
     fused = jax.jit(pallas_stages.step)
     for lengths in (None, jnp.array([x.shape[1]] * 9 + [x.shape[1] // 2 + 1, 0], jnp.int32)):
-        expected_state, expected = end.step_layers(state, x, lengths)
-        new_state, y = fused(end, state, x, lengths)
-        assert jax.tree.structure(new_state) == jax.tree.structure(expected_state)
-        ends = end.output_lengths(jnp.full(BATCH, x.shape[1]) if lengths is None else lengths)
-        for row, size in enumerate(np.asarray(ends)):
-            if size:
-                assert relative_error(y[row, :size], expected[row, :size]) < TOLERANCE
-        for ours, theirs in zip(jax.tree.leaves(new_state), jax.tree.leaves(expected_state), strict=True):
-            assert relative_error(ours, theirs) < TOLERANCE
+        check_step(fused, end, state, x, lengths, TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -14,7 +13,7 @@ from mimi_jax.nn.conv import Conv1d
 from mimi_jax.nn.seanet import DecoderBack, DecoderStage, EncoderFront, EncoderStage
 from mimi_jax.nn.streaming import Chain
 from mimi_jax.ops import policy
-from tests.models import noise, random_like, random_module, relative_error
+from tests.models import check_step, noise, random_like, random_module, relative_error
 
 BATCH = 3  # one row ends early, and one is idle
 TOLERANCE = 1e-6  # float32, other orders of sums
@@ -72,19 +71,10 @@ def test_the_numbers_are_those_of_the_layers(name: str, strides: int):
     case = CASES[name]
     part = make_part(case)
     assert polyphase.fits(part)
-    in_rows, in_order = jax.jit(polyphase.step), jax.jit(lambda part, *inputs: part.step_layers(*inputs))
     x = make_input(part, case, strides)
     state = random_like(part.init_state(BATCH), 1)
     for lengths in (None, jnp.array([x.shape[1], x.shape[1] // 2 + 1, 0], jnp.int32)):
-        expected_state, expected = in_order(part, state, x, lengths)
-        new_state, y = in_rows(part, state, x, lengths)
-        assert jax.tree.structure(new_state) == jax.tree.structure(expected_state)
-        ends = part.output_lengths(jnp.full(BATCH, x.shape[1]) if lengths is None else lengths)
-        for row, size in enumerate(np.asarray(ends)):
-            if size:
-                assert relative_error(y[row, :size], expected[row, :size]) < TOLERANCE
-        for ours, theirs in zip(jax.tree.leaves(new_state), jax.tree.leaves(expected_state), strict=True):
-            assert relative_error(ours, theirs) < TOLERANCE
+        check_step(jax.jit(polyphase.step), part, state, x, lengths, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["encoder front", "decoder back", "encoder stage, long kernel"])

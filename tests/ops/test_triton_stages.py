@@ -20,7 +20,7 @@ from mimi_jax.nn.conv import Conv1d
 from mimi_jax.nn.seanet import DecoderBack, DecoderStage, EncoderFront, EncoderStage
 from mimi_jax.nn.streaming import Chain
 from mimi_jax.ops import policy, triton_stages
-from tests.models import noise, random_like, random_module, relative_error
+from tests.models import check_step, noise, random_like, random_module
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -146,17 +146,7 @@ def step_fused(part: Chain, state: Any, x: jax.Array, lengths: jax.Array | None 
 
 def compare(part: Chain, x: jax.Array, state: Any, lengths: jax.Array | None = None) -> None:
     """One step, and the state after it."""
-    expected_state, expected = part.step_layers(state, x, lengths)
-    new_state, y = step_fused(part, state, x, lengths)
-    assert jax.tree.structure(new_state) == jax.tree.structure(expected_state)
-    assert y.dtype == expected.dtype and y.shape == expected.shape
-    ends = part.output_lengths(jnp.full(BATCH, x.shape[1], jnp.int32) if lengths is None else lengths)
-    for row, size in enumerate(np.asarray(ends)):
-        if size:
-            assert relative_error(y[row, :size], expected[row, :size]) < TOLERANCE
-    for ours, theirs in zip(jax.tree.leaves(new_state), jax.tree.leaves(expected_state), strict=True):
-        assert ours.dtype == theirs.dtype
-        assert relative_error(ours, theirs) < TOLERANCE
+    check_step(step_fused, part, state, x, lengths, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)
