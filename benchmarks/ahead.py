@@ -7,22 +7,23 @@ weights on each; nothing runs. The numbers are for one chip. This needs libtpu, 
 its libraries, and takes a few minutes. Install them outside your usual environment, as `make tpu` and
 `make cuda` do: if JAX finds them on a machine without such a device, it complains on stderr at every start.
 
-For TPUs, the compiler counts operations and bytes. For GPUs it does not. There the operations are those of
-the matrix products that a case needs, and the bytes are counted from the program (`benchmarks/hlo.py`).
-Without a GPU, XLA can also not try out which device kernels are fastest, and leaves out those that it makes
-with Triton, so on a real GPU the program may move fewer bytes. With `--stages`, rows in bfloat16 compute the
+The operations are those of the matrix products that a case needs. The bytes are those to and from the main
+memory of a chip, counted from the program (`benchmarks/hlo.py`). For TPUs, there is also XLA's own count. It
+includes what goes to and from the memory on the chip itself, and each loop counts once.
+
+Without a GPU, XLA cannot try out which device kernels are fastest, and leaves out those that it makes with
+Triton, so on a real GPU the program may move fewer bytes. With `--stages`, rows in bfloat16 compute the
 stages of SEANet as `mimi_jax.ops.triton_stages` does. That needs Python 3.12 and jax_triton.
 
 For TPUs, `--stages` divides the work between the chips by hand, as `mimi-jax tokenize` does, since the
 compiler cannot partition device kernels. Then the ends of the network and attention are in Pallas where
-`mimi_jax.ops.policy` chooses so. XLA counts the bytes of their inputs and outputs, and none of their work.
+`mimi_jax.ops.policy` chooses so.
 
 Rows in bfloat16 have the precision "default". On a TPU, this computes everything in one pass but the
 quantizer, which takes six.
 
 A step should read its weights and the state of its streams once, and write the new steps into the state.
-After the table, its bytes are compared with that (`needed`). They are those to and from the main memory of
-the chip, as `benchmarks/hlo.py` counts them: XLA also counts what stays on the chip.
+After the table, its bytes are compared with that (`needed`).
 """
 
 import argparse
@@ -121,11 +122,16 @@ class Program(NamedTuple):
     """What is known about one compiled program, for one chip."""
 
     memory: int  # bytes of arguments, results and everything between them
-    flops: float
-    bytes_accessed: float
+    flops: int  # of the matrix products that the codec needs
+    kernels: list[DeviceKernel]
     collectives: list[str]  # see `collectives`
     text: str  # of the compiled program
-    kernels: list[DeviceKernel]  # for GPUs, and for the steps of TPUs
+    counted_by_xla: float  # bytes, for TPUs
+
+    @property
+    def moved(self) -> int:
+        """Bytes to and from the main memory."""
+        return sum(kernel.bytes for kernel in self.kernels)
 
 
 def make_mesh(name: str) -> Mesh:
@@ -220,14 +226,9 @@ def compile_for(
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     taken = sizes - memory.alias_size_in_bytes
-    counted = device_kernels(text) if platform == "cuda" or function in STEPS else []
-    if platform == "cuda":
-        flops = (
-            batch
-            * count_flops(model.config, seconds, model.config.num_quantizers)[function.removesuffix("_step")]
-        )
-        cost = {"flops": flops, "bytes accessed": sum(kernel.bytes for kernel in counted)}
-    return Program(taken, cost["flops"], cost["bytes accessed"], collectives(text), text, counted)
+    flops = count_flops(model.config, seconds, model.config.num_quantizers)[function.removesuffix("_step")]
+    counted_by_xla = cost["bytes accessed"] if platform == "tpu" else 0.0
+    return Program(taken, batch * flops, device_kernels(text), collectives(text), text, counted_by_xla)
 
 
 class Needed(NamedTuple):
@@ -273,7 +274,7 @@ def bound(report: Program, seconds: float, device: Device, kind: tuple[str, str]
         kind: dtype and precision of the products.
     """
     compute = report.flops / device.flops_per_second[kind]
-    return seconds / max(compute, report.bytes_accessed / device.bytes_per_second)
+    return seconds / max(compute, report.moved / device.bytes_per_second)
 
 
 def fused_attention(name: str, dtype: str) -> str | None:
@@ -304,17 +305,18 @@ def compile_case(mesh: Mesh, name: str, case: Case) -> Program:
 def table_row(name: str, case: Case, report: Program) -> str:
     speed = bound(report, case.batch * case.seconds, DEVICES[name], case.kind)
     cells = [case.function, *case.kind, str(case.batch), f"{case.seconds:g}", f"{report.memory / 1e6:.0f}"]
-    cells += [f"{report.flops / 1e9:.1f}", f"{report.bytes_accessed / 1e9:.2f}", f"{speed:,.0f}"]
-    cells.append(", ".join(report.collectives) or "none")
+    cells += [f"{report.flops / 1e9:.1f}", f"{report.moved / 1e9:.2f}"]
+    if DEVICES[name].platform == "tpu":
+        cells.append(f"{report.counted_by_xla / 1e9:.2f}")
+    cells += [f"{speed:,.0f}", ", ".join(report.collectives) or "none"]
     return f"| {' | '.join(cells)} |"
 
 
 def needed_row(name: str, case: Case, report: Program) -> str:
     model = model_of(name, case)
     parts = needed(model, case.function, case.batch, case.seconds)
-    moved = sum(kernel.bytes for kernel in report.kernels)
     cells = [case.function, case.kind[0], str(case.batch), f"{case.seconds:g}"]
-    cells += [f"{size / 1e6:.1f}" for size in (*parts, moved)] + [f"{moved / sum(parts):.2f}"]
+    cells += [f"{size / 1e6:.1f}" for size in (*parts, report.moved)] + [f"{report.moved / sum(parts):.2f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -365,7 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--largest needs a GPU as --device")
     mesh = make_mesh(options.device)
     columns = ["function", "dtype", "precision", "batch per chip", "seconds of audio", "MB per chip", "GFLOP"]
-    columns += ["GB accessed", f"{'' if platform == 'tpu' else 'about '}at most x realtime", "collectives"]
+    columns += ["GB moved"] + (["GB by XLA"] if platform == "tpu" else [])
+    columns += [f"{'' if platform == 'tpu' else 'about '}at most x realtime", "collectives"]
     print(f"{mesh.size} chips of {mesh.devices.flat[0].device_kind}, jax {jax.__version__}; per chip\n")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     kinds = (("bfloat16", "default"), ("float32", options.precision))

@@ -52,6 +52,10 @@ FEW_OUTPUTS = range(1, 2**7 + 1)
 # neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
 STEP_POSITIONS, STEP_FRAMES = range(1, 2**12), range(1, 2**8)
 
+# A step of one frame stays in the VMEM of a TPU, in rows or not. If its last layers are in rows, XLA moves
+# whole rings of keys there and back. In longer steps, rows move fewer bytes.
+SHORT = range(1, 2**9)
+
 # What the float32 units of an H100 compute while its memory moves a byte: 67 TFLOP/s by 3.35 TB/s. With fewer
 # operations a byte, memory is the limit of a product, and tensor cores do not help.
 FLOPS_PER_BYTE = 20
@@ -369,8 +373,9 @@ def _tpu_choice(part: Any, x: jax.Array) -> Choice:
     # many parts, and several positions a row save nothing.
     if part.channels() >= LANES or x.shape[0] < SUBLANES or not x.size or not part.fits_in_rows():
         return {}
-    fuses = "pallas" in PARTS[part.operation] and part.fits_in_pallas(x) and _stays_whole(x)
-    return {"tpu": "pallas" if fuses else "rows"}
+    if "pallas" in PARTS[part.operation] and part.fits_in_pallas(x) and _stays_whole(x):
+        return {"tpu": "pallas"}
+    return {} if part.operation == "decoder_back" and x.shape[1] in SHORT else {"tpu": "rows"}
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

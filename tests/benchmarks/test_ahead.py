@@ -6,6 +6,7 @@ No such device is needed, only their compilers.
 import math
 import os
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,13 @@ import pytest
 from jax.sharding import Mesh
 
 from benchmarks import ahead
+from benchmarks.flops import count_flops
+from benchmarks.hlo import DeviceKernel
+from mimi_jax import MimiConfig, checkpoint
+from mimi_jax.ops import policy
 
 BATCH = 8  # rows on each chip
 SECONDS = 10.0
-FLOPS_PER_SECOND_OF_AUDIO = 5.6e9  # of either half
 KINDS = [("bfloat16", "default"), ("float32", "highest")]
 
 
@@ -42,13 +46,10 @@ def check_program(
     report = ahead.compile_for(mesh, model, function, BATCH, seconds, by_hand=attention == "splash")
     assert report.collectives == []
     assert report.memory < ahead.DEVICES[device].memory
-    # On TPUs, layers with several positions a row also multiply zeros, and device kernels are not counted.
-    tolerance = 0.25 if ahead.DEVICES[device].platform == "tpu" else 0.1
-    assert report.flops == pytest.approx(BATCH * seconds * FLOPS_PER_SECOND_OF_AUDIO, rel=tolerance)
     half = (model.encoder, model.encoder_transformer, model.downsample)
     if function.startswith("decode"):
         half = (model.decoder, model.decoder_transformer, model.upsample)
-    assert report.bytes_accessed > sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(half))
+    assert report.moved > sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(half))
     return report
 
 
@@ -71,7 +72,7 @@ def test_compiles_for_eight_tpus_with_splash_attention(tpus: Mesh, function: str
 def test_steps_move_their_weights_and_their_state_once_on_tpus(tpus: Mesh, function: str):
     """64 streams on each chip, in bfloat16."""
     case = ahead.Case(function, KINDS[0], 64, 0.08)
-    moved = sum(kernel.bytes for kernel in ahead.compile_case(tpus, "v5e", case).kernels)
+    moved = ahead.compile_case(tpus, "v5e", case).moved
     assert 1 <= moved / sum(ahead.needed(ahead.model_of("v5e", case), function, 64, 0.08)) <= 1.3
 
 
@@ -96,7 +97,7 @@ def test_stages_in_triton_save_more_than_half_of_the_bytes(gpus: Mesh, function:
     report = ahead.compile_case(gpus, "h100", ahead.Case(function, KINDS[0], 64, 30.0, stages=True))
     assert len(re.findall(r"custom-call\(.*triton_kernel_call", report.text)) == 8  # 4 stages, in two lengths
     assert report.collectives == []
-    assert report.bytes_accessed <= 70e9
+    assert report.moved <= 70e9
 
 
 @pytest.mark.slow
@@ -105,7 +106,7 @@ def test_whole_clips_move_few_bytes_on_gpus(gpus: Mesh, function: str, most: flo
     """In GB, for 64 clips of 30 s on one GPU, in bfloat16 and with all 32 codebooks."""
     case = ahead.Case(function, KINDS[0], 64, 30.0)
     report = ahead.compile_case(Mesh(gpus.devices[:1], gpus.axis_names), "h100", case)
-    assert report.bytes_accessed < most * 1e9
+    assert report.moved < most * 1e9
 
 
 @pytest.mark.slow
@@ -137,6 +138,15 @@ def test_large_batches_are_computed_in_parts_on_gpus(function: str, kind: tuple[
     assert 2**28 < largest < 2**31
 
 
+@pytest.mark.parametrize("function", ["encode", "decode"])
+def test_the_operations_are_those_that_xla_counts(function: str):
+    """Layer by layer. XLA counts one of the 32 codebooks, the others are 6 %, and what is not a product."""
+    model = checkpoint.abstract_model(MimiConfig(), compute=policy.resolve({"network": "layers"}))
+    program, shapes = ahead.make_program(model, function, 1, 2.0)
+    cost: Any = jax.jit(program).lower(model, *shapes).cost_analysis()
+    assert cost["flops"] == pytest.approx(count_flops(model.config, 2.0, 32)[function], rel=0.06)
+
+
 def test_what_a_step_needs_is_added_up():
     """In bfloat16, per stream: 8 layers of 2 rings of 256 slots of 512 numbers, and 2 slots are new."""
     model = ahead.make_model(*KINDS[0], platform="tpu")
@@ -166,7 +176,7 @@ def test_collectives_are_found():
 
 
 @pytest.mark.parametrize(
-    ("device", "kind", "flops", "bytes_accessed", "expected"),
+    ("device", "kind", "flops", "moved", "expected"),
     [
         ("v5e", KINDS[0], 197e12, 0, 10.0),
         ("v5e", KINDS[1], 197e12, 0, 10 / 6),
@@ -177,7 +187,7 @@ def test_collectives_are_found():
     ],
 )
 def test_the_slower_of_products_and_memory_is_the_bound(
-    device: str, kind: tuple[str, str], flops: float, bytes_accessed: float, expected: float
+    device: str, kind: tuple[str, str], flops: int, moved: int, expected: float
 ):
-    report = ahead.Program(0, flops, bytes_accessed, [], "", [])
+    report = ahead.Program(0, flops, [DeviceKernel("", moved, "")], [], "", 0.0)
     assert ahead.bound(report, 10.0, ahead.DEVICES[device], kind) == pytest.approx(expected)

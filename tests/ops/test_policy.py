@@ -138,18 +138,20 @@ def test_tpus_compute_the_ends_in_one_device_kernel_if_it_stays_whole():
     model: Any = checkpoint.abstract_model(MimiConfig())
     [front, _], [_, back] = model.encoder.groups(), model.decoder.groups()
 
-    def choices(batch: int, compute: policy.Compute) -> list[str | None]:
+    def choices(batch: int, compute: policy.Compute, frames: int = 4) -> list[str | None]:
         with policy.computing(compute):
             found = [
-                policy.part_choice(part, jnp.zeros((batch, 1920, channels), "bfloat16"))
-                for part, channels in ((front, 1), (back, 128))
+                policy.part_choice(part, jnp.zeros((batch, frames * time, channels), "bfloat16"))
+                for part, time, channels in ((front, 1920, 1), (back, 480, 128))
             ]
         return [choice.get("tpu") for choice in found]
 
     whole = policy.Compute(fused=("tpu",), one_device=True)
-    assert choices(16, whole) == ["pallas", "pallas"]
+    assert choices(16, whole) == choices(16, whole, frames=1) == ["pallas", "pallas"]
     assert choices(7, whole) == [None, None]
-    assert choices(16, policy.Compute(fused=("tpu",))) == ["rows", "rows"]
+    parted = policy.Compute(fused=("tpu",))
+    assert choices(16, parted) == choices(16, parted, frames=2) == ["rows", "rows"]
+    assert choices(16, parted, frames=1) == ["rows", None]
     assert choices(16, policy.Compute(one_device=True)) == [None, None]
     with policy.computing(whole):
         assert policy.part_choice(model.encoder, jnp.zeros((8, 1920, 1), "bfloat16"))["tpu"] == "large_pieces"
