@@ -138,7 +138,6 @@ print(f"{sum(x.size for x in jax.tree.leaves(nnx.state(lm, nnx.Param))) / 1e6:.1
 def train_step(lm, optimizer, codec, audio, mask):
     out = mimi_jax.encode(codec, audio, mask, num_quantizers=CODEBOOKS)
     codes, real = out.audio_codes, out.audio_codes_mask[:, None]
-
     tokens = delay(jnp.where(real, codes, PAD), DELAYS, PAD)
 
     def loss_of(lm):
@@ -185,8 +184,8 @@ assert np.mean(losses[-20:]) < 0.5 * losses[0]
 # ## Let it speak
 #
 # It starts from nothing and draws each token from the model's distribution, frame after frame and codebook
-# after codebook. Where `delay` puts a pad, nothing is drawn. `decode` turns the codes into audio. (Each frame computes all frames before it again, which
-# is simple. A real implementation keeps keys and values.)
+# after codebook. Where `delay` puts a pad, nothing is drawn. `decode` turns the codes into audio. (Each frame
+# computes all frames before it again, which is simple. A real implementation keeps keys and values.)
 
 # %%
 TEMPERATURE = 0.7
