@@ -39,7 +39,7 @@ APART = {
 MAX_CORE_LINES = 1050  # of code; docstrings, comments and blank lines do not count
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50  # its docstring does not count
-MAX_ARROWS = 70
+MAX_ARROWS = 71
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted(file for folder in ("benchmarks", "convert") for file in (ROOT / folder).rglob("*.py"))
