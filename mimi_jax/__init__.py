@@ -9,6 +9,7 @@
     checkpoint    models on disk, in several layouts
     streams       streams outside of compiled functions
     export        the codec in one file, without the layers
+    tokens        codes in the orders that language models of speech want
     quality       how good decoded audio is, in numbers and pictures
     tokenization  corpora of audio into Parquet files of codes
     train         the training of a codec

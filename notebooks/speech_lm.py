@@ -42,11 +42,12 @@ from IPython.display import Audio
 
 import mimi_jax
 from mimi_jax.files.audio import FORMATS
+from mimi_jax.tokens import delay, undelay
 
 print(jax.devices())
 MODEL = "mini"  # or "kyutai/mimi"
 FOLDER = None  # or a folder of speech
-CODEBOOKS = 4  # of the codec, the first ones
+DELAYS = (0, 1, 1, 1)  # in frames, of the first codebooks: the semantic one, then acoustic ones
 STEPS = 250
 
 codec = mimi_jax.Mimi.from_pretrained(MODEL)
@@ -65,12 +66,16 @@ print(f"{len(clips)} clips, {sum(map(len, clips)) / rate:.1f} s")
 # %% [markdown]
 # ## The model
 #
-# A frame enters as the sum of the embeddings of its codes. The Transformer sees the frames so far and
-# predicts the codes of the next frame, one codebook after the other. Each codebook is given the codes of
+# As in Moshi, the acoustic codes come one frame after the semantic one: `delay` makes the tokens, and
+# `undelay` the codes. So what is said stands in the past when the model chooses how it sounds.
+#
+# A frame enters as the sum of the embeddings of its tokens. The Transformer sees the frames so far and
+# predicts the tokens of the next frame, one codebook after the other. Each codebook is given the tokens of
 # those before it, since the acoustic codes of a frame depend on each other.
 
 # %%
-BEGIN = size  # a code that none is: what stands before the first frame
+CODEBOOKS = len(DELAYS)
+PAD = size  # a token that is no code: it stands before the first frame, and where a codebook is late
 
 
 class Block(nnx.Module):
@@ -94,8 +99,8 @@ class SpeechLM(nnx.Module):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.heads = nnx.List([nnx.Linear(width, size, rngs=rngs) for _ in range(CODEBOOKS)])
 
-    def __call__(self, past, codes):
-        """Logits [batch, codebooks, frames, size] of codes [batch, codebooks, frames]; `past` are those one
+    def __call__(self, past, tokens):
+        """Logits [batch, codebooks, frames, size] of tokens [batch, codebooks, frames]; `past` are those one
         frame before."""
         x = sum(embed(past[:, book]) for book, embed in enumerate(self.embed))
         x = x + self.position(jnp.arange(x.shape[1]))
@@ -104,24 +109,25 @@ class SpeechLM(nnx.Module):
         x, logits = self.norm(x), []
         for book, head in enumerate(self.heads):
             logits.append(head(x))
-            x = x + self.embed[book](codes[:, book])  # the next codebook is told this one
+            x = x + self.embed[book](tokens[:, book])  # the next codebook is told this one
         return jnp.stack(logits, axis=1)
 
 
-def shift(codes):
+def shift(tokens):
     """What stands one frame before."""
-    return jnp.pad(codes, [(0, 0), (0, 0), (1, 0)], constant_values=BEGIN)[:, :, :-1]
+    return jnp.pad(tokens, [(0, 0), (0, 0), (1, 0)], constant_values=PAD)[:, :, :-1]
 
 
 # %% [markdown]
 # ## A training step, with `encode` inside
 #
-# The codec is an argument, as any other pytree. No gradient goes through it. A batch is audio.
+# The codec is an argument, as any other pytree. No gradient goes through it. A batch is audio. The logits of
+# the tokens are undelayed to those of the codes, so the pads have no loss.
 
 # %%
 SECONDS, BATCH = 6, 4
 frames = codec.encoded_length(SECONDS * rate)
-lm = SpeechLM(width=128, depth=2, frames=frames, rngs=nnx.Rngs(0))
+lm = SpeechLM(width=128, depth=2, frames=frames + max(DELAYS), rngs=nnx.Rngs(0))
 optimizer = nnx.Optimizer(
     lm, optax.adamw(optax.cosine_decay_schedule(2e-3, STEPS), weight_decay=0.01), wrt=nnx.Param
 )
@@ -132,9 +138,11 @@ print(f"{sum(x.size for x in jax.tree.leaves(nnx.state(lm, nnx.Param))) / 1e6:.1
 def train_step(lm, optimizer, codec, audio, mask):
     out = mimi_jax.encode(codec, audio, mask, num_quantizers=CODEBOOKS)
     codes, real = out.audio_codes, out.audio_codes_mask[:, None]
+    tokens = delay(jnp.where(real, codes, PAD), DELAYS, PAD)
 
     def loss_of(lm):
-        losses = optax.softmax_cross_entropy_with_integer_labels(lm(shift(codes), codes), codes)
+        logits = undelay(lm(shift(tokens), tokens), DELAYS)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, codes)
         return jnp.sum(losses * real, axis=(0, 2)) / jnp.sum(real)  # by codebook
 
     loss, gradients = nnx.value_and_grad(lambda lm: loss_of(lm).mean())(lm)
@@ -175,9 +183,9 @@ assert np.mean(losses[-20:]) < 0.5 * losses[0]
 # %% [markdown]
 # ## Let it speak
 #
-# It starts from nothing and draws each code from the model's distribution, frame after frame and codebook
-# after codebook. `decode` turns the codes into audio. (Each frame computes all frames before it again, which
-# is simple. A real implementation keeps keys and values.)
+# It starts from nothing and draws each token from the model's distribution, frame after frame and codebook
+# after codebook. Where `delay` puts a pad, nothing is drawn. `decode` turns the codes into audio. (Each frame
+# computes all frames before it again, which is simple. A real implementation keeps keys and values.)
 
 # %%
 TEMPERATURE = 0.7
@@ -185,16 +193,17 @@ TEMPERATURE = 0.7
 
 @nnx.jit
 def speak(lm, key):
-    codes = jnp.zeros((1, CODEBOOKS, frames), jnp.int32)
+    tokens = delay(jnp.zeros((1, CODEBOOKS, frames), jnp.int32), DELAYS, PAD)
 
-    def step(codes, place):
+    def step(tokens, place):
         frame, book = place // CODEBOOKS, place % CODEBOOKS
-        logits = lm(shift(codes), codes)[0, book, frame] / TEMPERATURE
-        return codes.at[0, book, frame].set(
-            jax.random.categorical(jax.random.fold_in(key, place), logits)
-        ), None
+        logits = lm(shift(tokens), tokens)[0, book, frame] / TEMPERATURE
+        drawn = jax.random.categorical(jax.random.fold_in(key, place), logits)
+        is_pad = tokens[0, book, frame] == PAD
+        return tokens.at[0, book, frame].set(jnp.where(is_pad, PAD, drawn)), None
 
-    return jax.lax.scan(step, codes, jnp.arange(CODEBOOKS * frames))[0]
+    tokens, _ = jax.lax.scan(step, tokens, jnp.arange(CODEBOOKS * tokens.shape[2]))
+    return undelay(tokens, DELAYS)
 
 
 def player(audio, name):

@@ -1,4 +1,4 @@
-"""`mimi-jax tokenize`, `mimi-jax train` and `mimi-jax evaluate`."""
+"""`mimi-jax tokenize`, `mimi-jax pack`, `mimi-jax train` and `mimi-jax evaluate`."""
 
 import argparse
 import os
@@ -118,6 +118,28 @@ def _ray_resources(words: list[str]) -> dict[str, Any]:
             raise UsageError(f"--ray-resources takes NAME=NUMBER, got {word}") from None
     own = {name: amounts.pop(name) for name in ("num_cpus", "num_gpus") if name in amounts}
     return {**own, "resources": amounts or None}
+
+
+def run_pack(arguments: argparse.Namespace) -> None:
+    check_installed("tokenize", "pyarrow")
+    if arguments.format == "arrayrecord":
+        check_installed("arrayrecord", "array_record")
+    from mimi_jax.tokenization import pack
+
+    packed = pack(
+        arguments.tokens,
+        arguments.output,
+        arguments.length,
+        split_by_source=arguments.split_by_source,
+        format=arguments.format,
+    )
+    print_table(
+        {
+            "clips": f"{packed.clips:,}, {packed.frames:,} frames",
+            "rows": f"{packed.rows:,} of {packed.length:,} frames, {packed.filled:.1%} filled",
+        }
+    )
+    print(f"wrote {arguments.output}")
 
 
 def run_train(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mimi_jax.cli.coding import run_decode, run_encode
-from mimi_jax.cli.corpora import run_evaluate, run_tokenize, run_train
+from mimi_jax.cli.corpora import run_evaluate, run_pack, run_tokenize, run_train
 from mimi_jax.cli.models import run_convert, run_info
 from mimi_jax.cli.pipes import PCM_FORMATS
 from mimi_jax.cli.roundtrip import run_roundtrip
@@ -18,6 +18,7 @@ DATA_HELP = "a folder of audio, a JSONL manifest, or one audio file"
 # Repeated here, since the modules that own them are slow to import.
 LAYOUTS = ("flax", "transformers", "kyutai")  # those of mimi_jax.checkpoint that hold float weights
 DTYPES = ("float32", "bfloat16")  # those of mimi_jax.tokenization.settings
+ROW_FORMATS = ("parquet", "arrayrecord")  # those of mimi_jax.tokenization.packed
 
 # Adds a command: takes its name, the function that runs it, and its help.
 AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
@@ -44,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_info(command)
     _add_convert(command)
     _add_tokenize(command)
+    _add_pack(command)
     _add_train(command)
     _add_evaluate(command)
     return parser
@@ -178,6 +180,19 @@ def _add_tokenize(command: AddCommand) -> None:
     add("--ray-actors", type=_positive, metavar="N", help=text)
     text = "what each actor takes, such as num_cpus=8 num_gpus=1 or TPU=4 (default: num_cpus=1)"
     add("--ray-resources", metavar="NAME=N", nargs="+", default=[], help=text)
+
+
+def _add_pack(command: AddCommand) -> None:
+    text = "pack tokenized clips into rows of equal length, for training (needs mimi_jax[tokenize])"
+    parser = command("pack", run_pack, text)
+    parser.add_argument("tokens", metavar="TOKENS", type=_path, help="folder that tokenize has finished")
+    parser.add_argument("-o", "--output", metavar="DIR", type=_path, required=True, help="folder to make")
+    text = "of a row, in frames (12.5 a second); only longer clips are cut"
+    parser.add_argument("--length", type=_positive, metavar="N", required=True, help=text)
+    text = "make a folder for each source; a .tar or .parquet file is one"
+    parser.add_argument("--split-by-source", action="store_true", help=text)
+    text = "arrayrecord is for Grain, and needs mimi_jax[arrayrecord] (default: %(default)s)"
+    parser.add_argument("--format", choices=ROW_FORMATS, default="parquet", help=text)
 
 
 def _add_train(command: AddCommand) -> None:

@@ -16,6 +16,8 @@ Every clip is encoded exactly once, or listed as an error with the reason.
     job         a whole job: `tokenize`
     on_ray      the same on a Ray cluster: `tokenize_on_ray`
     dataset     reading the codes, clip by clip or by number
+    packed      files of rows into which clips were packed, and rows by number
+    packing     clips of unequal length packed into rows of equal length
     text        codes as text
 
 `__init__.pyi` lists the public names. Each is imported when it is first used, so that the worker processes

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mimi_jax import cli
-from mimi_jax.cli.parser import DTYPES, make_parser
-from mimi_jax.tokenization import Settings, settings
+from mimi_jax.cli.parser import DTYPES, ROW_FORMATS, make_parser
+from mimi_jax.tokenization import PackedSource, Settings, settings
+from mimi_jax.tokenization.packed import WRITERS
 from tests.models import load_fixture
 from tests.tokenization.corpora import write_folder
 
@@ -108,3 +109,23 @@ def test_the_defaults_are_those_of_settings():
     for field in dataclasses.fields(Settings):
         assert arguments[field.name] == field.default
     assert DTYPES == settings.DTYPES
+    assert tuple(WRITERS) == ROW_FORMATS
+
+
+def test_a_finished_folder_is_packed(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]):
+    write_folder(tmp_path / "data", [4000, 5000])
+    tokens = str(tmp_path / "tokens")
+    words = ["pack", tokens, "-o", str(tmp_path / "parquet"), "--length", "600"]
+    assert cli.main(words) == 1
+    assert "must be an output of `mimi-jax tokenize`" in capsys.readouterr().err
+    assert cli.main(["tokenize", str(tmp_path / "data"), "-o", tokens, "--model", str(tiny)]) == 0
+    for format in ROW_FORMATS:
+        packed = str(tmp_path / format)
+        assert cli.main([*words[:3], packed, *words[4:], "--format", format]) == 0
+        *_, clips, rows, wrote = capsys.readouterr().out.splitlines()
+        frames = int((PackedSource(packed)[0].segment_ids > 0).sum())
+        assert clips.split(maxsplit=1) == ["clips", f"2, {frames} frames"]
+        assert rows.split(maxsplit=1) == ["rows", f"1 of 600 frames, {frames / 600:.1%} filled"]
+        assert wrote == f"wrote {packed}"
+    assert cli.main(words) == 1
+    assert "exists; name another folder" in capsys.readouterr().err
