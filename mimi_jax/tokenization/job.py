@@ -94,7 +94,7 @@ def plan(
     jax.eval_shape(lambda: codec.init_encoder_state(1))  # refuses a model that cannot stream
     recorded = _recorded(codec, settings)
     folder = Path(expand_home(output))
-    with planning(folder) as data:
+    with planning(folder, is_first) as data:
         found = None if data is None or is_first else Plan(data)
         if found is None or found.sources != absolute(sources):
             found = make_plan(sources, settings.clips_per_shard, folder, settings.audio_column)

@@ -337,15 +337,21 @@ def prepare(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def planning(folder: Path) -> Iterator[bytes | None]:
+def planning(folder: Path, is_first: bool) -> Iterator[bytes | None]:
     """Let one process at a time plan the job of a folder, which is created if it does not exist.
+
+    Args:
+        folder: of the output.
+        is_first: this process will plan even if there is a plan. Otherwise it need not wait if there is one.
 
     Yields:
         The plan, if there is one; else None.
     """
     prepare(folder)
     path = folder / PLAN
-    with file_lock(folder / "work" / "plan.lock"):
+    with contextlib.ExitStack() as stack:
+        if is_first or not path.exists():
+            stack.enter_context(file_lock(folder / "work" / "plan.lock"))
         yield path.read_bytes() if path.exists() else None
 
 
