@@ -227,31 +227,27 @@ def _seconds_to_read(path: Path, start: float) -> float:
 def plot(costs: dict[str, list[Cost]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, (times, memory, cost) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, (times, memory, cost) = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
     for number, (name, rows) in enumerate(costs.items()):
         clips, color = [row.clips for row in rows], f"C{number}"
-        times.plot(clips, [row.plan for row in rows], "o-", color=color, label=f"plan: {name}")
-        times.plot(clips, [row.resume for row in rows], "s--", color=color, label=f"resume: {name}")
-        memory.plot(clips, [row.plan_bytes / MB for row in rows], "o-", color=color, label=f"plan: {name}")
-        memory.plot(clips, [row.run_bytes / MB for row in rows], "s--", color=color, label=f"job: {name}")
-        cost.plot(clips, [1e6 * row.per_clip for row in rows], "o-", color=color, label=name)
+        times.plot(clips, [row.plan for row in rows], "o-", color=color, label=f"plan, {name}")
+        times.plot(clips, [row.resume for row in rows], "s--", color=color, label=f"resume, {name}")
+        memory.plot(clips, [row.plan_bytes / MB for row in rows], "o-", color=color)
+        memory.plot(clips, [row.run_bytes / MB for row in rows], "s--", color=color)
+        cost.plot(clips, [1e6 * row.per_clip for row in rows], "o-", color=color)
     for name, limit in LIMITS.items():
         times.axhline(limit, color="gray", linestyle="-" if name == "plan" else "--", linewidth=0.8)
         times.annotate(f"aim of {name}: {limit} s", (SMALLEST, limit), va="bottom", fontsize=8)
     memory.axhline(1000, color="gray", linewidth=0.8)
     memory.annotate("aim of plan: 1 GB", (SMALLEST, 1000), va="bottom", fontsize=8)
-    for axes, title in (
-        (times, "seconds"),
-        (memory, "peak memory, MB"),
-        (cost, "µs of CPU time for each clip"),
-    ):
-        axes.set(xscale="log", xlabel="clips", title=title)
+    times.set(title="seconds of plan (solid) and resume (dashed)", yscale="log")
+    memory.set(title="peak memory of plan (solid) and job (dashed), MB", ylim=(0, 1100))
+    cost.set(title="CPU time of plan and run for each clip, µs", ylim=(0, None))
+    for axes in (times, memory, cost):
+        axes.set(xscale="log", xlabel="clips")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    times.set_yscale("log")
-    for axes in (memory, cost):
-        axes.set_ylim(bottom=0)
-    figure.savefig(path, dpi=130)
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

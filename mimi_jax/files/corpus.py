@@ -150,7 +150,7 @@ def _entry(folder: str, line: bytes) -> Entry:
     if not 0 <= start < (float("inf") if end is None else end):
         raise ValueError(f"start must be at least 0 and lie before end, got {start:g} and {end}")
     features = fields.get("features")
-    if not isinstance(features, str | None):
+    if features is not None and not isinstance(features, str):
         raise ValueError(f"features must be the path of a .npy file, got {features!r}")
     texts = {name: str(fields[name]) for name in ("id", "source", "speaker") if name in fields}
     return Entry(
