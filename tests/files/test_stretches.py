@@ -119,5 +119,5 @@ def test_the_frames_of_an_mp3_file_are_searched_once(tmp_path: Path):
         np.testing.assert_array_equal(piece, whole[:, start * rate : (start + 1) * rate])
         assert raw.num_bytes < path.stat().st_size / 4
     save_audio(path, noise(60 * rate), rate)
-    with path.open("rb") as file, pytest.raises(ValueError, match=r"it is 60\.\d* s long"):
+    with path.open("rb") as file, pytest.raises(ValueError, match="it is 60 s long"):
         AudioReader(file, "the file", rate, start=100.0, end=101.0)
