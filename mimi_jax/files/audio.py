@@ -32,7 +32,7 @@ FORMATS = {
 MIN_SAMPLING_RATE = 1000  # Hz; a lower rate means a broken header, and would resample to a gigantic clip
 CHUNK_SAMPLES = 65_536  # per read or write; libsndfile crashes when it writes minutes of Vorbis at once
 # Seconds to read and drop before a stretch: these decoders need some audio until they forget how they began.
-# The samples then equal those of the whole file, those of MP3 to the last bit or two.
+# The samples then equal those of the whole file.
 LEAD = {"MP3": 1, "OGG": 2}
 # The bytes of a sample in formats that are not compressed.
 WIDTHS = {
@@ -130,9 +130,7 @@ class AudioReader:
         source = self._container.file
         if start and end is not None:
             source = self._container.file_to_seek or source
-        with self._reading():
-            source.seek(0)
-            self._sound = _ForwardReader(_Source(source))  # pyright: ignore
+        self._open(source)
         self._rate, self._channels = self._sound.samplerate, channels
         self.sampling_rate = sampling_rate or self._rate
         if self._rate < MIN_SAMPLING_RATE:
@@ -143,9 +141,17 @@ class AudioReader:
         self.num_samples = None if last is None else self._resampled_length(last - self._start)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with self._sound:
+        try:
             for piece in self._mixed() if self._rate == self.sampling_rate else self._resampled():
                 yield np.ascontiguousarray(piece.T)
+        finally:
+            self._sound.close()
+
+    def _open(self, file: BinaryIO) -> None:
+        """Give a file to libsndfile."""
+        with self._reading():
+            file.seek(0)
+            self._sound = _ForwardReader(_Source(file))  # pyright: ignore
 
     def _stated_length(self) -> int | None:
         """How many samples the file states that it has; None if it does not."""
@@ -217,6 +223,8 @@ class AudioReader:
         """float32 [samples, any] pieces up to the end of the stretch, or of the file."""
         position = self._skip()
         last = UNKNOWN_LENGTH if self._end is None else self._end
+        if self._container.begin_at is not None and self._total is not None:
+            last = min(last, self._total)  # a file that begins later has what is left out at the end
         while True:
             with self._reading():
                 piece = self._sound.read(min(CHUNK_SAMPLES, last - position), dtype="float32", always_2d=True)
@@ -234,8 +242,12 @@ class AudioReader:
         """Go to the first sample of the stretch."""
         with self._reading():
             left = min(LEAD.get(self._sound.format, 0) * self._rate, self._start)
-            if self._start:
-                self._sound.seek(self._start - left)
+            if (position := self._start - left) and self._container.begin_at is not None:
+                file, first = self._container.begin_at(position)
+                self._open(file)
+                left = self._start - first
+            elif position:
+                self._sound.seek(position)
             while left and (count := len(self._sound.read(min(CHUNK_SAMPLES, left)))):
                 left -= count
         return self._start

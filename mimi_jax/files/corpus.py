@@ -123,30 +123,35 @@ def read_entries(manifest: str | os.PathLike[str]) -> Iterator[Entry]:
         OSError: the manifest cannot be read.
         ValueError: a line is not such an object; the error names the line.
     """
+    folder = os.path.dirname(manifest)
     with open(manifest, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _entry(os.fspath(manifest), f"{printable(manifest)}, line {number}", line)
+            if not line.strip():
+                continue
+            try:
+                entry = _entry(os.fspath(folder), line)
+            except ValueError as error:
+                raise ValueError(f"{printable(manifest)}, line {number}: {error}") from None
+            yield entry
 
 
-def _entry(manifest: str, place: str, line: bytes) -> Entry:
+def _entry(folder: str, line: bytes) -> Entry:
     fields = _fields(line)
     name = fields.get("path", fields.get("audio_filepath"))
     if not isinstance(name, str):
         text = line[:80].decode("utf-8", "backslashreplace").strip()
-        raise ValueError(f"{place}: must be a JSON object with a path, got {text!r}")
+        raise ValueError(f"must be a JSON object with a path, got {text!r}")
     if "path" in fields:
-        start, end = _seconds(fields, "start", place), _seconds(fields, "end", place)
+        start, end = _seconds(fields, "start"), _seconds(fields, "end")
     else:
-        start, duration = _seconds(fields, "offset", place), _seconds(fields, "duration", place)
+        start, duration = _seconds(fields, "offset"), _seconds(fields, "duration")
         end = None if duration is None else (start or 0) + duration
     start = float(start or 0)
     if not 0 <= start < (float("inf") if end is None else end):
-        raise ValueError(f"{place}: start must be at least 0 and lie before end, got {start:g} and {end}")
+        raise ValueError(f"start must be at least 0 and lie before end, got {start:g} and {end}")
     features = fields.get("features")
-    if not isinstance(features, str | None):
-        raise ValueError(f"{place}: features must be the path of a .npy file, got {features!r}")
-    folder = os.path.dirname(manifest)
+    if features is not None and not isinstance(features, str):
+        raise ValueError(f"features must be the path of a .npy file, got {features!r}")
     texts = {name: str(fields[name]) for name in ("id", "source", "speaker") if name in fields}
     return Entry(
         name=name,
@@ -169,10 +174,10 @@ def _fields(line: bytes) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _seconds(fields: dict[str, Any], name: str, place: str) -> float | None:
+def _seconds(fields: dict[str, Any], name: str) -> float | None:
     value = fields.get(name)
     if value is not None and (type(value) not in (int, float) or not abs(value) < MAX_SECONDS):
-        raise ValueError(f"{place}: {name} must be seconds, got {value!r}")
+        raise ValueError(f"{name} must be seconds, got {value!r}")
     return value
 
 

@@ -6,17 +6,22 @@ comes, so a million files are listed in the time that it takes to walk through t
 
 import glob
 import hashlib
-import json
+import itertools
 import os
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from mimi_jax.files.corpus import expand_home, find_files, printable
 from mimi_jax.tokenization.settings import DEFAULTS
 from mimi_jax.tokenization.sources import COMPRESSED, KINDS, File, Item, Kind, kind_of, proper_suffix
 
 NAMED_KINDS = 10  # kinds of files that are left out and named in a message
+NEWEST = 1 << 16  # ids that are kept in a set, before they are sorted into an array
 
 
 class Shard(NamedTuple):
@@ -24,7 +29,7 @@ class Shard(NamedTuple):
 
     index: int
     source: str  # as the user named it: a folder, a pattern or a file
-    items: tuple[Item, ...] | None  # None for an archive, whose items are read when its turn comes
+    items: Iterable[Item] | None  # None for an archive, whose items are read when its turn comes
     path: str  # of the archive
     num_bytes: int
     audio_column: str  # where a Parquet file has its audio
@@ -52,16 +57,28 @@ class Shard(NamedTuple):
         left_out.update(own)
 
 
+def check_sources(sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Check that there is something under the name of each source.
+
+    Raises:
+        FileNotFoundError: a source is missing, or a pattern matches nothing.
+    """
+    for source in map(expand_home, sources):
+        if not os.path.lexists(source) and not any(glob.iglob(source, recursive=True)):
+            raise FileNotFoundError(f"there is no folder or file {printable(source)}, and nothing matches it")
+
+
 def find_shards(
     sources: Sequence[str | os.PathLike[str]],
     clips_per_shard: int = 1000,
     without: str | os.PathLike[str] | None = None,
     audio_column: str = DEFAULTS.audio_column,
-) -> list[Shard]:
-    """List the shards of some sources, always in the same order.
+) -> Iterator[Shard]:
+    """List the shards of some sources, always in the same order. Only one at a time is kept in memory.
 
     The first shard of a source counts the files in its folders that are left out since they are no clips: by
-    suffix, and compressed archives by name. Each archive counts its own.
+    suffix, and compressed archives by name. It has counted them all when the source is listed to its end.
+    Each archive counts its own.
 
     Args:
         sources: any of these:
@@ -85,48 +102,35 @@ def find_shards(
     """
     if clips_per_shard < 1:
         raise ValueError(f"clips_per_shard must be positive, got {clips_per_shard}")
-    shards: list[Shard] = []
-    seen: set[str] = set()
+    check_sources(sources)
+    numbers = itertools.count()
+    named: set[str] = set()
     for source in map(expand_home, sources):
-        items: list[Item] = []
         archives: list[tuple[str, str]] = []
         left_out: Counter[str] = Counter()
-        for name, path in _files(source, without, left_out):
-            if path in seen:
-                raise ValueError(f"{name} is named twice; name each input once")
-            seen.add(path)
-            kind = kind_of(path)
-            if kind.is_archive and os.path.isfile(path):
-                archives.append((name, path))
-            else:
-                items.extend(_items(kind, name, path))
-        if not items and not archives:
+        counts = iter([left_out])  # for the first shard; the others count nothing
+        items = _distinct(_listed(_files(source, without, left_out, named), archives))
+        while some := tuple(itertools.islice(items, clips_per_shard)):
+            num_bytes, counted = sum(item.num_bytes for item in some), next(counts, Counter())
+            yield Shard(next(numbers), printable(source), some, "", num_bytes, audio_column, counted)
+        for name, path in archives:
+            size, counted = os.path.getsize(path), next(counts, Counter())
+            yield Shard(next(numbers), name, None, path, size, audio_column, counted)
+        if next(counts, None) is not None:
             raise ValueError(
                 f"{printable(source)} has nothing to tokenize: no clips, .tar or .parquet"
                 f" files{_only(left_out)}; name manifests themselves, and unpack compressed archives"
             )
-        items = list(_distinct(items))
-        first_of_source = len(shards)
-        for first in range(0, len(items), clips_per_shard):
-            some = tuple(items[first : first + clips_per_shard])
-            num_bytes = sum(item.num_bytes for item in some)
-            shards.append(Shard(len(shards), printable(source), some, "", num_bytes, audio_column, Counter()))
-        for name, path in archives:
-            size = os.path.getsize(path)
-            shards.append(Shard(len(shards), name, None, path, size, audio_column, Counter()))
-        shards[first_of_source].left_out.update(left_out)
-    return shards
 
 
-def fingerprint(shards: Sequence[Shard]) -> str:
-    """A hash that is the same for the same clips in the same shards, wherever the files are."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        archive = None if shard.items is not None else [os.path.basename(shard.source), shard.num_bytes]
-        digest.update(json.dumps(archive).encode())
-        for item in shard.items or ():
-            digest.update(json.dumps([item.id, item.start, item.end]).encode())
-    return digest.hexdigest()[:16]
+def _listed(files: Iterable[tuple[str, str]], archives: list[tuple[str, str]]) -> Iterator[Item]:
+    """Yield the clips that are files of their own, and append the names and paths of the archives."""
+    for name, path in files:
+        kind = kind_of(path)
+        if kind.is_archive and os.path.isfile(path):
+            archives.append((name, path))
+        else:
+            yield from _items(kind, name, path)
 
 
 def in_words(left_out: Counter[str]) -> str:
@@ -143,20 +147,22 @@ def _only(left_out: Counter[str]) -> str:
 
 
 def _files(
-    source: str, without: str | os.PathLike[str] | None, left_out: Counter[str]
+    source: str, without: str | os.PathLike[str] | None, left_out: Counter[str], named: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yield the names and absolute paths of the files of a source."""
-    if os.path.isdir(source):
-        for path in _in_folder(source, without, left_out):
-            yield printable(os.path.relpath(path, source)), os.path.abspath(path)
-        return
+    """Yield the names and absolute paths of the files of a source.
+
+    Args:
+        source: a folder, a pattern or a file.
+        without: a folder to leave out.
+        left_out: counts the files that are left out.
+        named: the absolute paths of the files and folders that were named before. Those of the source are
+            added, so that a file is refused which is also in one of them.
+    """
     is_named = os.path.lexists(source)
-    paths = [source] if is_named else sorted(glob.glob(source, recursive=True))
-    if not paths:
-        raise FileNotFoundError(f"there is no folder or file {printable(source)}, and nothing matches it")
-    for path in _outermost(paths):
+    for path in _outermost([source] if is_named else sorted(glob.glob(source, recursive=True))):
+        place, beginning = os.path.abspath(path), len(path)
         if os.path.isdir(path):
-            files = _in_folder(path, without, left_out)
+            files, beginning = _in_folder(path, without, left_out), len(os.path.join(path, ""))
         elif not path.lower().endswith(COMPRESSED):
             files = [path]
         elif is_named:
@@ -166,8 +172,26 @@ def _files(
         else:
             files = []
             left_out[printable(path)] += 1
+        is_folder = is_named and os.path.isdir(path)
         for file in files:
-            yield printable(file), os.path.abspath(file)
+            rest = file[beginning:]
+            name = printable(rest if is_folder else file)
+            file = os.path.join(place, rest) if rest else place
+            if named and _is_named(file, named):
+                raise ValueError(f"{name} is named twice; name each input once")
+            yield name, file
+        named.add(place)
+
+
+def _is_named(path: str, named: set[str]) -> bool:
+    """Whether a file was found under one of the names: it has this name, or is of a kind found in folders."""
+    if path in named:
+        return True
+    suffix = os.path.splitext(path)[1].lower()
+    folder, is_found = os.path.dirname(path), suffix in KINDS and KINDS[suffix].is_found
+    while is_found and folder not in named and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return is_found and folder in named
 
 
 def _outermost(paths: Iterable[str]) -> Iterator[str]:
@@ -201,11 +225,43 @@ def _items(kind: Kind, name: str, path: str) -> Iterable[Item]:
 
 def _distinct(items: Iterable[Item]) -> Iterator[Item]:
     """Append #2 to the id of the second clip with the same id, #3 to the third, and so on."""
-    seen: set[str] = set()
+    seen = _Hashes()
     for item in items:
         name, count = item.id, 1
-        while name in seen:
+        while not seen.add(name):
             count += 1
             name = f"{item.id}#{count}"
-        seen.add(name)
-        yield item._replace(id=name)
+        yield item if count == 1 else item._replace(id=name)
+
+
+class _Hashes:
+    """Hashes of the ids that were seen, at 8 bytes each.
+
+    Two ids of a million have the same hash once in 30 million corpora. One of them gets a #2 that it would
+    not need, and they are still distinct.
+    """
+
+    def __init__(self) -> None:
+        self._newest: set[int] = set()
+        self._older: list[array[int]] = []  # sorted; each is at least twice as long as the next
+
+    def add(self, name: str) -> bool:
+        """Remember an id. Returns whether it is new."""
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        key = int.from_bytes(digest, "little")
+        if key in self._newest or any(_contains(keys, key) for keys in self._older):
+            return False
+        self._newest.add(key)
+        if len(self._newest) == NEWEST:
+            keys = np.sort(np.fromiter(self._newest, np.uint64))
+            self._newest.clear()
+            while self._older and len(self._older[-1]) < 2 * len(keys):
+                keys = np.sort(np.concatenate([np.frombuffer(self._older.pop(), np.uint64), keys]))
+            self._older.append(array("Q", keys.tobytes()))
+        return True
+
+
+def _contains(keys: "array[int]", key: int) -> bool:
+    """Whether a key is among sorted ones."""
+    place = bisect_left(keys, key)
+    return place < len(keys) and keys[place] == key

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,8 +13,9 @@ import numpy as np
 from mimi_jax.checkpoint import model_id
 from mimi_jax.files.corpus import expand_home
 from mimi_jax.model import HALVES, Mimi
-from mimi_jax.tokenization.inputs import Shard, find_shards, fingerprint, in_words
-from mimi_jax.tokenization.output import Output, Totals
+from mimi_jax.tokenization.inputs import Shard, check_sources, in_words
+from mimi_jax.tokenization.output import Output, Totals, planning
+from mimi_jax.tokenization.plan import Plan, absolute, make_plan
 from mimi_jax.tokenization.processes import process_from_cluster, process_from_jax
 from mimi_jax.tokenization.progress import Progress
 from mimi_jax.tokenization.settings import DEFAULTS, Settings
@@ -61,9 +62,8 @@ class Job(NamedTuple):
 
     def missing(self, shards: Sequence[Shard], retry_errors: bool) -> list[Shard]:
         """Those of the given shards that are not done. `retry_errors` undoes those that have errors first."""
-        if retry_errors:
-            self.output.forget_errors(shard.index for shard in shards)
-        return [shard for shard in shards if not self.output.is_done(shard.index)]
+        done = self.output.start((shard.index for shard in shards), retry_errors)
+        return [shard for shard in shards if self.output.name(shard.index) not in done]
 
     def progress(self, shards: Sequence[Shard]) -> Progress:
         """The progress of a run that does these shards."""
@@ -81,13 +81,33 @@ def plan(
     output: str | os.PathLike[str],
     model: str | os.PathLike[str],
     settings: Settings,
+    is_first: bool = True,
 ) -> Job:
-    """Find the inputs, load the model and open the output. Arguments and errors are those of `tokenize`."""
-    output, column = expand_home(output), settings.audio_column
-    shards = find_shards(sources, settings.clips_per_shard, without=output, audio_column=column)
+    """Load the model, find the inputs and open the output. Arguments and errors are those of `tokenize`.
+
+    Args:
+        is_first: this is the first process. It lists the inputs even if there is a plan already, to find out
+            whether they have changed. The others believe the plan, if it is one of the same sources.
+    """
+    check_sources(sources)
     codec = Mimi.from_pretrained(os.fspath(model), decoder=False)
-    config = codec.config
     jax.eval_shape(lambda: codec.init_encoder_state(1))  # refuses a model that cannot stream
+    recorded = _recorded(codec, settings)
+    folder = Path(expand_home(output))
+    with planning(folder, is_first) as data:
+        found = None if data is None or is_first else Plan(data)
+        if found is None or found.sources != absolute(sources):
+            found = make_plan(sources, settings.clips_per_shard, folder, settings.audio_column)
+        recorded |= {"num_shards": len(found.shards), "inputs": found.fingerprint}
+        opened = Output(folder, recorded, codec.config.to_dict())
+        if found.data != data:
+            opened.keep_plan(found.data)
+    return Job(found.shards, codec, opened)
+
+
+def _recorded(codec: Mimi, settings: Settings) -> dict[str, Any]:
+    """What decides the codes, for the manifest."""
+    config = codec.config
     num_quantizers = codec.quantizer.resolve_count(settings.num_quantizers)
     recorded = {
         "model_id": model_id(codec, num_quantizers),  # of the codebooks alone
@@ -99,12 +119,10 @@ def plan(
         "codebook_size": config.codebook_size,
         "max_seconds": settings.max_seconds,
         "clips_per_shard": settings.clips_per_shard,
-        "num_shards": len(shards),
-        "inputs": fingerprint(shards),
     }
-    if column != DEFAULTS.audio_column:
-        recorded["audio_column"] = column
-    return Job(shards, codec, Output(Path(output), recorded, config.to_dict()))
+    if settings.audio_column != DEFAULTS.audio_column:
+        recorded["audio_column"] = settings.audio_column
+    return recorded
 
 
 def tokenize(
@@ -158,7 +176,7 @@ def tokenize(
             function, so it must make the call under `if __name__ == "__main__":`.
     """
     process_index, process_count = _place(process_index, process_count, distributed)
-    job = plan(sources, output, model, settings)
+    job = plan(sources, output, model, settings, is_first=process_index == 0)
     # Only those of this process are retried: others may have retried theirs already.
     shards = job.missing(job.shards[process_index::process_count], retry_errors)
     now = Totals()

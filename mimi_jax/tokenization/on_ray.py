@@ -8,16 +8,15 @@ import contextlib
 import json
 import logging
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mimi_jax.files.corpus import expand_home
 from mimi_jax.model import Mimi
-from mimi_jax.tokenization.inputs import Shard
 from mimi_jax.tokenization.job import Summary, plan
 from mimi_jax.tokenization.output import Output, Totals
+from mimi_jax.tokenization.plan import Plan
 from mimi_jax.tokenization.progress import Progress
 from mimi_jax.tokenization.settings import DEFAULTS, Settings
 from mimi_jax.tokenization.tokenizer import make_tokenizer
@@ -65,7 +64,7 @@ def tokenize_on_ray(
     with contextlib.closing(job.progress(shards)) as progress, _cluster(address):
         workers = max(int(num_cpus) - 1, 1) if workers is None else workers
         folder, recorded = str(job.output.folder), job.output.settings
-        rows = [{"shard": pickle.dumps(shard)} for shard in shards]
+        rows = [{"shard": shard.index} for shard in shards]
         pool: dict[str, Any] = {"size": actors} if actors else {"min_size": 1, "max_size": max(len(rows), 1)}
         results = ray.data.from_items(rows, override_num_blocks=max(len(rows), 1)).map(
             _Actor,  # pyright: ignore[reportArgumentType] - the type is that of functions
@@ -124,9 +123,10 @@ class _Actor:
         self._output = Output(Path(output), recorded, codec.config.to_dict())
         self._tokenizer = make_tokenizer(codec, self._output, batch_size, workers, strict)
         self._rate = codec.config.sampling_rate
+        self._shards = Plan(self._output.plan()).shards
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard: Shard = pickle.loads(row["shard"])
+        shard = self._shards[row["shard"]]
         with open(os.devnull, "w") as nowhere:
             progress = Progress(shard.num_bytes, self._rate, nowhere)
             self._tokenizer.run([shard], progress, wait=True)

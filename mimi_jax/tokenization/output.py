@@ -1,6 +1,8 @@
 """The output of a job: a folder of Parquet files, each of which appears whole or not at all.
 
     manifest.json                what the codes are: the model's identity and configuration, settings, totals
+    plan.parquet                 the shards of the job and the clips in them; see `mimi_jax.tokenization.plan`
+    totals.json                  the totals of each shard, as its file has them; a run reads only new files
     codes/00003-of-00120.parquet the clips of a shard, in the order of the input
     errors/00003-of-00120.parquet its clips that could not be encoded, with the reasons; only if there are any
     work/                        locks, and files that are not complete yet
@@ -12,6 +14,7 @@ between the two repeats the shard and loses nothing. pyarrow is imported by the 
 import contextlib
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +27,9 @@ from mimi_jax.files.changes import describe_changes
 
 FORMAT = "mimi_jax.tokens"
 VERSION = 1
-NAMES = {"manifest.json", "codes", "errors", "work"}  # all that the folder may contain
+PLAN = "plan.parquet"
+# All that the folder may contain.
+NAMES = {"manifest.json", PLAN, "totals.json", "codes", "errors", "work"}
 ROW_GROUP = 64  # clips that are read and decompressed together, even if only one is wanted
 LIBRARIES = ("mimi_jax", "jax", "flax", "numpy", "pyarrow", "soundfile", "soxr")  # recorded in the manifest
 
@@ -50,7 +55,13 @@ class Totals(NamedTuple):
     @classmethod
     def from_json(cls, text: str | bytes) -> "Totals":
         """Read what `json.dumps` made of totals."""
-        clips, errors, samples, frames, *left_out = json.loads(text)  # older outputs have only the numbers
+        return cls.from_fields(*json.loads(text))
+
+    @classmethod
+    def from_fields(
+        cls, clips: int, errors: int, samples: int, frames: int, *left_out: dict[str, int]
+    ) -> "Totals":
+        """Totals of the fields that JSON has of them. Older outputs have only the numbers."""
         return cls(clips, errors, samples, frames, Counter(*left_out))
 
     def hours(self, sampling_rate: int) -> float:
@@ -110,12 +121,7 @@ class Output:
         self.num_shards: int = settings["num_shards"]
         self.manifest = folder / "manifest.json"
         self._work = folder / "work"
-        if not _is_output(folder):
-            raise ValueError(
-                f"{folder} holds files that `mimi-jax tokenize` did not write; name another folder"
-            )
-        for path in (folder / "codes", folder / "errors", self._work):
-            path.mkdir(parents=True, exist_ok=True)
+        prepare(folder)
         with file_lock(self._work / "manifest.lock"):  # another process may start at the same moment
             if self.manifest.exists():
                 self._check_settings(json.loads(self.manifest.read_text())["settings"])
@@ -136,6 +142,24 @@ class Output:
 
     def is_done(self, shard: int) -> bool:
         return (self.folder / "codes" / self.name(shard)).exists()
+
+    def done(self) -> set[str]:
+        """The names of all shards that are done."""
+        return self._names("codes")
+
+    def _names(self, folder: str) -> set[str]:
+        """The names of the files of shards in a subfolder."""
+        _, _, suffix = self.name(0).partition("-of-")
+        return {name for name in os.listdir(self.folder / folder) if name.endswith(f"-of-{suffix}")}
+
+    def plan(self) -> bytes:
+        """The plan, for `mimi_jax.tokenization.plan.Plan`."""
+        return (self.folder / PLAN).read_bytes()
+
+    def keep_plan(self, data: bytes) -> None:
+        """Write the plan for the other processes and for later runs."""
+        with atomic_path(self.folder / PLAN, self._work) as temporary:
+            temporary.write_bytes(data)
 
     @contextlib.contextmanager
     def claim(self, shard: int, wait: bool = False) -> Iterator[bool]:
@@ -194,36 +218,75 @@ class Output:
         Returns:
             The totals of all shards that are done, and how many those are.
         """
-        done: list[int] = []
+        done: set[str] = set()
         totals = Totals()
-        # Another process may write its last shard while this one counts. Where files cannot be locked, it may
-        # even write the manifest just before this one does.
-        while done != (now := [shard for shard in range(self.num_shards) if self.is_done(shard)]):
-            done, totals = now, sum((self.totals(shard) for shard in now), Totals())
-            with file_lock(self._work / "manifest.lock"):
+        # Where files cannot be locked, another process may write its last shard while this one counts. It
+        # may even write the manifest just before this one does.
+        is_counted = False
+        while not is_counted:
+            with self._counting():
+                done = self.done()
+                totals = self._count(done)
                 recorded = json.loads(self.manifest.read_text())["shards_done"]
                 if len(done) >= recorded:  # otherwise another process has counted more since
                     self._write_manifest(totals, len(done))
+            is_counted = done == self.done()
         if len(done) == self.num_shards:
             for leftover in self._work.glob("*.parquet"):  # of processes that were killed
                 leftover.unlink(missing_ok=True)
         return totals, len(done)
 
-    def forget_errors(self, shards: Iterable[int]) -> None:
-        """Delete the files of those shards that have errors, so that they are done again."""
-        for name in map(self.name, shards):
-            if (self.folder / "errors" / name).exists():
-                (self.folder / "codes" / name).unlink(missing_ok=True)
-                (self.folder / "errors" / name).unlink(missing_ok=True)
-        with file_lock(self._work / "manifest.lock"):
-            self._write_manifest(Totals(), 0)  # `finish` writes the true totals
+    def _counting(self) -> contextlib.AbstractContextManager[object]:
+        """While this lock is held, no other process changes the manifest and totals.json."""
+        return file_lock(self._work / "manifest.lock")
+
+    def _count(self, done: set[str]) -> Totals:
+        """The totals of some shards together. The files are read of those that totals.json does not have."""
+        known = self._known()
+        totals = {name: known.get(name) or self._totals(name) for name in sorted(done)}
+        if totals.keys() != known.keys():
+            self._write_known(totals)
+        return sum(totals.values(), Totals())
+
+    def _known(self) -> dict[str, Totals]:
+        """What totals.json has, by the names of the shards."""
+        path = self.folder / "totals.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        return {name: Totals.from_fields(*fields) for name, fields in known.items()}
+
+    def _write_known(self, totals: dict[str, Totals]) -> None:
+        with atomic_path(self.folder / "totals.json", self._work) as temporary:
+            temporary.write_text(json.dumps(totals) + "\n")
+
+    def start(self, shards: Iterable[int], retry_errors: bool) -> set[str]:
+        """Begin a run.
+
+        Args:
+            shards: the numbers of those that the run is to do.
+            retry_errors: delete the files of those among them that have errors, so that they are done again.
+
+        Returns:
+            The names of all shards that are done.
+        """
+        with self._counting():
+            if failed := self._names("errors") & set(map(self.name, shards)) if retry_errors else set():
+                for name in failed:
+                    (self.folder / "codes" / name).unlink(missing_ok=True)
+                    (self.folder / "errors" / name).unlink(missing_ok=True)
+                self._write_manifest(Totals(), 0)  # `finish` writes the true totals
+            done, known = self.done(), self._known()
+            if known.keys() - done:  # a shard whose file was deleted may get other totals
+                self._write_known({name: totals for name, totals in known.items() if name in done})
+        return done
 
     def totals(self, shard: int) -> Totals:
         """The totals of a shard that is done."""
+        return self._totals(self.name(shard))
+
+    def _totals(self, name: str) -> Totals:
         import pyarrow.parquet as pq
 
-        metadata = pq.read_schema(self.folder / "codes" / self.name(shard)).metadata
-        return Totals.from_json(metadata[b"totals"])
+        return Totals.from_json(pq.read_schema(self.folder / "codes" / name).metadata[b"totals"])
 
     def _write_manifest(self, totals: Totals, num_done: int) -> None:
         from importlib.metadata import version
@@ -259,6 +322,37 @@ def _table(clips: Sequence[TokenizedClip]) -> Any:
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, code_schema(), strict=True)]
     return pa.table(arrays, schema=code_schema())
+
+
+def prepare(folder: Path) -> None:
+    """Create an output folder, unless an earlier run has begun it.
+
+    Raises:
+        ValueError: the folder holds files of something else.
+    """
+    if not _is_output(folder):
+        raise ValueError(f"{folder} holds files that `mimi-jax tokenize` did not write; name another folder")
+    for name in ("codes", "errors", "work"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def planning(folder: Path, is_first: bool) -> Iterator[bytes | None]:
+    """Let one process at a time plan the job of a folder, which is created if it does not exist.
+
+    Args:
+        folder: of the output.
+        is_first: this process will plan even if there is a plan. Otherwise it need not wait if there is one.
+
+    Yields:
+        The plan, if there is one; else None.
+    """
+    prepare(folder)
+    path = folder / PLAN
+    with contextlib.ExitStack() as stack:
+        if is_first or not path.exists():
+            stack.enter_context(file_lock(folder / "work" / "plan.lock"))
+        yield path.read_bytes() if path.exists() else None
 
 
 def _is_output(folder: Path) -> bool:

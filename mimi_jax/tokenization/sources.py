@@ -4,6 +4,7 @@ To add a kind, write a function that yields the clips of one file, and add it to
 is decompressed here: a clip is the place of its audio file, and the workers read it.
 """
 
+import functools
 import os
 import tarfile
 from collections import Counter
@@ -31,6 +32,7 @@ COMPRESSIONS = {
     b"Rar!": "rar",
 }
 CLIP_SUFFIXES = frozenset((*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES))
+MANY_FILES = 1024  # of a manifest, whose sizes are remembered
 ROWS_AT_ONCE = 16  # of a Parquet file, whose rows hold whole audio files
 TAR_BLOCK = 512  # bytes; the unit of the tar format
 TAR_CONTINUED = b"M"  # the type of a member that began in another volume
@@ -89,11 +91,11 @@ def _read_audio_file(file: File, _: Counter[str]) -> Iterator[Item]:
     yield _audio_file(file.name, file.path)
 
 
-def _audio_file(identity: str, path: str, start: float = 0.0, end: float | None = None) -> Item:
+def _audio_file(identity: str, path: str) -> Item:
     """A clip in a file of its own."""
     size = os.path.getsize(path) if os.path.isfile(path) else None
     problem = f"there is no file {printable(path)}" if size is None else _unreadable(path)
-    return Item(identity, path, size=size, start=start, end=end, problem=problem)
+    return Item(identity, path, size=size, problem=problem)
 
 
 def _unreadable(name: str) -> str:
@@ -106,11 +108,17 @@ def _unreadable(name: str) -> str:
 
 def _read_manifest(file: File, _: Counter[str]) -> Iterator[Item]:
     """The clips of a JSONL manifest; see `mimi_jax.files.corpus`."""
+
+    @functools.lru_cache(MANY_FILES)
+    def whole(path: str) -> Item:  # many clips of a manifest may be in one file
+        return _audio_file("", os.path.abspath(path))
+
     for entry in read_entries(file.path):
         start, end = entry.start, entry.end
         until = "" if end is None else f"{end:g}"
         stretch = f"@{start:g}-{until}" if start or until else ""
-        yield _audio_file(_identity(entry.id, entry.name + stretch), os.path.abspath(entry.path), start, end)
+        identity, clip = _identity(entry.id, entry.name + stretch), whole(entry.path)
+        yield Item(identity, clip.path, size=clip.size, start=start, end=end, problem=clip.problem)
 
 
 def _read_tar(file: File, left_out: Counter[str]) -> Iterator[Item]:

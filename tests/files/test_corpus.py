@@ -71,7 +71,7 @@ def test_a_manifest_gives_all_its_fields(tmp_path: Path):
 def test_training_and_tokenization_refuse_the_same_lines(tmp_path: Path, line: str, error: str):
     manifest = tmp_path / "m.jsonl"
     manifest.write_text(f'{{"path": "y.wav"}}\n\n{line}\n')
-    for use in (find_clips, lambda path: find_shards([path])):
+    for use in (find_clips, lambda path: list(find_shards([path]))):
         with pytest.raises(ValueError) as info:
             use(manifest)
         assert str(info.value).startswith(f"{manifest}, line 3: {error}")

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from mimi_jax.files.audio import AudioReader, load_audio, save_audio
+from mimi_jax.files.containers import mpeg
 from tests.files.clips import RATE, noise
 
 
@@ -38,10 +39,33 @@ def test_a_late_stretch_of_a_lossy_file_has_the_samples_of_the_whole_file(form: 
         reader = AudioReader(io.BytesIO(file.getvalue()), "it", start=start, end=start + 0.5)
         first = round(start * RATE)
         stretch = np.concatenate(list(reader), axis=1)
-        # mpg123 may round the last bits otherwise.
-        np.testing.assert_allclose(
-            stretch, samples[:, first : first + RATE // 2], atol=1e-6 if form == "MP3" else 0
-        )
+        np.testing.assert_array_equal(stretch, samples[:, first : first + RATE // 2])
+
+
+@pytest.mark.parametrize("has_note", [True, False])
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 1), (44_100, 2)])
+def test_any_stretch_of_an_mp3_file_has_the_samples_of_the_whole_file(
+    rate: int, channels: int, mode: str, has_note: bool, capfd: pytest.CaptureFixture[str]
+):
+    """The audio of a frame begins in those before it, and mpg123 complains on stderr if it is not there."""
+    file = io.BytesIO()
+    options = {"format": "MP3", "bitrate_mode": mode, "compression_level": 0.4}
+    with soundfile.SoundFile(file, "w", rate, channels, **options) as sound:
+        sound.write(noise(10 * rate * channels).reshape(-1, channels))
+    header = mpeg.parse(data := file.getvalue())
+    assert header is not None
+    audio = data if has_note else data[header.size :]
+
+    def read(start: float, end: float | None) -> np.ndarray:
+        reader = AudioReader(io.BytesIO(audio), "it", None, channels, start, end)
+        return np.concatenate(list(reader), axis=1)
+
+    whole = read(0.0, None)
+    for start, end in [(0.9, 1.1), (1.001, 1.002), (2.34, 5.6), (5.0, None), (9.7, None), (9.9, 9.91)]:
+        expected = whole[:, round(start * rate) : None if end is None else round(end * rate)]
+        np.testing.assert_array_equal(read(start, end), expected)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -61,16 +85,19 @@ def test_a_stretch_may_end_slightly_after_the_file():
     assert np.concatenate(list(reader), axis=1).shape[1] == RATE
 
 
+class Counting(io.FileIO):
+    """A file that counts the bytes that are read."""
+
+    num_bytes = 0
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self.num_bytes += count
+        return count
+
+
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
 def test_a_late_stretch_does_not_read_all_that_stands_before_it(tmp_path: Path, suffix: str):
-    class Counting(io.FileIO):
-        num_bytes = 0
-
-        def readinto(self, buffer) -> int:
-            count = super().readinto(buffer)
-            self.num_bytes += count
-            return count
-
     # Without the number of samples, libFLAC reads this file 40 times while it looks for the place.
     path, rate = tmp_path / f"long{suffix}", 22_050
     save_audio(path, np.sin(0.01 * np.arange(120 * rate)).astype(np.float32), rate)
@@ -79,3 +106,18 @@ def test_a_late_stretch_does_not_read_all_that_stands_before_it(tmp_path: Path, 
         (piece,) = AudioReader(file, "the file", rate, start=100.0, end=101.0)
     np.testing.assert_array_equal(piece, load_audio(path, rate)[:, 100 * rate : 101 * rate])
     assert raw.num_bytes < path.stat().st_size / 2
+
+
+def test_the_frames_of_an_mp3_file_are_searched_once(tmp_path: Path):
+    path, rate = tmp_path / "long.mp3", 22_050
+    save_audio(path, noise(120 * rate), rate)
+    whole = load_audio(path, rate)
+    for start in (100, 50, 110):
+        raw = Counting(path)
+        with io.BufferedReader(raw) as file:
+            (piece,) = AudioReader(file, "the file", rate, start=start, end=start + 1.0)
+        np.testing.assert_array_equal(piece, whole[:, start * rate : (start + 1) * rate])
+        assert raw.num_bytes < path.stat().st_size / 4
+    save_audio(path, noise(60 * rate), rate)
+    with path.open("rb") as file, pytest.raises(ValueError, match="it is 60 s long"):
+        AudioReader(file, "the file", rate, start=100.0, end=101.0)

@@ -13,6 +13,7 @@ import mimi_jax
 from mimi_jax import Mimi
 from mimi_jax.tokenization import read_codes
 from mimi_jax.tokenization.inputs import Shard
+from mimi_jax.tokenization.plan import make_plan
 from mimi_jax.tokenization.sources import Item
 from tests.models import check_ties
 
@@ -55,6 +56,11 @@ def write_parquet(path: Path, rows: list[dict[str, Any] | None]) -> None:
     audio = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"audio": audio, "text": ["words"] * len(rows)}), path)
+
+
+def find_shards(sources: list[Any], **options: Any) -> list[Shard]:
+    """The shards of some sources, as a plan has them."""
+    return make_plan(sources, **options).shards
 
 
 def read(shard: Shard) -> list[Item]:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from mimi_jax.files.corpus import AUDIO_SUFFIXES
-from mimi_jax.tokenization.inputs import find_shards, fingerprint, in_words
+from mimi_jax.tokenization.inputs import in_words
+from mimi_jax.tokenization.plan import make_plan
 from tests.tokenization.corpora import (
     audio_bytes,
+    find_shards,
     ids,
     noise_clip,
     read,
@@ -146,17 +148,17 @@ def test_ids_are_distinct_across_shards_and_beside_names_like_them(tmp_path: Pat
 def test_the_fingerprint_depends_on_the_clips_and_not_on_their_folder(tmp_path: Path):
     for name in ("here", "there"):
         write_folder(tmp_path / name, [100, 200])
-    here, there = (fingerprint(find_shards([tmp_path / name])) for name in ("here", "there"))
+    here, there = (make_plan([tmp_path / name]).fingerprint for name in ("here", "there"))
     assert here == there
-    assert here != fingerprint(find_shards([tmp_path / "here"], clips_per_shard=1))
+    assert here != make_plan([tmp_path / "here"], clips_per_shard=1).fingerprint
     write_folder(tmp_path / "there", [100, 200, 300])
-    assert here != fingerprint(find_shards([tmp_path / "there"]))
+    assert here != make_plan([tmp_path / "there"]).fingerprint
 
 
 def left_out(*sources: Path, **options: Any) -> list[dict[str, int]]:
     """What each shard counts as left out."""
     counts = []
-    for shard in find_shards(sources, **options):
+    for shard in find_shards(list(sources), **options):
         counts.append(Counter())
         list(shard.read(counts[-1]))
     return counts
@@ -246,4 +248,4 @@ def test_a_job_keeps_its_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_tar(Path("data/a.tar"), {"1.wav": WAV, "1.txt": b""})
     Path("data/notes.txt").write_text("words")
     Path("m.jsonl").write_text('{"path": "x.wav", "start": 1, "end": 2}\n{"path": "y.wav", "end": 2.5}\n')
-    assert fingerprint(find_shards(["data", "m.jsonl"], clips_per_shard=2)) == "99c1843f8d2af657"
+    assert make_plan(["data", "m.jsonl"], clips_per_shard=2).fingerprint == "99c1843f8d2af657"

@@ -196,3 +196,41 @@ def test_each_file_holds_the_settings(tmp_path: Path):
     open_output(tmp_path / "out").write(0, [row(0)], [], Counter())
     metadata = pq.read_schema(tmp_path / "out" / "codes" / "00000-of-00003.parquet").metadata
     assert json.loads(metadata[b"settings"]) == SETTINGS
+
+
+def test_only_the_totals_of_new_shards_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = open_output(tmp_path / "out")
+    names = []
+    read_totals = output._totals
+    monkeypatch.setattr(output, "_totals", lambda name: names.append(name) or read_totals(name))
+    output.write(0, [row(0)], [], Counter({".txt": 2}))
+    assert output.finish() == output.finish()
+    output.write(2, [row(0)], [Failure("a", "b", "c")], Counter())
+    for _ in range(2):
+        assert output.finish() == (Totals(2, 1, 2 * (1920 * 3 - 5), 6, Counter({".txt": 2})), 2)
+    assert names == [output.name(0), output.name(2)]
+    kept = json.loads((tmp_path / "out" / "totals.json").read_text())
+    assert kept == {output.name(0): [1, 0, 5755, 3, {".txt": 2}], output.name(2): [1, 1, 5755, 3, {}]}
+
+
+@pytest.mark.parametrize("retry_errors", [True, False])
+def test_a_shard_that_is_done_again_is_counted_again(tmp_path: Path, retry_errors: bool):
+    output = open_output(tmp_path / "out")
+    for shard in range(2):
+        output.write(shard, [row(0)], [Failure("a", "b", "c")], Counter())
+    output.finish()
+    if not retry_errors:
+        (tmp_path / "out" / "codes" / output.name(1)).unlink()
+    assert output.start([1], retry_errors) == {output.name(0)}
+    assert (tmp_path / "out" / "errors" / output.name(0)).exists()
+    assert (tmp_path / "out" / "errors" / output.name(1)).exists() is not retry_errors
+    output.write(1, [row(0), row(1)], [], Counter())
+    totals, num_done = output.finish()
+    assert (totals.clips, totals.errors, num_done) == (3, 1, 2)
+
+
+def test_files_that_are_no_shards_of_the_job_are_not_counted(tmp_path: Path):
+    output = open_output(tmp_path / "out")
+    for name in (".DS_Store", "00000-of-00004.parquet", "part.parquet"):
+        (tmp_path / "out" / "codes" / name).write_bytes(b"")
+    assert output.finish() == (Totals(), 0)

@@ -18,8 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mimi_jax.tokenization.inputs import find_shards
-from tests.tokenization.corpora import audio_bytes, ids, noise_clip, read, write_parquet, write_tar
+from tests.tokenization.corpora import (
+    audio_bytes,
+    find_shards,
+    ids,
+    noise_clip,
+    read,
+    write_parquet,
+    write_tar,
+)
 
 WAV = audio_bytes(noise_clip(100))
 

@@ -6,6 +6,9 @@ libsndfile estimates the length from the bit rate, and stops there. So the frame
 with that count is put in front of them.
 """
 
+import functools
+import os
+from array import array
 from typing import BinaryIO, NamedTuple
 
 from mimi_jax.files.containers.spans import Container, is_padding, part_of, read_at, skip_tags
@@ -13,6 +16,9 @@ from mimi_jax.files.containers.spans import Container, is_padding, part_of, read
 BLOCK = 1 << 20  # bytes that are read at once
 MAX_FRAME = 4096  # bytes
 MAX_ZEROS = 1 << 16  # bytes that may stand before the first frame
+MARK = 32  # frames; see `_begin_at`
+REMEMBERED = 64  # files whose frames are not searched again
+PERIOD = 8  # frames; see `_begin_at`
 NOTE_BYTES = 12  # a name, flags and the number of frames
 DECODER_DELAY = 529  # samples, of mpg123
 VBRI = 36  # where a note of this name stands in its frame
@@ -75,6 +81,14 @@ class _Sizes(dict[bytes, int]):
         return self[key]
 
 
+class Chain(NamedTuple):
+    """The frames of a file."""
+
+    count: int
+    end: int  # bytes; where the last one ends
+    places: array  # uint64; where every MARK-th frame begins, the first one included
+
+
 def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
     """Count the frames, and put a note with their number in front of them."""
     start = _skip_zeros(file, start, end)
@@ -83,31 +97,93 @@ def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
     if header is None:
         raise ValueError("is not a WAV, AIFF, AU, CAF, W64, NIST, FLAC, OGG or MP3 file, or it is damaged")
     first = first[: header.size]
-    count, end = _count_frames(file, start, end, header)
     if header.layer != LAYER_III:
-        return Container(part_of(file, start, end), num_samples=count * header.samples)
+        chain = _remembered(file, start, end, header)
+        return Container(part_of(file, start, chain.end), num_samples=chain.count * header.samples)
     at = _place_of_note(header)
-    match first[at : at + 4]:
-        case b"Xing" | b"Info" if first[at + 7] & 1:
-            stated = int.from_bytes(first[at + 8 : at + NOTE_BYTES], "big")
-            if stated > count - 1:
-                raise ValueError(
-                    f"is cut short: it has {count - 1} MPEG frames, but states that it has {stated}"
-                )
-            # mpg123 believes a note only if nothing but zeros stands before it.
-            head = first[:4].ljust(at, b"\0") + first[at : at + 8]
-            head += (count - 1).to_bytes(4, "big") + first[at + NOTE_BYTES :]
-            if first[at + 7] & 2:  # the number of bytes follows; mpg123 warns if it is wrong
-                head = head[: at + 12] + (end - start).to_bytes(4, "big") + head[at + 16 :]
-        case b"Xing" | b"Info":
-            head = _make_note(first, header, count - 1)
-        case _ if first[VBRI : VBRI + 4] == b"VBRI":  # a note of another kind, which mpg123 would play
-            head = _make_note(first, header, count - 1)
-        case _:
-            return Container(part_of(file, start, end, _make_note(first, header, count)))
+    has_note = first[at : at + 4] in (b"Xing", b"Info")
+    # A note of another kind (VBRI) would be played by mpg123.
+    is_note = has_note or first[VBRI : VBRI + 4] == b"VBRI"
+    audio = start + header.size * is_note
+    chain = _remembered(file, audio, end, header)
+    if has_note and first[at + 7] & 1:
+        head = _correct_note(first, header, chain, chain.end - start)
+        skipped = DECODER_DELAY + _encoder_delay(first[at:])
+    else:
+        head, skipped = _make_note(first, header, chain.count), 0
+    begin_at = functools.partial(_begin_at, file, first, header, chain, skipped)
     if head == first:
-        return Container(part_of(file, start, end))
-    return Container(part_of(file, start + header.size, end, head))
+        return Container(part_of(file, start, chain.end), begin_at=begin_at)
+    return Container(part_of(file, audio, chain.end, head), begin_at=begin_at)
+
+
+def _correct_note(frame: bytes, header: Header, chain: Chain, num_bytes: int) -> bytes:
+    """The note that is in a frame, with the true number of frames and bytes."""
+    at = _place_of_note(header)
+    stated = int.from_bytes(frame[at + 8 : at + NOTE_BYTES], "big")
+    if stated > chain.count:
+        raise ValueError(f"is cut short: it has {chain.count} MPEG frames, but states that it has {stated}")
+    # mpg123 believes a note only if nothing but zeros stands before it.
+    head = frame[:4].ljust(at, b"\0") + frame[at : at + 8]
+    head += chain.count.to_bytes(4, "big") + frame[at + NOTE_BYTES :]
+    if frame[at + 7] & 2:  # the number of bytes follows; mpg123 warns if it is wrong
+        head = head[: at + 12] + num_bytes.to_bytes(4, "big") + head[at + 16 :]
+    return head
+
+
+def _encoder_delay(note: bytes) -> int:
+    """How many samples a note asks to leave out at the beginning, besides those of the decoder."""
+    flags = note[7]
+    at = 8 + 4 * (flags & 1) + 4 * (flags >> 1 & 1) + 100 * (flags >> 2 & 1) + 4 * (flags >> 3 & 1) + 21
+    return int.from_bytes(note[at : at + 3], "big") >> 12
+
+
+def _begin_at(
+    file: BinaryIO, frame: bytes, header: Header, chain: Chain, skipped: int, sample: int
+) -> tuple[BinaryIO, int]:
+    """A file that begins at a marked frame before a sample, and the sample where it begins.
+
+    Its first frames are silent, since their audio would begin in frames before them.
+
+    mpg123 rounds in one of several ways, which alternate from frame to frame with PERIOD, which divides MARK.
+    The silent frame of `_make_note` counts too. If the whole file does not begin with one, there are more of
+    them here, so that all samples are those of the whole file to the last bit.
+
+    Args:
+        file: all of it.
+        frame, header: of its first frame.
+        chain: its frames.
+        skipped: samples that mpg123 leaves out at the beginning of the whole file.
+        sample: of the whole file.
+    """
+    mark = (sample + skipped) // header.samples // MARK
+    silent, begin = _silence(file, chain.places[mark], chain.end, header)
+    more = PERIOD - 1 if skipped else 0
+    head = _make_note(frame, header, chain.count - mark * MARK + more) + more * _fill(b"", frame, header)
+    return part_of(file, begin, chain.end, head + silent), (mark * MARK - more) * header.samples - skipped
+
+
+def _silence(file: BinaryIO, position: int, end: int, header: Header) -> tuple[bytes, int]:
+    """Make the frames at a position silent until the next one finds its audio, and say where that begins.
+
+    The audio of a frame may begin in frames before it, up to 511 bytes back (255 in MPEG 2), not counting
+    headers. So what is after the side information is kept, and all of that is zeros but for how far back the
+    audio begins: mpg123 forgets what lies before.
+    """
+    bits = 9 if header.version == MPEG_1 else 8  # of the distance, which comes first in the side information
+    furthest, length, frames, num_bytes = (1 << bits) - 1, _place_of_note(header), b"", 0
+    while num_bytes < furthest and position < end:
+        frame = read_at(file, position, MAX_FRAME)
+        found = parse(frame)
+        if found is None or found.kind != header.kind:  # a tag, where files were joined
+            break
+        head = bytes([frame[0], frame[1] | 1, *frame[2:4]])  # without a checksum
+        head += (num_bytes << 16 - bits).to_bytes(2, "big")
+        after = length + (0 if frame[1] & 1 else 2)
+        frames += head.ljust(after, b"\0") + frame[after : found.size]
+        num_bytes += found.size - after
+        position += found.size
+    return frames, position
 
 
 def _skip_zeros(file: BinaryIO, start: int, end: int) -> int:
@@ -118,16 +194,32 @@ def _skip_zeros(file: BinaryIO, start: int, end: int) -> int:
     return start
 
 
-def _count_frames(file: BinaryIO, position: int, end: int, header: Header) -> tuple[int, int]:
-    """How many frames there are from a position on, and where the last one ends.
+_chains: dict[tuple[int, ...], Chain] = {}  # of the files that were opened last
 
-    Tags may stand between them, where files were joined.
-    """
-    sizes, count = _Sizes(header.kind), 0
+
+def _remembered(file: BinaryIO, position: int, end: int, header: Header) -> Chain:
+    """`_find_frames`, but a file is not read again for each of its stretches that a manifest names."""
+    try:
+        status = os.fstat(file.fileno())
+    except OSError:  # it is in memory, or in an archive
+        return _find_frames(file, position, end, header)
+    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, position, end
+    chain = _chains.get(key) or _find_frames(file, position, end, header)
+    if len(_chains) == REMEMBERED:
+        _chains.clear()
+    _chains[key] = chain
+    return chain
+
+
+def _find_frames(file: BinaryIO, position: int, end: int, header: Header) -> Chain:
+    """Find the frames from a position on. Tags may stand between them, where files were joined."""
+    sizes, count, places = _Sizes(header.kind), 0, array("Q")
     while position < end:
         block = read_at(file, position, min(BLOCK, end - position))
         at, last = 0, len(block) - 3
         while at < last and (size := sizes[block[at : at + 4]]):
+            if count % MARK == 0:
+                places.append(position + at)
             at += size
             count += 1
         position += at
@@ -139,7 +231,7 @@ def _count_frames(file: BinaryIO, position: int, end: int, header: Header) -> tu
             if (after := skip_tags(file, position)) == position:
                 raise ValueError(f"is damaged: no MPEG frame of the same kind begins at byte {position}")
             position = after
-    return count, position
+    return Chain(count, position, places)
 
 
 def _place_of_note(header: Header) -> int:

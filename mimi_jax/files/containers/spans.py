@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
 BUFFER_BYTES = 1 << 16
@@ -15,6 +16,9 @@ class Container(NamedTuple):
     num_bytes: int | None = None  # of samples that are not compressed, all channels; None if unknown
     num_samples: int | None = None  # of each channel; None if unknown
     file_to_seek: BinaryIO | None = None  # instead of `file`, to read a part that does not reach the end
+    # For formats in which libsndfile cannot find a sample without reading all before it: a file that begins
+    # at that sample or somewhat before, and the sample where it begins.
+    begin_at: Callable[[int], tuple[BinaryIO, int]] | None = None
 
 
 class Span(io.RawIOBase):
