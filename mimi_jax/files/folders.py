@@ -89,5 +89,6 @@ class RemoteFolder:
 
 def open_folder(folder: str | os.PathLike[str]) -> LocalFolder | RemoteFolder:
     """The folder of a path or URL. Nothing is read yet."""
-    is_url = isinstance(folder, str) and "://" in folder
-    return RemoteFolder(folder) if is_url else LocalFolder(folder)
+    if isinstance(folder, str) and "://" in folder:
+        return RemoteFolder(folder)
+    return LocalFolder(folder)
