@@ -21,7 +21,7 @@ BACKWARD = ("mimi_jax.model", "mimi_jax.checkpoint")
 FORBIDDEN = {"moshi", "torch", "transformers"}
 # fmt: off
 LAZY = {
-    "array_record", "grain", "jax_triton", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "qwix", "ray",
+    "array_record", "fsspec", "grain", "jax_triton", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "qwix", "ray",
     "tensorboardX", "triton", "visqol",
 }
 # fmt: on

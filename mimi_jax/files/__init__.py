@@ -8,5 +8,6 @@ audio         audio files, whole or in pieces
 codes         code files
 processes     worker processes, without JAX
 corpus        corpora of audio: folders and manifests
+folders       folders, local or with a URL
 changes       recorded settings of a run, compared with new ones
 """

@@ -1,15 +1,15 @@
 """Reading tokenized clips: one after the other, or by number for Grain."""
 
 import collections
+import fnmatch
 import itertools
 import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from mimi_jax.files.corpus import expand_home
+from mimi_jax.files.folders import open_folder
 from mimi_jax.tokenization.output import TokenizedClip
 
 CACHED_GROUPS = 16  # decompressed row groups that are kept in memory
@@ -19,7 +19,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what is known of the codes in a folder.
 
     Args:
-        folder: the output of `tokenize`.
+        folder: the output of `tokenize`, a path or a URL such as "s3://bucket/tokens".
 
     Returns:
         The fields of manifest.json, among them `settings`, `config` (of the model), `totals` and `complete`.
@@ -27,12 +27,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the folder has no manifest.
     """
-    path = Path(expand_home(folder)) / "manifest.json"
-    if not path.is_file():
+    try:
+        return json.loads(open_folder(folder).read("manifest.json"))
+    except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} must be an output of `mimi-jax tokenize`, but has no manifest.json"
-        )
-    return json.loads(path.read_text())
+        ) from error
 
 
 def read_codes(
@@ -41,7 +41,7 @@ def read_codes(
     """Read the clips of a folder in the order of the input, with no more than 64 clips in memory.
 
     Args:
-        folder: the output of `tokenize`. Shards that are not finished yet are left out.
+        folder: the output of `tokenize`, a path or a URL. Shards that are not finished yet are left out.
         process_index, process_count: read only every `process_count`-th shard, starting with number
             `process_index`.
 
@@ -53,8 +53,9 @@ def read_codes(
     """
     import pyarrow.parquet as pq
 
+    opened = open_folder(folder)
     for path in _files(folder)[process_index::process_count]:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, filesystem=opened.filesystem) as file:
             for group in range(file.num_row_groups):
                 yield from _clips(file.read_row_group(group))
 
@@ -67,7 +68,7 @@ class CodeSource:
     To read one clip, its whole row group of 64 clips is read. The last few row groups are kept in memory.
 
     Args:
-        folder: the output of `tokenize`. Shards that are not finished yet are left out.
+        folder: the output of `tokenize`, a path or a URL. Shards that are not finished yet are left out.
 
     Raises:
         FileNotFoundError: the folder is not an output of `tokenize`.
@@ -76,11 +77,11 @@ class CodeSource:
     def __init__(self, folder: str | os.PathLike[str]):
         import pyarrow.parquet as pq
 
-        self._paths = _files(folder)
+        self._folder, self._paths = open_folder(folder), _files(folder)
         counts: list[int] = []
         self._groups: list[tuple[int, int]] = []  # number of a file, and of a row group in it
         for number, path in enumerate(self._paths):
-            metadata = pq.read_metadata(path)
+            metadata = pq.read_metadata(path, filesystem=self._folder.filesystem)
             for group in range(metadata.num_row_groups):
                 if rows := metadata.row_group(group).num_rows:
                     counts.append(rows)
@@ -105,7 +106,7 @@ class CodeSource:
 
         if (clips := self._cache.pop(number, None)) is None:
             file, group = self._groups[number]
-            with pq.ParquetFile(self._paths[file]) as opened:
+            with pq.ParquetFile(self._paths[file], filesystem=self._folder.filesystem) as opened:
                 clips = list(_clips(opened.read_row_group(group)))
         self._cache[number] = clips
         if len(self._cache) > CACHED_GROUPS:
@@ -113,9 +114,11 @@ class CodeSource:
         return clips
 
 
-def _files(folder: str | os.PathLike[str]) -> list[Path]:
+def _files(folder: str | os.PathLike[str]) -> list[str]:
     read_manifest(folder)
-    return sorted((Path(expand_home(folder)) / "codes").glob("*-of-*.parquet"))
+    opened = open_folder(folder)
+    names = fnmatch.filter(opened.names("codes"), "*-of-*.parquet")
+    return [opened.path(f"codes/{name}") for name in sorted(names)]
 
 
 def _clips(table: Any) -> Iterator[TokenizedClip]:

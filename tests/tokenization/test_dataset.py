@@ -1,8 +1,12 @@
 """Tokenized clips are read one after the other, by number, and through Grain."""
 
+import pickle
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -19,6 +23,46 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard, some in enumerate((rows[:130], [], rows[130:])):
         output.write(shard, some, [], Counter())
     return folder
+
+
+@pytest.fixture
+def url(tokens: Path) -> Iterator[str]:
+    """The same folder in a file system that only fsspec knows."""
+    url = "memory://test_dataset/tokens"
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tokens / "codes"), f"{url}/codes", recursive=True)
+    memory.put(str(tokens / "manifest.json"), f"{url}/manifest.json")
+    yield url
+    memory.rm("memory://test_dataset", recursive=True)
+
+
+def test_a_url_reads_as_the_local_folder_does(tokens: Path, url: str):
+    assert read_manifest(url) == read_manifest(tokens)
+    for here, there in zip(read_codes(tokens), read_codes(url), strict=True):
+        assert here[:3] == there[:3]
+        np.testing.assert_array_equal(here.codes, there.codes)
+    source = pickle.loads(pickle.dumps(CodeSource(url)))
+    assert len(source) == 300
+    assert [source[n].id for n in (0, 129, 130, 299)] == ["0", "129", "130", "299"]
+
+
+def test_shards_that_come_later_are_seen(tokens: Path, url: str):
+    clips = len(CodeSource(url))
+    memory = fsspec.filesystem("memory")
+    (name, *_) = sorted(path.name for path in (tokens / "codes").iterdir())
+    memory.cp_file(f"{url}/codes/{name}", f"{url}/codes/9-of-9.parquet")
+    assert len(CodeSource(url)) == clips + 130
+
+
+def test_a_url_without_a_manifest_is_refused():
+    with pytest.raises(FileNotFoundError, match=r"memory://test_dataset/none must be an output"):
+        read_manifest("memory://test_dataset/none")
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(ImportError, match=r"s3://bucket/tokens .* pip install 'mimi_jax\[remote\]'"):
+        read_manifest("s3://bucket/tokens")
 
 
 def test_clips_come_in_order(tokens: Path):
