@@ -21,8 +21,8 @@ BACKWARD = ("mimi_jax.model", "mimi_jax.checkpoint")
 FORBIDDEN = {"moshi", "torch", "transformers"}
 # fmt: off
 LAZY = {
-    "array_record", "fsspec", "grain", "jax_triton", "matplotlib", "optax", "orbax", "pyarrow", "pystoi", "qwix", "ray",
-    "tensorboardX", "triton", "visqol",
+    "array_record", "fsspec", "grain", "jax_triton", "matplotlib", "optax", "orbax", "pyarrow", "pystoi",
+    "qwix", "ray", "tensorboardX", "triton", "visqol",
 }
 # fmt: on
 WITH_TRITON = "mimi_jax.ops.triton_kernels"  # its decorators need Triton, so importing it is slow too
