@@ -56,18 +56,22 @@ class RemoteFolder:
         Raises:
             ImportError: fsspec, or the library of the service, is not installed.
         """
+        return self._resolved()[0]
+
+    def path(self, name: str) -> str:
+        """The path of a file in the folder, for `filesystem`."""
+        return f"{self._resolved()[1]}/{name}"
+
+    def _resolved(self) -> tuple[Any, str]:
+        """The file system, and the path of the folder in it."""
         try:
             import fsspec
 
-            return fsspec.core.url_to_fs(self._url)[0]
+            return fsspec.core.url_to_fs(self._url)
         except ImportError as error:
             raise ImportError(
                 f"{self._url} cannot be read: {error}; run pip install 'mimi_jax[remote]'"
             ) from error
-
-    def path(self, name: str) -> str:
-        """The path of a file in the folder, for `filesystem`."""
-        return f"{self.filesystem._strip_protocol(self._url)}/{name}"
 
     def names(self, subfolder: str) -> set[str]:
         """The names in a subfolder; none if there is no such subfolder. They are never from a cache."""

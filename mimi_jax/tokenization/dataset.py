@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
-from mimi_jax.files.folders import open_folder
+from mimi_jax.files.folders import LocalFolder, RemoteFolder, open_folder
 from mimi_jax.tokenization.output import TokenizedClip
 
 CACHED_GROUPS = 16  # decompressed row groups that are kept in memory
@@ -53,8 +53,8 @@ def read_codes(
     """
     import pyarrow.parquet as pq
 
-    opened = open_folder(folder)
-    for path in _files(folder)[process_index::process_count]:
+    opened, paths = _files(folder)
+    for path in paths[process_index::process_count]:
         with pq.ParquetFile(path, filesystem=opened.filesystem) as file:
             for group in range(file.num_row_groups):
                 yield from _clips(file.read_row_group(group))
@@ -77,7 +77,7 @@ class CodeSource:
     def __init__(self, folder: str | os.PathLike[str]):
         import pyarrow.parquet as pq
 
-        self._folder, self._paths = open_folder(folder), _files(folder)
+        self._folder, self._paths = _files(folder)
         counts: list[int] = []
         self._groups: list[tuple[int, int]] = []  # number of a file, and of a row group in it
         for number, path in enumerate(self._paths):
@@ -114,11 +114,12 @@ class CodeSource:
         return clips
 
 
-def _files(folder: str | os.PathLike[str]) -> list[str]:
+def _files(folder: str | os.PathLike[str]) -> tuple[LocalFolder | RemoteFolder, list[str]]:
+    """The folder, and the paths of its files of codes in the order of the shards."""
     read_manifest(folder)
     opened = open_folder(folder)
     names = fnmatch.filter(opened.names("codes"), "*-of-*.parquet")
-    return [opened.path(f"codes/{name}") for name in sorted(names)]
+    return opened, [opened.path(f"codes/{name}") for name in sorted(names)]
 
 
 def _clips(table: Any) -> Iterator[TokenizedClip]:

@@ -23,9 +23,7 @@ class PackedRow(NamedTuple):
     """Clips after each other, in a row of fixed length."""
 
     codes: np.ndarray  # uint16 [num_quantizers, length], 0 after the last clip
-    segment_ids: (
-        np.ndarray
-    )  # int32 [length], 1 for the frames of the first clip, 2, ..., 0 after the last one
+    segment_ids: np.ndarray  # int32 [length], 1 for the frames of the first clip, 2, ...; 0 after the last
     positions: np.ndarray  # int32 [length], the number of a frame in its clip
     ids: tuple[str, ...]  # of the clips: segment n is clip ids[n - 1], or a part of it
 
