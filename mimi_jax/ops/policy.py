@@ -54,7 +54,7 @@ STEP_POSITIONS, STEP_FRAMES = range(1, 2**12), range(1, 2**8)
 
 # A step of one frame stays in the VMEM of a TPU, in rows or not. If its last layers are in rows, XLA moves
 # whole rings of keys there and back. In longer steps, rows move fewer bytes.
-SHORT = range(1, 2**9)
+SHORT_STEP = range(1, 2**9)
 
 # What the float32 units of an H100 compute while its memory moves a byte: 67 TFLOP/s by 3.35 TB/s. With fewer
 # operations a byte, memory is the limit of a product, and tensor cores do not help.
@@ -375,7 +375,7 @@ def _tpu_choice(part: Any, x: jax.Array) -> Choice:
         return {}
     if "pallas" in PARTS[part.operation] and part.fits_in_pallas(x) and _stays_whole(x):
         return {"tpu": "pallas"}
-    return {} if part.operation == "decoder_back" and x.shape[1] in SHORT else {"tpu": "rows"}
+    return {} if part.operation == "decoder_back" and x.shape[1] in SHORT_STEP else {"tpu": "rows"}
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
