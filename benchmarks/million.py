@@ -161,7 +161,7 @@ def plan_alone(source: Path) -> tuple[float, float, float]:
 def run_job(source: Path, out: Path) -> tuple[float, float, float]:
     """Seconds, seconds of CPU time, and bytes of memory."""
     from mimi_jax.tokenization.job import plan
-    from mimi_jax.tokenization.output import Totals
+    from mimi_jax.tokenization.records import Totals
     from mimi_jax.tokenization.settings import DEFAULTS
     from mimi_jax.tokenization.tokenizer import Tokenizer
 

@@ -48,9 +48,11 @@ def run_tokenize(arguments: argparse.Namespace) -> None:
     )
     _print_summary(summary)
     print(f"wrote {arguments.output}")
+    transient = summary.total.transient
     if summary.total.errors:
-        errors = arguments.output / "errors"
-        raise ValueError(f"{summary.total.errors} clips could not be encoded; the reasons are in {errors}")
+        lost = f", {transient} of them for reasons that may pass; run again" if transient else ""
+        errors = f"{summary.total.errors} clips could not be encoded{lost}"
+        raise ValueError(f"{errors}; the reasons are in {arguments.output}/errors")
 
 
 def _print_summary(summary: "Summary") -> None:
@@ -161,10 +163,11 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from mimi_jax.quality import evaluation
 
     output = arguments.output
-    check_is_no_pipe(arguments.data)
+    if isinstance(arguments.data, Path):
+        check_is_no_pipe(arguments.data)
     if output is not None:
-        check_output(output, arguments.data)
-        check_picture(output.with_suffix(".png"), output, arguments.data)
+        check_output(output, Path(arguments.data))
+        check_picture(output.with_suffix(".png"), output, Path(arguments.data))
     corpus = find_clips(arguments.data, arguments.include)
     model = Mimi.from_pretrained(arguments.model)
     config = model.config

@@ -14,7 +14,7 @@ from mimi_jax.cli.roundtrip import run_roundtrip
 
 MODEL_HELP = "a bundled model (mini), a folder, a .safetensors file or a Hugging Face repository"
 AUDIO_HELP = "audio file (WAV, FLAC, OGG, MP3 and others), of any sampling rate"
-DATA_HELP = "a folder of audio, a JSONL manifest, or one audio file"
+DATA_HELP = "a folder of audio, a JSONL manifest, or one audio file; or a URL (needs mimi_jax[remote])"
 # Repeated here, since the modules that own them are slow to import.
 LAYOUTS = ("flax", "transformers", "kyutai")  # those of mimi_jax.checkpoint that hold float weights
 DTYPES = ("float32", "bfloat16")  # those of mimi_jax.tokenization.settings
@@ -55,6 +55,10 @@ def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("a path must not be empty")
     return Path(os.path.expanduser(text))  # the shell leaves ~ alone in --output=~/codes.safetensors
+
+
+def _path_or_url(text: str) -> Path | str:
+    return text if "://" in text else _path(text)
 
 
 def _integer(text: str) -> int:
@@ -141,10 +145,13 @@ def _add_tokenize(command: AddCommand) -> None:
     text = "encode a corpus into Parquet files of codes; run again to continue (needs mimi_jax[tokenize])"
     parser = command("tokenize", run_tokenize, text)
     add = parser.add_argument
-    text = "folders, patterns, audio files, .tar shards, .parquet files, .jsonl or .json manifests"
+    text = (
+        "folders, patterns, audio files, .tar shards, .parquet files, .jsonl or .json manifests; each may be"
+        " a URL (s3://, gs://, hf://datasets/; needs mimi_jax[remote])"
+    )
     add("sources", metavar="SRC", nargs="+", help=text)
-    text = "folder to make, or to continue in"
-    add("-o", "--output", metavar="DIR", type=_path, required=True, help=text)
+    text = "folder or URL to make, or to continue in"
+    add("-o", "--output", metavar="DIR", type=_path_or_url, required=True, help=text)
     _add_model(parser)
     text = "keep the first N codebooks (default: all)"
     add("--num-quantizers", type=_positive, metavar="N", help=text)
@@ -161,7 +168,7 @@ def _add_tokenize(command: AddCommand) -> None:
     text = "processes that read audio (default: one less than the number of CPUs, at most 16)"
     add("--workers", type=_integer, metavar="N", help=text)
     add("--strict", action="store_true", help="stop at the first clip that cannot be encoded")
-    text = "encode the shards that have errors again, for example after a failure of a disk or a network"
+    text = "encode all shards that have errors again; those with lost connections always are"
     add("--retry-errors", action="store_true", help=text)
     text = (
         "share the work with the processes that JAX finds: on the hosts of a TPU slice, or as SLURM, MPI or"
@@ -185,7 +192,9 @@ def _add_tokenize(command: AddCommand) -> None:
 def _add_pack(command: AddCommand) -> None:
     text = "pack tokenized clips into rows of equal length, for training (needs mimi_jax[tokenize])"
     parser = command("pack", run_pack, text)
-    parser.add_argument("tokens", metavar="TOKENS", type=_path, help="folder that tokenize has finished")
+    parser.add_argument(
+        "tokens", metavar="TOKENS", type=_path_or_url, help="folder that tokenize has finished"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", type=_path, required=True, help="folder to make")
     text = "of a row, in frames (12.5 a second); only longer clips are cut"
     parser.add_argument("--length", type=_positive, metavar="N", required=True, help=text)
@@ -199,7 +208,7 @@ def _add_train(command: AddCommand) -> None:
     parser = command("train", run_train, "train or fine-tune a model (needs mimi_jax[train])")
     text = "recipe in a TOML file, such as those in configs/"
     parser.add_argument("config", metavar="CONFIG", type=_path, help=text)
-    parser.add_argument("--data", metavar="DATA", type=_path, required=True, help=DATA_HELP)
+    parser.add_argument("--data", metavar="DATA", type=_path_or_url, required=True, help=DATA_HELP)
     text = "folder for the checkpoints, the log and the model"
     parser.add_argument("--out", metavar="DIR", type=_path, required=True, help=text)
     text = "continue from the newest checkpoint in DIR, with the same numbers as without the interruption"
@@ -210,7 +219,7 @@ def _add_evaluate(command: AddCommand) -> None:
     text = "measure the quality of a model on your own audio (needs mimi_jax[evaluate])"
     parser = command("evaluate", run_evaluate, text)
     parser.add_argument("model", metavar="MODEL", type=os.path.expanduser, help=MODEL_HELP)
-    parser.add_argument("data", metavar="DATA", type=_path, help=DATA_HELP)
+    parser.add_argument("data", metavar="DATA", type=_path_or_url, help=DATA_HELP)
     text = (
         "numbers of codebooks to compare (default: the smallest number, powers of two, half of all, and all)"
     )

@@ -20,6 +20,7 @@ from mimi_jax.config import ceil_div
 from mimi_jax.files.atomic import atomic_path
 from mimi_jax.files.batches import as_channels
 from mimi_jax.files.containers import open_container
+from mimi_jax.files.sound import ForwardReader
 
 # The formats that can be written, by suffix: libsndfile's names of the format and the subtype.
 FORMATS = {
@@ -151,7 +152,7 @@ class AudioReader:
         """Give a file to libsndfile."""
         with self._reading():
             file.seek(0)
-            self._sound = _ForwardReader(_Source(file))  # pyright: ignore
+            self._sound = ForwardReader(file)
 
     def _stated_length(self) -> int | None:
         """How many samples the file states that it has; None if it does not."""
@@ -262,31 +263,6 @@ class AudioReader:
                 f"{self._name} is damaged or cut short, has several streams in one file, or is in an encoding"
                 " that cannot be read"
             ) from error
-
-
-class _Source:
-    """A file as soundfile gets it: without its name, which could decide the format.
-
-    libsndfile may seek to a place before the beginning of a damaged file. The exception could not pass
-    through it, and Python would print it.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self.readinto, self.tell, self._seek = file.readinto, file.tell, file.seek  # pyright: ignore
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._seek(max(offset, 0) if whence == os.SEEK_SET else offset, whence)
-
-
-class _ForwardReader(soundfile.SoundFile):
-    """A file that is read once, from front to back.
-
-    soundfile seeks after every read. That fails for a FLAC file that was written to a pipe, since its length
-    is unknown.
-    """
-
-    def seekable(self) -> bool:
-        return False
 
 
 def mix_channels(samples: np.ndarray, channels: int, name: str) -> np.ndarray:

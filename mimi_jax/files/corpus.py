@@ -2,7 +2,7 @@
 
 A manifest is a JSONL file: one JSON object per line, for one clip.
 
-    path      audio file, relative to the folder of the manifest
+    path      audio file, relative to the folder of the manifest, or a URL
     id        name of the clip in what tokenization writes
     start     seconds; where the clip begins in the file
     end       seconds; where it ends
@@ -19,7 +19,7 @@ import fnmatch
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,9 @@ import soxr
 from tqdm import tqdm
 
 from mimi_jax.config import MimiConfig, ceil_div
+from mimi_jax.files import remote
 from mimi_jax.files.audio import FORMATS, AudioReader
+from mimi_jax.files.remote import is_remote, join, open_binary
 
 AUDIO_SUFFIXES = (
     *FORMATS,
@@ -42,6 +44,7 @@ UNREADABLE_SUFFIXES = (
 )
 MAX_SECONDS = 1e9  # of a time in a manifest; a larger one is a mistake
 SILENCE = 1e-4  # -80 dBFS; 16-bit audio has three steps below it
+HEADERS_AT_ONCE = 32  # of remote files
 MARGIN = 64  # samples around a crop, for the filter of the resampler
 
 
@@ -68,13 +71,13 @@ class LeftOut(NamedTuple):
 class Clip(NamedTuple):
     """A stretch of an audio file, with what the header of the file says about it."""
 
-    path: Path
+    path: str  # or URL
     source: str
     speaker: str
     start: int  # samples at the file's own rate
     num_samples: int  # at the file's own rate
     sampling_rate: int  # Hz, of the file
-    features: Path | None  # .npy file with a teacher's features of the clip
+    features: str | None  # path or URL of a .npy file with a teacher's features of the clip
 
     @property
     def name(self) -> str:
@@ -117,14 +120,14 @@ def find_files(
 
 
 def read_entries(manifest: str | os.PathLike[str]) -> Iterator[Entry]:
-    """Read a manifest. Empty lines are skipped.
+    """Read a manifest, which may be remote. Empty lines are skipped.
 
     Raises:
         OSError: the manifest cannot be read.
         ValueError: a line is not such an object; the error names the line.
     """
     folder = os.path.dirname(manifest)
-    with open(manifest, "rb") as file:
+    with open_binary(manifest) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -155,10 +158,10 @@ def _entry(folder: str, line: bytes) -> Entry:
     texts = {name: str(fields[name]) for name in ("id", "source", "speaker") if name in fields}
     return Entry(
         name=name,
-        path=os.path.join(folder, name),
+        path=join(folder, name),
         start=start,
         end=end,
-        features=features if features is None else os.path.join(folder, features),
+        features=features if features is None else join(folder, features),
         **texts,
     )
 
@@ -195,68 +198,88 @@ def find_clips(data: str | os.PathLike[str], include: str = "*") -> Clips:
     than the manifest says is left out, by name and with the reason.
 
     Args:
-        data: a folder, a manifest or one audio file. In a folder, audio files are found at any depth, and
-            each subfolder is a source.
+        data: a folder, a manifest or one audio file, or the URL of one. In a folder, audio files are found at
+            any depth, and each subfolder is a source.
         include: a pattern that the path must match, as the manifest has it or relative to the folder.
 
     Raises:
         FileNotFoundError: the folder, the manifest or the file is missing.
+        ConnectionError: a service cannot be reached.
         ValueError: a line of the manifest is wrong, nothing was found, or all files are left out.
     """
-    data = Path(data)
-    if not data.exists():
-        raise FileNotFoundError(f"there is no folder or manifest {data}")
+    data = os.fspath(data)
     entries = [entry for entry in _entries_of(data) if fnmatch.fnmatch(entry.name, include)]
     if not entries:
         raise ValueError(f"{data}: no audio files ({', '.join(AUDIO_SUFFIXES)}) match include={include!r}")
     clips, left_out = [], []
-    for entry in tqdm(entries, desc="reading headers", disable=None, leave=False):
-        try:
-            clips.append(_clip(entry))
-        except (OSError, ValueError) as error:
-            left_out.append(LeftOut(_name(entry.path, entry.start), reason_of(error)))
+    for clip in tqdm(_clips(entries), "reading headers", len(entries), disable=None, leave=False):
+        (clips if isinstance(clip, Clip) else left_out).append(clip)
     if not clips:
         first = left_out[0]
         raise ValueError(f"{data}: none of {len(left_out)} clips can be used; {first.name}: {first.reason}")
     return Clips(clips, left_out)
 
 
-def _name(path: str | Path, start: float) -> str:
+def _name(path: str, start: float) -> str:
     """The file of a clip, and the second where the clip begins, if not at the beginning of the file."""
-    return f"{path}, from {start:g} s" if start else str(path)
+    return f"{path}, from {start:g} s" if start else path
 
 
-def _entries_of(data: Path) -> list[Entry]:
-    if data.is_dir():
+def _entries_of(data: str) -> list[Entry]:
+    is_folder = remote.is_folder(data) if is_remote(data) else os.path.isdir(data)
+    if is_folder:
         return _entries_of_folder(data)
-    if data.suffix.lower() in AUDIO_SUFFIXES:
-        return [Entry(data.name, str(data))]
-    with open(data, "rb") as file:
+    if not is_remote(data) and not os.path.exists(data):
+        raise FileNotFoundError(f"there is no folder or manifest {data}")
+    if os.path.splitext(data)[1].lower() in AUDIO_SUFFIXES:
+        return [Entry(os.path.basename(data), data)]
+    with open_binary(data, ahead=False) as file:
         if b"\0" in file.read(4096):
             raise ValueError(f"{data} is neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a manifest")
     return list(read_entries(data))
 
 
-def _entries_of_folder(folder: Path) -> list[Entry]:
+def _entries_of_folder(folder: str) -> list[Entry]:
+    suffixes = (*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES)
+    if is_remote(folder):
+        found = (file.url for file in remote.list_files(folder) if file.url.lower().endswith(suffixes))
+    else:
+        found = find_files(folder, suffixes)
     entries = []
-    for path in sorted(map(Path, find_files(folder, (*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES)))):
-        name = path.relative_to(folder)
-        entries.append(Entry(str(name), str(path), source=name.parts[0] if len(name.parts) > 1 else ""))
+    for path in sorted(found):
+        name = path[len(os.path.join(folder, "")) :]
+        source, separator, _ = name.partition("/")
+        entries.append(Entry(name, path, source=source if separator else ""))
     return entries
+
+
+def _clips(entries: Sequence[Entry]) -> Iterator[Clip | LeftOut]:
+    """Read the headers of files: of remote ones many at a time, so that delays do not add up."""
+    if not any(is_remote(entry.path) for entry in entries):
+        yield from map(_clip_or_reason, entries)
+        return
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        yield from pool.map(_clip_or_reason, entries)
+
+
+def _clip_or_reason(entry: Entry) -> Clip | LeftOut:
+    try:
+        return _clip(entry)
+    except (OSError, ValueError) as error:
+        return LeftOut(_name(entry.path, entry.start), reason_of(error))
 
 
 def _clip(entry: Entry) -> Clip:
     for path in (entry.path, entry.features):
-        if path is not None and not os.path.isfile(path):
+        if path is not None and not is_remote(path) and not os.path.isfile(path):
             raise FileNotFoundError(f"there is no file {path}")
-    with open(entry.path, "rb") as file:
+    with open_binary(entry.path, ahead=False) as file:
         reader = AudioReader(file, "the file", None, start=entry.start, end=entry.end)
         num_samples, rate = reader.num_samples, reader.sampling_rate
         if num_samples is None:  # the header does not state it
             num_samples = sum(piece.shape[1] for piece in reader)
-    features = None if entry.features is None else Path(entry.features)
     start = round(entry.start * rate)
-    return Clip(Path(entry.path), entry.source, entry.speaker, start, num_samples, rate, features)
+    return Clip(entry.path, entry.source, entry.speaker, start, num_samples, rate, entry.features)
 
 
 def read_crop(clip: Clip, start: float, num_samples: int, config: MimiConfig) -> np.ndarray:
@@ -279,7 +302,7 @@ def read_crop(clip: Clip, start: float, num_samples: int, config: MimiConfig) ->
     first = clip.start + round(start * rate)
     before = max(first - MARGIN, clip.start)
     after = min(first + ceil_div(num_samples * rate, config.sampling_rate) + MARGIN, end)
-    with open(clip.path, "rb") as file:
+    with open_binary(clip.path, ahead=False) as file:
         reader = AudioReader(file, "the file", rate, config.audio_channels, before / rate, after / rate)
         samples = np.concatenate(list(reader), axis=1)
     if samples.shape[1] != after - before:
@@ -299,6 +322,12 @@ def reason_of(error: Exception) -> str:
     elif not isinstance(error, OSError | ValueError):
         text = f"{type(error).__name__}: {text}"
     return " ".join(text.split())
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether an error may not come again, since a network or a disk failed, and not the file itself."""
+    by_name = FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
+    return isinstance(error, OSError) and not isinstance(error, by_name)
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -1,14 +1,17 @@
-"""Reading a folder that is local or in a bucket, on the Hugging Face Hub, or anywhere else that fsspec knows.
+"""Folders of files that appear whole or not at all: on a mounted file system, or with a URL."""
 
-A path with `://` in it is a URL; every other path is local. Credentials are those that the library of each
-service finds by itself. fsspec is imported by the methods that need it.
-"""
-
+import contextlib
+import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
+from mimi_jax.files import remote
+from mimi_jax.files.atomic import atomic_path, file_lock
 from mimi_jax.files.corpus import expand_home
+
+WORK = "work"  # the subfolder of a local folder for locks, and for files that are not complete yet
 
 
 class LocalFolder:
@@ -17,19 +20,22 @@ class LocalFolder:
     def __init__(self, folder: str | os.PathLike[str]):
         self._folder = Path(expand_home(folder))
 
-    @property
-    def filesystem(self) -> None:
-        """For pyarrow, which then opens paths by itself."""
-        return None
+    def __str__(self) -> str:
+        return str(self._folder)
 
-    def path(self, name: str) -> str:
-        """The path of a file in the folder, for `filesystem`."""
-        return str(self._folder / name)
+    def make(self, *subfolders: str) -> None:
+        """Create the folder with some subfolders, if they do not exist."""
+        for name in (*subfolders, WORK):
+            (self._folder / name).mkdir(parents=True, exist_ok=True)
 
-    def names(self, subfolder: str) -> set[str]:
-        """The names in a subfolder; none if there is no such subfolder."""
+    def names(self, subfolder: str = "") -> set[str]:
+        """The names in the folder or a subfolder; none if there is no such folder.
+
+        Raises:
+            NotADirectoryError: it is a file.
+        """
         path = self._folder / subfolder
-        return set(os.listdir(path)) if path.is_dir() else set()
+        return set(os.listdir(path)) if path.exists() else set()
 
     def read(self, name: str) -> bytes:
         """Read a file.
@@ -42,57 +48,92 @@ class LocalFolder:
             raise FileNotFoundError(f"there is no file {path}")
         return path.read_bytes()
 
+    def opened(self, name: str, ahead: bool = False) -> contextlib.AbstractContextManager[str]:
+        """Yield the path of a file: pyarrow reads it faster than an open file."""
+        return contextlib.nullcontext(str(self._folder / name))
+
+    def exists(self, name: str) -> bool:
+        return (self._folder / name).exists()
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """Yield a file to write to. It appears in the folder when the block ends, and not if that raises."""
+        # In `work`, since readers of a subfolder would take an incomplete file in it for a whole one.
+        with atomic_path(self._folder / name, self._folder / WORK) as temporary, temporary.open("wb") as file:
+            yield file
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it exists."""
+        (self._folder / name).unlink(missing_ok=True)
+
+    def lock(self, name: str, wait: bool = True) -> contextlib.AbstractContextManager[bool]:
+        """Keep other processes out, as `mimi_jax.files.atomic.file_lock` does."""
+        return file_lock(self._folder / WORK / f"{name}.lock", wait)
+
+    def clean(self) -> None:
+        """Delete what processes left behind that were killed. No other may be writing a Parquet file."""
+        for leftover in (self._folder / WORK).glob("*.parquet"):
+            leftover.unlink(missing_ok=True)
+
 
 class RemoteFolder:
-    """A folder with a URL, such as "s3://bucket/tokens". It can be pickled: it holds no connection."""
+    """A folder with a URL, such as "s3://bucket/tokens". It can be pickled: it holds no connection.
+
+    Nothing is locked. Processes that write the same file must write the same bytes.
+    """
 
     def __init__(self, url: str):
         self._url = url.rstrip("/")
 
-    @property
-    def filesystem(self) -> Any:
-        """The fsspec file system. fsspec keeps one in each process.
+    def __str__(self) -> str:
+        return self._url
 
-        Raises:
-            ImportError: fsspec, or the library of the service, is not installed.
-        """
-        return self._resolved()[0]
+    def make(self, *subfolders: str) -> None:
+        """Nothing: buckets have no folders, only files with names that have slashes."""
 
-    def path(self, name: str) -> str:
-        """The path of a file in the folder, for `filesystem`."""
-        return f"{self._resolved()[1]}/{name}"
-
-    def _resolved(self) -> tuple[Any, str]:
-        """The file system, and the path of the folder in it."""
-        try:
-            import fsspec
-
-            return fsspec.core.url_to_fs(self._url)
-        except ImportError as error:
-            raise ImportError(
-                f"{self._url} cannot be read: {error}; run pip install 'mimi_jax[remote]'"
-            ) from error
-
-    def names(self, subfolder: str) -> set[str]:
-        """The names in a subfolder; none if there is no such subfolder. They are never from a cache."""
-        filesystem, path = self.filesystem, self.path(subfolder)
-        filesystem.invalidate_cache(path)
-        try:
-            return {name.rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False)}
-        except FileNotFoundError:
-            return set()
+    def names(self, subfolder: str = "") -> set[str]:
+        """The names in the folder or a subfolder; none if there is no such folder."""
+        return remote.names_in(self._file(subfolder))
 
     def read(self, name: str) -> bytes:
         """Read a file.
 
         Raises:
             FileNotFoundError: there is no such file.
+            ConnectionError: it cannot be reached.
         """
-        return self.filesystem.cat_file(self.path(name))
+        return remote.read_whole(self._file(name))
+
+    def opened(self, name: str, ahead: bool = False) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Yield a file that is open for pyarrow. `ahead` is for `mimi_jax.files.remote.open_binary`."""
+        return remote.open_binary(self._file(name), ahead)
+
+    def exists(self, name: str) -> bool:
+        return remote.exists(self._file(name))
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """Yield a file to write to. It appears in the folder when the block ends, and not if that raises."""
+        file = io.BytesIO()
+        yield file
+        remote.write_whole(self._file(name), file.getvalue())
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it exists."""
+        remote.delete(self._file(name))
+
+    def lock(self, name: str, wait: bool = True) -> contextlib.AbstractContextManager[bool]:
+        """Every process gets the lock."""
+        return contextlib.nullcontext(True)
+
+    def clean(self) -> None:
+        """Abort the uploads of processes that were killed. No other process may be writing."""
+        remote.abort_uploads(self._url)
+
+    def _file(self, name: str) -> str:
+        return f"{self._url}/{name}".rstrip("/")
 
 
 def open_folder(folder: str | os.PathLike[str]) -> LocalFolder | RemoteFolder:
     """The folder of a path or URL. Nothing is read yet."""
-    if isinstance(folder, str) and "://" in folder:
-        return RemoteFolder(folder)
-    return LocalFolder(folder)
+    return RemoteFolder(folder) if remote.is_remote(folder) else LocalFolder(folder)

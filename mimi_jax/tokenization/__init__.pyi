@@ -4,11 +4,11 @@ from .dataset import read_manifest as read_manifest
 from .job import Summary as Summary
 from .job import tokenize as tokenize
 from .on_ray import tokenize_on_ray as tokenize_on_ray
-from .output import TokenizedClip as TokenizedClip
 from .packed import PackedRow as PackedRow
 from .packed import PackedSource as PackedSource
 from .packing import Packed as Packed
 from .packing import pack as pack
+from .records import TokenizedClip as TokenizedClip
 from .settings import Settings as Settings
 from .text import from_unicode as from_unicode
 from .text import to_unicode as to_unicode

@@ -20,7 +20,7 @@ import numpy as np
 from mimi_jax.config import ceil_div
 from mimi_jax.files.batches import bucket_length
 from mimi_jax.tokenization.programs import Programs
-from mimi_jax.tokenization.workers import ClipReader
+from mimi_jax.tokenization.workers import ClipError, ClipReader
 
 IN_FLIGHT = 2  # batches that wait for the device while the next one is put together
 SHORT_SECONDS = 30  # longer clips are streams
@@ -39,6 +39,7 @@ class Result(NamedTuple):
     num_samples: int
     codes: np.ndarray | None  # uint16 [codebooks, frames]
     problem: str = ""
+    is_transient: bool = False  # of the problem: it may not come again
 
 
 class Coder:
@@ -82,8 +83,8 @@ class Coder:
         for number, reader in enumerate(_take_ahead(readers, self.batch_size), 1):
             try:
                 clip = _Clip(reader, number)
-            except ValueError as error:
-                yield Result(reader, 0, None, str(error))
+            except ClipError as error:
+                yield Result(reader, 0, None, str(error), error.is_transient)
             else:
                 is_short = clip.is_here and clip.num_here <= SHORT_SECONDS * self.config.sampling_rate
                 yield from self._add_short(clip) if is_short else self._add_long(clip)
@@ -156,9 +157,9 @@ class Coder:
             is_new[row] = clip.num_samples == 0
             try:
                 part = _Part(row, clip, *clip.take(audio[row]))
-            except ValueError as error:  # the codes that the clip has so far are dropped
+            except ClipError as error:  # the codes that the clip has so far are dropped
                 self._rows[row], audio[row] = None, 0
-                yield Result(clip.reader, 0, None, str(error))
+                yield Result(clip.reader, 0, None, str(error), error.is_transient)
                 continue
             parts.append(part)
             if part.is_last:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mimi_jax.files.folders import LocalFolder, RemoteFolder, open_folder
-from mimi_jax.tokenization.output import TokenizedClip
+from mimi_jax.tokenization.records import TokenizedClip
 
 CACHED_GROUPS = 16  # decompressed row groups that are kept in memory
 
@@ -53,9 +53,9 @@ def read_codes(
     """
     import pyarrow.parquet as pq
 
-    opened, paths = _files(folder)
-    for path in paths[process_index::process_count]:
-        with pq.ParquetFile(path, filesystem=opened.filesystem) as file:
+    opened, names = _files(folder)
+    for name in names[process_index::process_count]:
+        with opened.opened(name, ahead=True) as source, pq.ParquetFile(source) as file:
             for group in range(file.num_row_groups):
                 yield from _clips(file.read_row_group(group))
 
@@ -77,11 +77,12 @@ class CodeSource:
     def __init__(self, folder: str | os.PathLike[str]):
         import pyarrow.parquet as pq
 
-        self._folder, self._paths = _files(folder)
+        self._folder, self._names = _files(folder)
         counts: list[int] = []
         self._groups: list[tuple[int, int]] = []  # number of a file, and of a row group in it
-        for number, path in enumerate(self._paths):
-            metadata = pq.read_metadata(path, filesystem=self._folder.filesystem)
+        for number, name in enumerate(self._names):
+            with self._folder.opened(name) as source:
+                metadata = pq.read_metadata(source)
             for group in range(metadata.num_row_groups):
                 if rows := metadata.row_group(group).num_rows:
                     counts.append(rows)
@@ -99,14 +100,14 @@ class CodeSource:
         return self._read(number)[index - self._starts[number]]
 
     def __repr__(self) -> str:  # Grain compares it when it resumes from a checkpoint
-        return f"CodeSource({len(self._paths)} files, {len(self)} clips)"
+        return f"CodeSource({len(self._names)} files, {len(self)} clips)"
 
     def _read(self, number: int) -> list[TokenizedClip]:
         import pyarrow.parquet as pq
 
         if (clips := self._cache.pop(number, None)) is None:
             file, group = self._groups[number]
-            with pq.ParquetFile(self._paths[file], filesystem=self._folder.filesystem) as opened:
+            with self._folder.opened(self._names[file]) as source, pq.ParquetFile(source) as opened:
                 clips = list(_clips(opened.read_row_group(group)))
         self._cache[number] = clips
         if len(self._cache) > CACHED_GROUPS:
@@ -115,11 +116,11 @@ class CodeSource:
 
 
 def _files(folder: str | os.PathLike[str]) -> tuple[LocalFolder | RemoteFolder, list[str]]:
-    """The folder, and the paths of its files of codes in the order of the shards."""
+    """The folder, and the names of its files of codes in the order of the shards."""
     read_manifest(folder)
     opened = open_folder(folder)
     names = fnmatch.filter(opened.names("codes"), "*-of-*.parquet")
-    return opened, [opened.path(f"codes/{name}") for name in sorted(names)]
+    return opened, [f"codes/{name}" for name in sorted(names)]
 
 
 def _clips(table: Any) -> Iterator[TokenizedClip]:

@@ -16,9 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mimi_jax.files import remote
 from mimi_jax.files.corpus import expand_home, find_files, printable
+from mimi_jax.files.remote import is_remote
+from mimi_jax.tokenization.fetching import fetched
 from mimi_jax.tokenization.settings import DEFAULTS
-from mimi_jax.tokenization.sources import COMPRESSED, KINDS, File, Item, Kind, kind_of, proper_suffix
+from mimi_jax.tokenization.sources import COMPRESSED, KINDS, File, Item, kind_of, proper_suffix
 
 NAMED_KINDS = 10  # kinds of files that are left out and named in a message
 NEWEST = 1 << 16  # ids that are kept in a set, before they are sorted into an array
@@ -43,13 +46,15 @@ class Shard(NamedTuple):
         """
         left_out.update(self.left_out)
         if self.items is not None:
-            return iter(self.items)
+            return fetched(self.items)
         return _distinct(self._read_archive(left_out))
 
     def _read_archive(self, left_out: Counter[str]) -> Iterator[Item]:
         own: Counter[str] = Counter()
         is_empty = True
-        for item in kind_of(self.path).read(File(self.path, self.source, self.audio_column), own):
+        for item in kind_of(self.path).read(
+            File(self.path, self.source, self.num_bytes, self.audio_column), own
+        ):
             is_empty = False
             yield item
         if is_empty:
@@ -64,7 +69,9 @@ def check_sources(sources: Iterable[str | os.PathLike[str]]) -> None:
         FileNotFoundError: a source is missing, or a pattern matches nothing.
     """
     for source in map(expand_home, sources):
-        if not os.path.lexists(source) and not any(glob.iglob(source, recursive=True)):
+        if is_remote(source):
+            remote.find(source)
+        elif not os.path.lexists(source) and not any(glob.iglob(source, recursive=True)):
             raise FileNotFoundError(f"there is no folder or file {printable(source)}, and nothing matches it")
 
 
@@ -89,7 +96,7 @@ def find_shards(
             - Parquet files with a column of audio: bytes, paths, or {bytes, path}
             - manifests (.jsonl, .json), described in `mimi_jax.files.corpus`
 
-            `~` at the start stands for the home folder.
+            `~` at the start stands for the home folder. Each may also be a URL, such as "s3://bucket/data".
         clips_per_shard: of clips that are files of their own. An archive is always one shard.
         without: a folder to leave out, since the output is written there.
         audio_column: the name of the column in Parquet files.
@@ -98,7 +105,7 @@ def find_shards(
         FileNotFoundError: a source is missing, or a pattern matches nothing.
         ValueError: a source has nothing to tokenize or is a compressed archive, a manifest is broken, or a
             file is named twice.
-        OSError: a folder cannot be read.
+        OSError: a folder cannot be read, or a service cannot be reached (ConnectionError).
     """
     if clips_per_shard < 1:
         raise ValueError(f"clips_per_shard must be positive, got {clips_per_shard}")
@@ -106,16 +113,16 @@ def find_shards(
     numbers = itertools.count()
     named: set[str] = set()
     for source in map(expand_home, sources):
-        archives: list[tuple[str, str]] = []
+        archives: list[File] = []
         left_out: Counter[str] = Counter()
         counts = iter([left_out])  # for the first shard; the others count nothing
         items = _distinct(_listed(_files(source, without, left_out, named), archives))
         while some := tuple(itertools.islice(items, clips_per_shard)):
             num_bytes, counted = sum(item.num_bytes for item in some), next(counts, Counter())
             yield Shard(next(numbers), printable(source), some, "", num_bytes, audio_column, counted)
-        for name, path in archives:
-            size, counted = os.path.getsize(path), next(counts, Counter())
-            yield Shard(next(numbers), name, None, path, size, audio_column, counted)
+        for file in archives:
+            size, counted = file.size or 0, next(counts, Counter())
+            yield Shard(next(numbers), file.name, None, file.path, size, audio_column, counted)
         if next(counts, None) is not None:
             raise ValueError(
                 f"{printable(source)} has nothing to tokenize: no clips, .tar or .parquet"
@@ -123,14 +130,19 @@ def find_shards(
             )
 
 
-def _listed(files: Iterable[tuple[str, str]], archives: list[tuple[str, str]]) -> Iterator[Item]:
-    """Yield the clips that are files of their own, and append the names and paths of the archives."""
-    for name, path in files:
-        kind = kind_of(path)
-        if kind.is_archive and os.path.isfile(path):
-            archives.append((name, path))
+def _listed(files: Iterable[File], archives: list[File]) -> Iterator[Item]:
+    """Yield the clips that are files of their own, and append the archives."""
+    for file in files:
+        kind = kind_of(file.path)
+        if not is_remote(file.path) and not os.path.isfile(file.path):  # a pipe would be waited for forever
+            problem = "it is not a file, or it is a link to a file that is missing"
+            yield Item(file.name, problem=problem)
+        elif not kind.is_archive:
+            yield from kind.read(file, Counter())
+        elif is_remote(file.path):
+            archives.append(file)
         else:
-            yield from _items(kind, name, path)
+            archives.append(file._replace(size=os.path.getsize(file.path)))
 
 
 def in_words(left_out: Counter[str]) -> str:
@@ -146,10 +158,19 @@ def _only(left_out: Counter[str]) -> str:
     return f", only {in_words(left_out)}" if left_out else ""
 
 
+class _Place(NamedTuple):
+    """What a source names, or a pattern matches."""
+
+    path: str  # absolute, or a URL
+    name: str  # as the user wrote it, or as the pattern matches it
+    is_folder: bool
+    size: int | None = None  # bytes, if a listing told
+
+
 def _files(
     source: str, without: str | os.PathLike[str] | None, left_out: Counter[str], named: set[str]
-) -> Iterator[tuple[str, str]]:
-    """Yield the names and absolute paths of the files of a source.
+) -> Iterator[File]:
+    """Yield the files of a source.
 
     Args:
         source: a folder, a pattern or a file.
@@ -158,29 +179,34 @@ def _files(
         named: the absolute paths of the files and folders that were named before. Those of the source are
             added, so that a file is refused which is also in one of them.
     """
-    is_named = os.path.lexists(source)
-    for path in _outermost([source] if is_named else sorted(glob.glob(source, recursive=True))):
-        place, beginning = os.path.abspath(path), len(path)
-        if os.path.isdir(path):
-            files, beginning = _in_folder(path, without, left_out), len(os.path.join(path, ""))
-        elif not path.lower().endswith(COMPRESSED):
-            files = [path]
-        elif is_named:
+    places, is_pattern = _places(source)
+    for place in _outermost(places):
+        files: Iterable[File] = ()
+        if place.is_folder:
+            files = _in_folder(place, without, left_out, is_pattern)
+        elif not place.path.lower().endswith(COMPRESSED):
+            files = [File(place.path, printable(place.name), place.size)]
+        elif not is_pattern:
             raise ValueError(
-                f"{printable(path)} is a compressed archive, which cannot be searched; unpack it to .tar"
+                f"{printable(source)} is a compressed archive, which cannot be searched; unpack it to .tar"
             )
         else:
-            files = []
-            left_out[printable(path)] += 1
-        is_folder = is_named and os.path.isdir(path)
+            left_out[printable(place.name)] += 1
         for file in files:
-            rest = file[beginning:]
-            name = printable(rest if is_folder else file)
-            file = os.path.join(place, rest) if rest else place
-            if named and _is_named(file, named):
-                raise ValueError(f"{name} is named twice; name each input once")
-            yield name, file
-        named.add(place)
+            if named and _is_named(file.path, named):
+                raise ValueError(f"{file.name} is named twice; name each input once")
+            yield file
+        named.add(place.path)
+
+
+def _places(source: str) -> tuple[Iterable[_Place], bool]:
+    """What is under a name, sorted, and whether the name is a pattern."""
+    if is_remote(source):
+        found, is_pattern = remote.find(source)
+        return (_Place(file.url, file.url, file.size is None, file.size) for file in found), is_pattern
+    is_pattern = not os.path.lexists(source)
+    paths = sorted(glob.glob(source, recursive=True)) if is_pattern else [source]
+    return (_Place(os.path.abspath(path), path, os.path.isdir(path)) for path in paths), is_pattern
 
 
 def _is_named(path: str, named: set[str]) -> bool:
@@ -194,33 +220,39 @@ def _is_named(path: str, named: set[str]) -> bool:
     return is_found and folder in named
 
 
-def _outermost(paths: Iterable[str]) -> Iterator[str]:
-    """Leave out what lies in a folder that is among the sorted paths: `**` matches both."""
+def _outermost(places: Iterable[_Place]) -> Iterator[_Place]:
+    """Leave out what lies in a folder that is among the sorted places: `**` matches both."""
     folders: set[str] = set()
-    for path in paths:
-        place = os.path.normpath(path)
-        if os.path.dirname(place) not in folders:
-            yield path
-        if os.path.isdir(path):
-            folders.add(place)
+    for place in places:
+        if os.path.dirname(place.path) not in folders:
+            yield place
+        if place.is_folder:
+            folders.add(place.path)
 
 
-def _in_folder(folder: str, without: str | os.PathLike[str] | None, left_out: Counter[str]) -> Iterator[str]:
-    """Yield the paths of the files in a folder that hold clips, and count the others."""
-    for path in find_files(folder, without=without):
+def _in_folder(
+    folder: _Place, without: str | os.PathLike[str] | None, left_out: Counter[str], is_pattern: bool
+) -> Iterator[File]:
+    """Yield the files in a folder that hold clips, and count the others."""
+    beginning = len(os.path.join(folder.path, ""))
+    for path, size in _listing(folder.path, without):
+        name = path[beginning:]
         suffix = os.path.splitext(path)[1].lower()
         if suffix in KINDS and KINDS[suffix].is_found:
-            yield path
+            yield File(path, printable(os.path.join(folder.name, name) if is_pattern else name), size)
         elif path.lower().endswith(COMPRESSED):
-            left_out[printable(os.path.relpath(path, folder))] += 1
+            left_out[printable(name)] += 1
         else:
             left_out[proper_suffix(suffix)] += 1
 
 
-def _items(kind: Kind, name: str, path: str) -> Iterable[Item]:
-    if not os.path.isfile(path):  # a link to nothing, or a pipe, which would be waited for without end
-        return [Item(name, problem="it is not a file, or it is a link to a file that is missing")]
-    return kind.read(File(path, name), Counter())
+def _listing(folder: str, without: str | os.PathLike[str] | None) -> Iterator[tuple[str, int | None]]:
+    """Yield the paths of the files at any depth in a folder, and their sizes if the listing has them."""
+    if is_remote(folder):
+        output = os.path.join(str(without), "")
+        yield from (file for file in remote.list_files(folder) if not file.url.startswith(output))
+    else:
+        yield from ((path, None) for path in find_files(folder, without=without))
 
 
 def _distinct(items: Iterable[Item]) -> Iterator[Item]:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +13,11 @@ from mimi_jax.checkpoint import model_id
 from mimi_jax.files.corpus import expand_home
 from mimi_jax.model import HALVES, Mimi
 from mimi_jax.tokenization.inputs import Shard, check_sources, in_words
-from mimi_jax.tokenization.output import Output, Totals, planning
+from mimi_jax.tokenization.output import Output, planning
 from mimi_jax.tokenization.plan import Plan, absolute, make_plan
 from mimi_jax.tokenization.processes import process_from_cluster, process_from_jax
 from mimi_jax.tokenization.progress import Progress
+from mimi_jax.tokenization.records import Totals
 from mimi_jax.tokenization.settings import DEFAULTS, Settings
 from mimi_jax.tokenization.tokenizer import make_tokenizer
 
@@ -93,13 +93,12 @@ def plan(
     codec = Mimi.from_pretrained(os.fspath(model), decoder=False)
     jax.eval_shape(lambda: codec.init_encoder_state(1))  # refuses a model that cannot stream
     recorded = _recorded(codec, settings)
-    folder = Path(expand_home(output))
-    with planning(folder, is_first) as data:
+    with planning(output, is_first) as data:
         found = None if data is None or is_first else Plan(data)
         if found is None or found.sources != absolute(sources):
-            found = make_plan(sources, settings.clips_per_shard, folder, settings.audio_column)
+            found = make_plan(sources, settings.clips_per_shard, expand_home(output), settings.audio_column)
         recorded |= {"num_shards": len(found.shards), "inputs": found.fingerprint}
-        opened = Output(folder, recorded, codec.config.to_dict())
+        opened = Output(output, recorded, codec.config.to_dict())
         if found.data != data:
             opened.keep_plan(found.data)
     return Job(found.shards, codec, opened)
@@ -141,14 +140,15 @@ def tokenize(
 ) -> Summary:
     """Turn audio into Parquet files of codes, on all devices of this process.
 
-    Shards that are already done are kept, so a job that was killed is resumed by the same call. In float32
-    the codes of each clip are those of `encode` on that clip alone.
+    Shards that are already done are kept, so a job that was killed is resumed by the same call. Shards with
+    errors that may not come again, such as a lost connection, are done again. In float32 the codes of each
+    clip are those of `encode` on that clip alone.
 
     Args:
-        sources: folders, patterns, audio files, .tar and .parquet files, and manifests, as described for
-            `mimi_jax.tokenization.inputs.find_shards`.
-        output: a folder, which is created if it does not exist. `mimi_jax.tokenization.output` describes what
-            is written there.
+        sources: folders, patterns, audio files, .tar and .parquet files, and manifests, or URLs of them, as
+            described for `mimi_jax.tokenization.inputs.find_shards`.
+        output: a folder, or its URL, such as "gs://bucket/tokens". It is created if it does not exist.
+            `mimi_jax.tokenization.output` describes what is written there.
         model: as for `Mimi.from_pretrained`.
         settings: what decides the codes and which clips share a file.
         batch_size: clips that are encoded at once, a multiple of the number of devices. A batch of clips has
@@ -157,7 +157,7 @@ def tokenize(
         workers: processes that read and resample audio. None for one less than the number of CPUs, but at
             most 16.
         strict: stop at the first clip that cannot be encoded, instead of listing it as an error.
-        retry_errors: do the shards that have errors again, for instance after a disk or a network has failed.
+        retry_errors: do all shards that have errors again, for instance after files were repaired.
         process_index, process_count: this process does every `process_count`-th shard, starting with number
             `process_index`. None for both takes them from `jax.distributed` if it is initialized, and
             otherwise does all shards.
@@ -170,6 +170,7 @@ def tokenize(
 
     Raises:
         FileNotFoundError: a source is missing, or the model cannot be found.
+        ConnectionError: a service cannot be reached. What is done is kept.
         ValueError: the inputs, the model, the output or an argument cannot be used, the device has too little
             memory, or a clip cannot be encoded and `strict` is set.
         ChildProcessError: the worker processes cannot start. They import the script that called this

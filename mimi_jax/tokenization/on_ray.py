@@ -9,15 +9,16 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from mimi_jax.files.corpus import expand_home
+from mimi_jax.files.remote import is_remote
 from mimi_jax.model import Mimi
 from mimi_jax.tokenization.job import Summary, plan
-from mimi_jax.tokenization.output import Output, Totals
+from mimi_jax.tokenization.output import Output
 from mimi_jax.tokenization.plan import Plan
 from mimi_jax.tokenization.progress import Progress
+from mimi_jax.tokenization.records import Totals
 from mimi_jax.tokenization.settings import DEFAULTS, Settings
 from mimi_jax.tokenization.tokenizer import make_tokenizer
 
@@ -58,12 +59,13 @@ def tokenize_on_ray(
     import ray  # pyright: ignore[reportMissingImports]
 
     model = os.path.abspath(model) if os.path.exists(model) else model
-    job = plan(sources, os.path.abspath(expand_home(output)), model, settings)
+    output = output if is_remote(output) else os.path.abspath(expand_home(output))
+    job = plan(sources, output, model, settings)
     shards = job.missing(job.shards, retry_errors)
     now = Totals()
     with contextlib.closing(job.progress(shards)) as progress, _cluster(address):
         workers = max(int(num_cpus) - 1, 1) if workers is None else workers
-        folder, recorded = str(job.output.folder), job.output.settings
+        folder, recorded = os.fspath(output), job.output.settings
         rows = [{"shard": shard.index} for shard in shards]
         pool: dict[str, Any] = {"size": actors} if actors else {"min_size": 1, "max_size": max(len(rows), 1)}
         results = ray.data.from_items(rows, override_num_blocks=max(len(rows), 1)).map(
@@ -120,7 +122,7 @@ class _Actor:
         strict: bool,
     ):
         codec = Mimi.from_pretrained(model, decoder=False)
-        self._output = Output(Path(output), recorded, codec.config.to_dict())
+        self._output = Output(output, recorded, codec.config.to_dict())
         self._tokenizer = make_tokenizer(codec, self._output, batch_size, workers, strict)
         self._rate = codec.config.sampling_rate
         self._shards = Plan(self._output.plan()).shards

@@ -5,109 +5,48 @@
     totals.json                  the totals of each shard, as its file has them; a run reads only new files
     codes/00003-of-00120.parquet the clips of a shard, in the order of the input
     errors/00003-of-00120.parquet its clips that could not be encoded, with the reasons; only if there are any
-    work/                        locks, and files that are not complete yet
+    work/                        locks, and files that are not complete yet; not in a bucket
 
 A shard is done once its file of codes exists. Errors are written before codes, so that a job that is killed
-between the two repeats the shard and loses nothing. pyarrow is imported by the functions that need it.
+between the two repeats the shard and loses nothing. A bucket has no locks: two processes that do the same
+shard write the same bytes. pyarrow is imported by the functions that need it.
 """
 
 import contextlib
-import functools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import numpy as np
-
-from mimi_jax.files.atomic import atomic_path, file_lock
 from mimi_jax.files.changes import describe_changes
+from mimi_jax.files.folders import WORK, LocalFolder, RemoteFolder, open_folder
+from mimi_jax.tokenization.records import (
+    Failure,
+    TokenizedClip,
+    Totals,
+    table_of_clips,
+    table_of_failures,
+)
 
 FORMAT = "mimi_jax.tokens"
 VERSION = 1
 PLAN = "plan.parquet"
+MANIFEST = "manifest.json"
+TOTALS = "totals.json"
 # All that the folder may contain.
-NAMES = {"manifest.json", PLAN, "totals.json", "codes", "errors", "work"}
+NAMES = {MANIFEST, PLAN, TOTALS, "codes", "errors", WORK}
 ROW_GROUP = 64  # clips that are read and decompressed together, even if only one is wanted
+READERS = 32  # files whose totals are read at once: each takes a bucket several answers
 LIBRARIES = ("mimi_jax", "jax", "flax", "numpy", "pyarrow", "soundfile", "soxr")  # recorded in the manifest
-
-
-class Totals(NamedTuple):
-    """Counts of one shard, or of several."""
-
-    clips: int = 0  # that have codes
-    errors: int = 0  # clips without codes
-    samples: int = 0
-    frames: int = 0
-    left_out: Counter[str] = Counter()  # noqa: RUF012 - never changed; files that are no clips, by suffix
-
-    def __add__(self, other: "Totals") -> "Totals":  # type: ignore[override]
-        return Totals(
-            self.clips + other.clips,
-            self.errors + other.errors,
-            self.samples + other.samples,
-            self.frames + other.frames,
-            self.left_out + other.left_out,
-        )
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Totals":
-        """Read what `json.dumps` made of totals."""
-        return cls.from_fields(*json.loads(text))
-
-    @classmethod
-    def from_fields(
-        cls, clips: int, errors: int, samples: int, frames: int, *left_out: dict[str, int]
-    ) -> "Totals":
-        """Totals of the fields that JSON has of them. Older outputs have only the numbers."""
-        return cls(clips, errors, samples, frames, Counter(*left_out))
-
-    def hours(self, sampling_rate: int) -> float:
-        """Hours of audio, at a sampling rate in Hz."""
-        return self.samples / sampling_rate / 3600
-
-
-class TokenizedClip(NamedTuple):
-    """A clip and its codes."""
-
-    id: str
-    source: str  # the folder, pattern or file that the clip was found in
-    num_samples: int
-    codes: np.ndarray  # uint16 [num_quantizers, num_frames]
-
-
-class Failure(NamedTuple):
-    """A clip that could not be encoded."""
-
-    id: str
-    source: str
-    reason: str
-
-
-@functools.cache
-def code_schema() -> Any:
-    """The columns of a file of codes."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("source", pa.string()),
-            ("num_samples", pa.int64()),
-            ("num_frames", pa.int32()),
-            ("num_quantizers", pa.int32()),
-            ("codes", pa.list_(pa.uint16())),
-        ]
-    )
 
 
 class Output:
     """The output folder of a job. An earlier run may have begun it, and other processes may be writing to it.
 
     Args:
-        folder: created if it does not exist.
+        folder: a path or URL. It is created if it does not exist.
         settings: everything that decides the codes and how they are split into files, in types that JSON has.
             `num_shards` and `sampling_rate` are among them.
         config: the configuration of the model, for the manifest.
@@ -116,22 +55,23 @@ class Output:
         ValueError: the folder holds codes made with other settings, or files of something else.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], config: dict[str, Any]):
-        self.folder, self.settings, self.config = folder, settings, config
+    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any], config: dict[str, Any]):
+        self.settings, self.config = settings, config
         self.num_shards: int = settings["num_shards"]
-        self.manifest = folder / "manifest.json"
-        self._work = folder / "work"
-        prepare(folder)
-        with file_lock(self._work / "manifest.lock"):  # another process may start at the same moment
-            if self.manifest.exists():
-                self._check_settings(json.loads(self.manifest.read_text())["settings"])
+        self._folder = open_folder(folder)
+        self._written: dict[str, Totals] = {}  # by this run; a bucket may list them later
+        self._with_errors: set[str] | None = None  # names that have a file of errors; None if not listed yet
+        prepare(self._folder)
+        with self._counting():  # another process may start at the same moment
+            if (manifest := _read_json(self._folder, MANIFEST)) is not None:
+                self._check_settings(manifest["settings"])
             else:
                 self._write_manifest(Totals(), 0)
 
     def _check_settings(self, recorded: dict[str, Any]) -> None:
         if changes := describe_changes(recorded, self.settings):
             raise ValueError(
-                f"{self.folder} holds codes made with other settings: {changes}; use the same settings"
+                f"{self._folder} holds codes made with other settings: {changes}; use the same settings"
                 " or name another folder"
             )
 
@@ -141,25 +81,25 @@ class Output:
         return f"{shard:0{width}}-of-{self.num_shards:0{width}}.parquet"
 
     def is_done(self, shard: int) -> bool:
-        return (self.folder / "codes" / self.name(shard)).exists()
+        return self._folder.exists(f"codes/{self.name(shard)}")
 
     def done(self) -> set[str]:
         """The names of all shards that are done."""
-        return self._names("codes")
+        return self._names("codes") | self._written.keys()
 
     def _names(self, folder: str) -> set[str]:
         """The names of the files of shards in a subfolder."""
         _, _, suffix = self.name(0).partition("-of-")
-        return {name for name in os.listdir(self.folder / folder) if name.endswith(f"-of-{suffix}")}
+        return {name for name in self._folder.names(folder) if name.endswith(f"-of-{suffix}")}
 
     def plan(self) -> bytes:
         """The plan, for `mimi_jax.tokenization.plan.Plan`."""
-        return (self.folder / PLAN).read_bytes()
+        return self._folder.read(PLAN)
 
     def keep_plan(self, data: bytes) -> None:
         """Write the plan for the other processes and for later runs."""
-        with atomic_path(self.folder / PLAN, self._work) as temporary:
-            temporary.write_bytes(data)
+        with self._folder.writing(PLAN) as file:
+            file.write(data)
 
     @contextlib.contextmanager
     def claim(self, shard: int, wait: bool = False) -> Iterator[bool]:
@@ -172,7 +112,7 @@ class Output:
         Yields:
             Whether this process is to do the shard: it is not done yet, and no other process has reserved it.
         """
-        with file_lock(self._work / f"{shard:05}.lock", wait) as is_mine:
+        with self._folder.lock(f"{shard:05}", wait) as is_mine:
             yield is_mine and not self.is_done(shard)
 
     def write(
@@ -183,32 +123,34 @@ class Output:
         left_out: Counter[str],
     ) -> Totals:
         """Write a shard, which is then done, and return its totals."""
-        import pyarrow as pa
-
         frames = sum(clip.codes.shape[1] for clip in clips)
-        totals = Totals(len(clips), len(failures), sum(clip.num_samples for clip in clips), frames, left_out)
-        errors = self.folder / "errors" / self.name(shard)
+        samples = sum(clip.num_samples for clip in clips)
+        transient = sum(failure.is_transient for failure in failures)
+        totals = Totals(len(clips), len(failures), samples, frames, left_out, transient)
+        name = self.name(shard)
+        if self._with_errors is None:
+            self._with_errors = self._names("errors")
         if failures:
-            columns = dict(zip(Failure._fields, map(list, zip(*failures, strict=True)), strict=True))
-            self._write_tables([pa.table(columns)], errors)
-        else:
-            errors.unlink(missing_ok=True)
+            self._with_errors.add(name)
+            self._write_tables([table_of_failures(failures)], f"errors/{name}")
+        elif name in self._with_errors:
+            self._folder.delete(f"errors/{name}")
         metadata = {"format": FORMAT, "settings": json.dumps(self.settings), "totals": json.dumps(totals)}
         groups = [clips[first : first + ROW_GROUP] for first in range(0, max(len(clips), 1), ROW_GROUP)]
-        tables = (_table(group).replace_schema_metadata(metadata) for group in groups)
-        self._write_tables(tables, self.folder / "codes" / self.name(shard))
+        tables = (table_of_clips(group).replace_schema_metadata(metadata) for group in groups)
+        self._write_tables(tables, f"codes/{name}")
+        self._written[name] = totals
         return totals
 
-    def _write_tables(self, tables: Iterable[Any], path: Path) -> None:
+    def _write_tables(self, tables: Iterable[Any], name: str) -> None:
         """Write a file in which each table is a row group."""
         import pyarrow.parquet as pq
 
-        # In `work`, since readers of the folder `codes` would take an incomplete file beside it for a shard.
-        with atomic_path(path, self._work) as temporary, contextlib.ExitStack() as stack:
+        with self._folder.writing(name) as file, contextlib.ExitStack() as stack:
             writer = None
             for table in tables:
                 if writer is None:
-                    writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
+                    writer = pq.ParquetWriter(file, table.schema, compression="zstd")
                     stack.enter_context(writer)
                 writer.write_table(table)
 
@@ -218,75 +160,83 @@ class Output:
         Returns:
             The totals of all shards that are done, and how many those are.
         """
-        done: set[str] = set()
-        totals = Totals()
+        num_done, totals = 0, Totals()
         # Where files cannot be locked, another process may write its last shard while this one counts. It
         # may even write the manifest just before this one does.
         is_counted = False
         while not is_counted:
             with self._counting():
                 done = self.done()
-                totals = self._count(done)
-                recorded = json.loads(self.manifest.read_text())["shards_done"]
-                if len(done) >= recorded:  # otherwise another process has counted more since
-                    self._write_manifest(totals, len(done))
+                counted = self._count(done)
+                num_done, totals = len(counted), sum(counted.values(), Totals())
+                recorded = json.loads(self._folder.read(MANIFEST))["shards_done"]
+                if num_done >= recorded:  # otherwise another process has counted more since
+                    self._write_manifest(totals, num_done)
             is_counted = done == self.done()
-        if len(done) == self.num_shards:
-            for leftover in self._work.glob("*.parquet"):  # of processes that were killed
-                leftover.unlink(missing_ok=True)
-        return totals, len(done)
+        if num_done == self.num_shards:
+            self._folder.clean()
+        return totals, num_done
 
     def _counting(self) -> contextlib.AbstractContextManager[object]:
         """While this lock is held, no other process changes the manifest and totals.json."""
-        return file_lock(self._work / "manifest.lock")
+        return self._folder.lock("manifest")
 
-    def _count(self, done: set[str]) -> Totals:
-        """The totals of some shards together. The files are read of those that totals.json does not have."""
-        known = self._known()
-        totals = {name: known.get(name) or self._totals(name) for name in sorted(done)}
-        if totals.keys() != known.keys():
-            self._write_known(totals)
-        return sum(totals.values(), Totals())
+    def _count(self, done: set[str]) -> dict[str, Totals]:
+        """The totals of some shards by name. The files are read of those that totals.json does not have.
 
-    def _known(self) -> dict[str, Totals]:
-        """What totals.json has, by the names of the shards."""
-        path = self.folder / "totals.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        return {name: Totals.from_fields(*fields) for name, fields in known.items()}
-
-    def _write_known(self, totals: dict[str, Totals]) -> None:
-        with atomic_path(self.folder / "totals.json", self._work) as temporary:
-            temporary.write_text(json.dumps(totals) + "\n")
+        A bucket may list a file that was deleted a moment ago. Such shards are left out.
+        """
+        recorded = _read_json(self._folder, TOTALS) or {}
+        known = {name: Totals.from_fields(*fields) for name, fields in recorded.items()} | self._written
+        unknown = sorted(done - known.keys())
+        with ThreadPoolExecutor(READERS) as pool:
+            found = zip(unknown, pool.map(self._totals, unknown), strict=True)
+            known |= {name: totals for name, totals in found if totals is not None}
+        totals = {name: known[name] for name in sorted(done & known.keys())}
+        if unknown or totals.keys() != recorded.keys():
+            self._write_json(TOTALS, totals)
+        return totals
 
     def start(self, shards: Iterable[int], retry_errors: bool) -> set[str]:
-        """Begin a run.
+        """Begin a run. Shards with errors that may not come again are undone, so that they are done again.
 
         Args:
             shards: the numbers of those that the run is to do.
-            retry_errors: delete the files of those among them that have errors, so that they are done again.
+            retry_errors: undo all of them that have errors.
 
         Returns:
             The names of all shards that are done.
         """
+        self._written.clear()
+        self._with_errors = None
         with self._counting():
-            if failed := self._names("errors") & set(map(self.name, shards)) if retry_errors else set():
+            counted = self._count(self.done())
+            failed = {name for name, totals in counted.items() if totals.transient}
+            if retry_errors:
+                failed |= self._names("errors")
+            if failed := failed & set(map(self.name, shards)):
                 for name in failed:
-                    (self.folder / "codes" / name).unlink(missing_ok=True)
-                    (self.folder / "errors" / name).unlink(missing_ok=True)
+                    self._folder.delete(f"codes/{name}")
+                    self._folder.delete(f"errors/{name}")
                 self._write_manifest(Totals(), 0)  # `finish` writes the true totals
-            done, known = self.done(), self._known()
-            if known.keys() - done:  # a shard whose file was deleted may get other totals
-                self._write_known({name: totals for name, totals in known.items() if name in done})
-        return done
+                counted = self._count(counted.keys() - failed)
+        return set(counted)
 
     def totals(self, shard: int) -> Totals:
         """The totals of a shard that is done."""
-        return self._totals(self.name(shard))
+        totals = self._totals(self.name(shard))
+        if totals is None:
+            raise FileNotFoundError(f"{self._folder} has no file codes/{self.name(shard)}")
+        return totals
 
-    def _totals(self, name: str) -> Totals:
+    def _totals(self, name: str) -> Totals | None:
         import pyarrow.parquet as pq
 
-        return Totals.from_json(pq.read_schema(self.folder / "codes" / name).metadata[b"totals"])
+        try:
+            with self._folder.opened(f"codes/{name}") as file:
+                return Totals.from_json(pq.read_schema(file).metadata[b"totals"])
+        except FileNotFoundError:
+            return None
 
     def _write_manifest(self, totals: Totals, num_done: int) -> None:
         from importlib.metadata import version
@@ -302,29 +252,14 @@ class Output:
             "config": self.config,
             "libraries": {name: version(name) for name in LIBRARIES},
         }
-        with atomic_path(self.manifest, self._work) as temporary:
-            temporary.write_text(json.dumps(fields, indent=2) + "\n")
+        self._write_json(MANIFEST, fields, indent=2)
+
+    def _write_json(self, name: str, fields: Any, indent: int | None = None) -> None:
+        with self._folder.writing(name) as file:
+            file.write(f"{json.dumps(fields, indent=indent)}\n".encode())
 
 
-def _table(clips: Sequence[TokenizedClip]) -> Any:
-    """Clips as a table of `code_schema`."""
-    import pyarrow as pa
-
-    offsets = np.cumsum([0, *(clip.codes.size for clip in clips)])
-    flat = np.concatenate([np.zeros(0, np.uint16), *(clip.codes.ravel() for clip in clips)])
-    columns = [
-        [clip.id for clip in clips],
-        [clip.source for clip in clips],
-        [clip.num_samples for clip in clips],
-        [clip.codes.shape[1] for clip in clips],
-        [len(clip.codes) for clip in clips],
-        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat)),
-    ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, code_schema(), strict=True)]
-    return pa.table(arrays, schema=code_schema())
-
-
-def prepare(folder: Path) -> None:
+def prepare(folder: LocalFolder | RemoteFolder) -> None:
     """Create an output folder, unless an earlier run has begun it.
 
     Raises:
@@ -332,37 +267,44 @@ def prepare(folder: Path) -> None:
     """
     if not _is_output(folder):
         raise ValueError(f"{folder} holds files that `mimi-jax tokenize` did not write; name another folder")
-    for name in ("codes", "errors", "work"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder.make("codes", "errors")
 
 
 @contextlib.contextmanager
-def planning(folder: Path, is_first: bool) -> Iterator[bytes | None]:
+def planning(path: str | os.PathLike[str], is_first: bool) -> Iterator[bytes | None]:
     """Let one process at a time plan the job of a folder, which is created if it does not exist.
 
+    In a bucket, several may plan at a time. They all find the same plan.
+
     Args:
-        folder: of the output.
+        path: of the output, or its URL.
         is_first: this process will plan even if there is a plan. Otherwise it need not wait if there is one.
 
     Yields:
         The plan, if there is one; else None.
     """
+    folder = open_folder(path)
     prepare(folder)
-    path = folder / PLAN
     with contextlib.ExitStack() as stack:
-        if is_first or not path.exists():
-            stack.enter_context(file_lock(folder / "work" / "plan.lock"))
-        yield path.read_bytes() if path.exists() else None
+        if is_first or not folder.exists(PLAN):
+            stack.enter_context(folder.lock("plan"))
+        yield folder.read(PLAN) if folder.exists(PLAN) else None
 
 
-def _is_output(folder: Path) -> bool:
+def _is_output(folder: LocalFolder | RemoteFolder) -> bool:
     """Whether a folder is the output of a job, or is empty or missing and may become one."""
-    if not folder.is_dir():
-        return not folder.exists()
-    if {path.name for path in folder.iterdir()} - NAMES:
-        return False
-    manifest = folder / "manifest.json"
     try:
-        return not manifest.exists() or json.loads(manifest.read_text())["format"] == FORMAT
-    except (ValueError, KeyError, TypeError):
+        if folder.names() - NAMES:
+            return False
+        manifest = _read_json(folder, MANIFEST)
+        return manifest is None or manifest["format"] == FORMAT
+    except (NotADirectoryError, ValueError, KeyError, TypeError):
         return False
+
+
+def _read_json(folder: LocalFolder | RemoteFolder, name: str) -> Any:
+    """What a JSON file has; None if there is no such file."""
+    try:
+        return json.loads(folder.read(name))
+    except FileNotFoundError:
+        return None

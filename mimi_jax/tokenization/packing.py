@@ -22,8 +22,8 @@ import numpy as np
 from mimi_jax.files.atomic import atomic_path
 from mimi_jax.files.corpus import expand_home
 from mimi_jax.tokenization.dataset import read_codes, read_manifest
-from mimi_jax.tokenization.output import TokenizedClip
 from mimi_jax.tokenization.packed import WRITERS, PackedRow, write_rows
+from mimi_jax.tokenization.records import TokenizedClip
 
 FORMAT = "mimi_jax.packed"
 OPEN_ROWS = 64

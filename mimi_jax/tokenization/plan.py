@@ -4,7 +4,7 @@
 with one row a clip:
 
     id       of the clip
-    path     of the audio file, in bytes
+    path     of the audio file, or its URL, in bytes
     size     of the audio file in bytes; null if there is none
     start    seconds; where the clip begins in the file
     end      seconds; null for the end of the file
@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mimi_jax.files.corpus import expand_home
+from mimi_jax.files.remote import is_remote
 from mimi_jax.tokenization.inputs import Shard, find_shards
 from mimi_jax.tokenization.settings import DEFAULTS
 from mimi_jax.tokenization.sources import Item
@@ -41,7 +42,7 @@ class Plan:
 
     Attributes:
         data: the same.
-        sources: the sources that were listed, as absolute paths.
+        sources: the sources that were listed, as absolute paths or URLs.
         fingerprint: a hash that is the same for the same clips in the same shards, wherever the files are.
         shards: their items are read each time that they are iterated.
     """
@@ -106,7 +107,7 @@ def make_plan(
 
 def absolute(sources: Iterable[str | os.PathLike[str]]) -> list[str]:
     """The sources as a plan records them."""
-    return [os.path.abspath(expand_home(source)) for source in sources]
+    return [source if is_remote(source) else os.path.abspath(expand_home(source)) for source in sources]
 
 
 def _identity(shard: Shard) -> str:

@@ -4,14 +4,23 @@ To add a kind, write a function that yields the clips of one file, and add it to
 is decompressed here: a clip is the place of its audio file, and the workers read it.
 """
 
+import contextlib
 import functools
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from mimi_jax.files.corpus import AUDIO_SUFFIXES, UNREADABLE_SUFFIXES, printable, read_entries
+from mimi_jax.files.containers.spans import read_at
+from mimi_jax.files.corpus import (
+    AUDIO_SUFFIXES,
+    UNREADABLE_SUFFIXES,
+    is_transient,
+    printable,
+    read_entries,
+)
+from mimi_jax.files.remote import is_remote, join, open_binary
 from mimi_jax.tokenization.settings import DEFAULTS
 
 # Archives that are left out of folders, and refused if the user names them: nothing can be found in them.
@@ -33,6 +42,7 @@ COMPRESSIONS = {
 }
 CLIP_SUFFIXES = frozenset((*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES))
 MANY_FILES = 1024  # of a manifest, whose sizes are remembered
+LARGE_FILE = 1 << 26  # bytes; a larger one is read piece by piece, also if it is in a bucket
 ROWS_AT_ONCE = 16  # of a Parquet file, whose rows hold whole audio files
 TAR_BLOCK = 512  # bytes; the unit of the tar format
 TAR_CONTINUED = b"M"  # the type of a member that began in another volume
@@ -42,13 +52,14 @@ class Item(NamedTuple):
     """Where the audio file of a clip is, or why there is none."""
 
     id: str
-    path: str = ""  # of the audio file, or of the archive that contains it
+    path: str = ""  # or URL of the audio file, or of the archive that contains it
     offset: int = 0  # bytes; where the audio file begins in the archive
     size: int | None = None  # bytes; None for all of the file
     data: bytes | None = None  # the audio file itself, if it has no path
     start: float = 0.0  # seconds
     end: float | None = None  # seconds; None for the end of the audio file
     problem: str = ""
+    is_transient: bool = False  # of the problem: it may not come again
 
     @property
     def num_bytes(self) -> int:
@@ -58,8 +69,9 @@ class Item(NamedTuple):
 class File(NamedTuple):
     """A file that holds clips."""
 
-    path: str  # absolute
+    path: str  # absolute, or a URL
     name: str  # that the user knows it by
+    size: int | None = None  # bytes, if a listing told
     audio_column: str = DEFAULTS.audio_column  # where a Parquet file has its audio
 
 
@@ -88,11 +100,13 @@ def proper_suffix(suffix: str) -> str:
 
 
 def _read_audio_file(file: File, _: Counter[str]) -> Iterator[Item]:
-    yield _audio_file(file.name, file.path)
+    yield _audio_file(file.name, file.path, file.size)
 
 
-def _audio_file(identity: str, path: str) -> Item:
-    """A clip in a file of its own."""
+def _audio_file(identity: str, path: str, size: int | None = None) -> Item:
+    """A clip in a file of its own. Whether there is a remote one is found out when it is read."""
+    if is_remote(path):
+        return Item(identity, path, size=size, problem=_unreadable(path))
     size = os.path.getsize(path) if os.path.isfile(path) else None
     problem = f"there is no file {printable(path)}" if size is None else _unreadable(path)
     return Item(identity, path, size=size, problem=problem)
@@ -111,7 +125,7 @@ def _read_manifest(file: File, _: Counter[str]) -> Iterator[Item]:
 
     @functools.lru_cache(MANY_FILES)
     def whole(path: str) -> Item:  # many clips of a manifest may be in one file
-        return _audio_file("", os.path.abspath(path))
+        return _audio_file("", path if is_remote(path) else os.path.abspath(path))
 
     for entry in read_entries(file.path):
         start, end = entry.start, entry.end
@@ -123,10 +137,10 @@ def _read_manifest(file: File, _: Counter[str]) -> Iterator[Item]:
 
 def _read_tar(file: File, left_out: Counter[str]) -> Iterator[Item]:
     """The audio files of a WebDataset shard. If it is broken: those before the damage, then the damage."""
-    path, end, reason = file.path, 0, ""
+    end, reason, is_lost = 0, "", False
     try:
-        size = os.path.getsize(path)
-        with tarfile.open(path, "r:") as archive:
+        with open_binary(file.path) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
+            size = opened.seek(0, os.SEEK_END)
             while (member := archive.next()) is not None:
                 archive.members.clear()  # pyright: ignore - a list that would grow with the archive
                 if archive.offset <= end:
@@ -136,20 +150,28 @@ def _read_tar(file: File, left_out: Counter[str]) -> Iterator[Item]:
                 is_clip = suffix in CLIP_SUFFIXES and not member.isdir()
                 is_cut = _stored_end(member) > size
                 if is_clip:
-                    yield _member(path, member, is_cut)
+                    yield _with_data(_member(file.path, member, is_cut), opened)
                 elif not member.isdir():
                     left_out[proper_suffix(suffix)] += 1
                 if is_cut:
                     reason = "" if is_clip else f"the archive is cut short inside {_identity(member.name)}"
                     break
             else:
-                reason = _end_of_tar(path, end, size)
+                reason = _end_of_tar(opened, end, size)
     except Exception as error:  # a hostile header can cause errors of any kind
         reason = f"the archive cannot be read after byte {end}: {type(error).__name__}: {error}"
-        if not end and (compression := _compression(path)):
+        is_lost = is_transient(error)
+        if not end and not is_lost and (compression := _compression(file.path)):
             reason = f"it is a {compression} file, which cannot be searched; unpack it"
     if reason:
-        yield Item("", path, problem=reason)
+        yield Item("", file.path, problem=reason, is_transient=is_lost)
+
+
+def _with_data(item: Item, archive: BinaryIO) -> Item:
+    """A member of a remote archive, with its bytes: the archive is read from front to back anyway."""
+    if item.problem or not is_remote(item.path) or item.num_bytes > LARGE_FILE:
+        return item
+    return item._replace(offset=0, data=read_at(archive, item.offset, item.num_bytes))
 
 
 def _stored_end(member: tarfile.TarInfo) -> int:
@@ -178,23 +200,21 @@ def _member(path: str, member: tarfile.TarInfo, is_cut: bool) -> Item:
 def _compression(path: str) -> str:
     """How a file is compressed; "" if it is not, or cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_binary(path, ahead=False) as file:
             start = file.read(max(map(len, COMPRESSIONS)))
     except OSError:
         return ""
     return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), "")
 
 
-def _end_of_tar(path: str, end: int, size: int) -> str:
+def _end_of_tar(file: BinaryIO, end: int, size: int) -> str:
     """What is wrong after the last member, which ends at byte `end`; "" if only zeros follow."""
-    with open(path, "rb") as file:
-        file.seek(end)
-        zeros = file.read(TAR_BLOCK)
-        if not zeros or zeros.strip(b"\0"):
-            return f"the archive has no end mark: it is cut short, or damaged after byte {min(end, size)}"
-        while block := file.read(1 << 20):
-            if block.strip(b"\0"):
-                return f"the archive ends at byte {end}, but more data follows, such as a second archive"
+    zeros = read_at(file, end, TAR_BLOCK)
+    if not zeros or zeros.strip(b"\0"):
+        return f"the archive has no end mark: it is cut short, or damaged after byte {min(end, size)}"
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            return f"the archive ends at byte {end}, but more data follows, such as a second archive"
     return ""
 
 
@@ -203,8 +223,10 @@ def _read_parquet(file: File, _: Counter[str]) -> Iterator[Item]:
     import pyarrow.parquet as pq
 
     row = 0
+    # pyarrow reads a path faster than an open file.
+    opening = open_binary(file.path) if is_remote(file.path) else contextlib.nullcontext(file.path)
     try:
-        with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False) as table:
+        with opening as source, pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table:
             names = table.schema_arrow.names
             if file.audio_column not in names:
                 raise ValueError(
@@ -217,7 +239,8 @@ def _read_parquet(file: File, _: Counter[str]) -> Iterator[Item]:
                     yield _row(file.path, row, entry.get("id"), entry[file.audio_column])
                     row += 1
     except Exception as error:  # a damaged file can cause errors of any kind
-        yield Item("", file.path, problem=f"the file cannot be read from row {row} on: {error}")
+        reason = f"the file cannot be read from row {row} on: {error}"
+        yield Item("", file.path, problem=reason, is_transient=is_transient(error))
 
 
 def _row(path: str, row: int, identity: Any, audio: Any) -> Item:
@@ -230,7 +253,7 @@ def _row(path: str, row: int, identity: Any, audio: Any) -> Item:
     if isinstance(data, bytes):
         return Item(identity, data=data)
     if isinstance(name, str):
-        return _audio_file(identity, os.path.join(os.path.dirname(path), name))
+        return _audio_file(identity, join(os.path.dirname(path), name))
     return Item(identity, problem="the row has no audio: it has neither bytes nor the path of a file")
 
 

@@ -12,9 +12,10 @@ from mimi_jax.files.processes import default_num_workers
 from mimi_jax.model import Mimi
 from mimi_jax.tokenization.coding import Coder, Result
 from mimi_jax.tokenization.inputs import Shard
-from mimi_jax.tokenization.output import Failure, Output, TokenizedClip, Totals
+from mimi_jax.tokenization.output import Output
 from mimi_jax.tokenization.programs import Programs
 from mimi_jax.tokenization.progress import Progress
+from mimi_jax.tokenization.records import Failure, TokenizedClip, Totals
 from mimi_jax.tokenization.workers import ClipReader, Readers, Target
 
 # Rows of a batch on each device, by platform.
@@ -176,7 +177,7 @@ class _OpenShards:
         opened, position = self._places.pop(result.reader.key)
         source = opened.shard.source
         if result.codes is None:
-            opened.results[position] = Failure(item.id, source, result.problem)
+            opened.results[position] = Failure(item.id, source, result.problem, result.is_transient)
             self._progress.error(item.num_bytes)
         else:
             opened.results[position] = TokenizedClip(item.id, source, result.num_samples, result.codes)

@@ -19,8 +19,9 @@ import numpy as np
 
 from mimi_jax.files.audio import AudioReader
 from mimi_jax.files.containers.spans import part_of
-from mimi_jax.files.corpus import SILENCE, reason_of
+from mimi_jax.files.corpus import SILENCE, is_transient, reason_of
 from mimi_jax.files.processes import Worker
+from mimi_jax.files.remote import open_binary
 from mimi_jax.tokenization.sharing import Shared, can_share, open_shared, probe, release, share
 from mimi_jax.tokenization.sources import Item
 
@@ -47,6 +48,14 @@ class _SharedPiece(NamedTuple):
 
     audio: Shared
     is_last: bool
+
+
+class ClipError(ValueError):
+    """A clip cannot be used. `is_transient` says that the reason may not come again."""
+
+    def __init__(self, reason: str, is_transient: bool):
+        super().__init__(reason)
+        self.is_transient = is_transient
 
 
 class Readers:
@@ -116,18 +125,19 @@ class ClipReader:
         """Wait for the next piece and return it.
 
         Raises:
-            ValueError: the clip cannot be used, with the reason.
+            ClipError: the clip cannot be used, with the reason.
             ChildProcessError: the workers die while they start.
         """
+        if self.item.problem:
+            self.close()
+            raise ClipError(self.item.problem, self.item.is_transient)
         try:
-            if self.item.problem:
-                raise ValueError(self.item.problem)
             piece = self._worker.result(self)
         except ChildProcessError:
             raise
         except Exception as error:
             self.close()
-            raise ValueError(reason_of(error)) from error
+            raise ClipError(reason_of(error), is_transient(error)) from error
         self.num_taken += 1
         if piece.is_last:
             self.close()
@@ -291,7 +301,8 @@ def _check_length(num_samples: int, target: Target) -> None:
 
 @contextlib.contextmanager
 def _open_file(item: Item) -> Iterator[BinaryIO]:
-    with io.BytesIO(item.data) if item.data is not None else open(item.path, "rb") as file:
+    is_part = item.start > 0 or item.end is not None
+    with open_binary(item.path, not is_part) if item.data is None else io.BytesIO(item.data) as file:
         if item.offset == 0:
             yield file
         else:

@@ -5,6 +5,7 @@ that continues at example n sees what it would have seen without the break. Grai
 A crop that cannot be read is replaced by another one, which the number of the example decides too.
 """
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from mimi_jax.config import MimiConfig
 from mimi_jax.files.corpus import Clip, LeftOut, read_crop, reason_of
+from mimi_jax.files.remote import is_remote, read_whole
 from mimi_jax.train.recipe import DataRecipe
 
 MAX_DRAWS = 1000  # that fail one after another; then nearly all clips are bad
@@ -123,7 +125,10 @@ def read_features(clip: Clip, start: float, seconds: float) -> np.ndarray:
     """
     assert clip.features is not None
     try:
-        features = np.lib.format.open_memmap(clip.features, mode="r")
+        if is_remote(clip.features):
+            features = np.load(io.BytesIO(read_whole(clip.features)))
+        else:
+            features = np.lib.format.open_memmap(clip.features, mode="r")
     except ValueError as error:
         raise ValueError(f"{clip.features} is not a .npy file of numbers: {error}") from error
     if features.ndim != 2 or len(features) == 0:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ def train(
 
     Args:
         recipe: what to do.
-        data: a folder of audio, a manifest or one audio file; see `mimi_jax.files.corpus.find_clips`.
+        data: a folder of audio, a manifest or one audio file, or the URL of one; see
+            `mimi_jax.files.corpus.find_clips`.
         out: the folder. It may hold a run only if `resume` is true.
         resume: continue from the newest checkpoint, or begin if there is none yet.
         teacher: computes the features to distill. Without it, the manifest must name their files.
@@ -72,7 +74,7 @@ def train(
     model = start_model(recipe)
     recipe = dataclasses.replace(recipe, model=model.config)
     features = bool(recipe.losses.distillation) and teacher is None
-    clips, unreadable = find_clips(Path(data), recipe.data.include)
+    clips, unreadable = find_clips(data, recipe.data.include)
     left_out = LeftOutLog(out)
     sampler = Sampler(clips, recipe.data, model.config, features, left_out.add)
     batches = make_iterator(sampler, recipe.seed, recipe.data.batch_size, recipe.steps)
@@ -195,7 +197,10 @@ def _resume_hint(states: Any, recipe: Recipe) -> Iterator[None]:
 
 def _describe(clips: list[Clip]) -> str:
     """Which clips a run learns from: their names and lengths, but not their folder."""
-    stretches = [(clip.path.name, clip.source, clip.speaker, clip.start, clip.num_samples) for clip in clips]
+    stretches = [
+        (os.path.basename(clip.path), clip.source, clip.speaker, clip.start, clip.num_samples)
+        for clip in clips
+    ]
     return f"{len(clips)}, {hashlib.sha256(json.dumps(stretches).encode()).hexdigest()[:16]}"
 
 

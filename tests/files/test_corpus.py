@@ -79,10 +79,10 @@ def test_training_and_tokenization_refuse_the_same_lines(tmp_path: Path, line: s
 
 def test_subfolders_are_sources(data: Path):
     clips = find_clips(data).clips
-    assert [(clip.source, clip.path.name, clip.sampling_rate) for clip in clips] == [
+    assert [(clip.source, Path(clip.path).name, clip.sampling_rate) for clip in clips] == [
         (source, f"{n}.flac", rate) for source, rate in (("high", 24_000), ("low", 16_000)) for n in range(3)
     ]
-    assert [clip.path.name for clip in find_clips(data, "low/1*").clips] == ["1.flac"]
+    assert [Path(clip.path).name for clip in find_clips(data, "low/1*").clips] == ["1.flac"]
 
 
 def test_clips_of_a_manifest(data: Path):
@@ -154,7 +154,7 @@ def test_a_bad_line_is_an_error(data: Path, entry: dict):
 
 def test_an_audio_file_is_a_corpus_of_one_clip(data: Path):
     (clip,), left_out = find_clips(data / "high" / "0.flac")
-    assert (clip.path, clip.start, clip.num_samples, left_out) == (data / "high" / "0.flac", 0, 36_000, [])
+    assert (clip.path, clip.start, clip.num_samples, left_out) == (f"{data}/high/0.flac", 0, 36_000, [])
 
 
 def test_other_files_are_neither_audio_nor_manifests(tmp_path: Path):

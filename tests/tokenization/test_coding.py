@@ -12,7 +12,7 @@ from mimi_jax.tokenization.coding import FLUSH_BATCHES, Coder
 from mimi_jax.tokenization.job import counted_compilations
 from mimi_jax.tokenization.programs import Programs
 from mimi_jax.tokenization.sources import Item
-from mimi_jax.tokenization.workers import Piece
+from mimi_jax.tokenization.workers import ClipError, Piece
 from tests.models import load_fixture
 from tests.tokenization.corpora import RATE, codes_alone, noise_clip
 
@@ -86,8 +86,8 @@ def test_a_clip_that_fails_in_the_middle_does_not_affect_others():
     model = load_fixture("base").model
     clips = [noise_clip(length, seed) for seed, length in enumerate([900, 400, 800, 300, 700])]
     streams = [FakeReader(n, in_pieces(clip, 100)) for n, clip in enumerate(clips)]
-    streams[0] = FakeReader(0, [clips[0][:, :200], ValueError("damaged")])
-    streams[3] = FakeReader(3, [ValueError("empty")])
+    streams[0] = FakeReader(0, [clips[0][:, :200], ClipError("damaged", is_transient=True)])
+    streams[3] = FakeReader(3, [ClipError("empty", is_transient=False)])
     results = run(make_coder(model, 2, 4, jax.devices()[:1]), streams)
     assert [(results[n].codes is None, results[n].problem) for n in range(5)] == [
         (True, "damaged"),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mimi_jax.tokenization import CodeSource, read_codes, read_manifest
-from mimi_jax.tokenization.output import Output, TokenizedClip
+from mimi_jax.tokenization.output import Output
+from mimi_jax.tokenization.records import TokenizedClip
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,9 @@ def test_a_url_without_a_manifest_is_refused():
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(ImportError, match=r"s3://bucket/tokens .* pip install 'mimi_jax\[remote\]'"):
+    with pytest.raises(
+        ImportError, match=r"s3://bucket/tokens/manifest.json .* pip install 'mimi_jax\[remote\]'"
+    ):
         read_manifest("s3://bucket/tokens")
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,7 +12,8 @@ from flax import nnx
 import mimi_jax
 from mimi_jax import Mimi, checkpoint
 from mimi_jax.tokenization import Settings, Summary, read_codes, read_manifest, tokenize
-from mimi_jax.tokenization.output import Output, Totals
+from mimi_jax.tokenization.output import Output
+from mimi_jax.tokenization.records import Totals
 from tests.models import load_fixture
 from tests.tokenization.corpora import (
     RATE,
@@ -31,6 +33,7 @@ LENGTHS = [1, 15, 16, 17, 399, 400, 401, 1000, 2345, 800, 5000, 64]
 
 def test_a_folder_becomes_shards(tmp_path: Path, tiny: Path, model: Mimi):
     write_folder(tmp_path / "data", LENGTHS)
+    jax.clear_caches()  # other tests may have compiled the same program
     summary = tokenize([tmp_path / "data"], tmp_path / "out", tiny, Settings(clips_per_shard=5))
     assert (summary.num_done, summary.num_shards) == (3, 3)
     assert summary.now == summary.total

@@ -18,7 +18,7 @@ from mimi_jax.files.audio import AudioReader
 from tests.tokenization.corpora import check_folder, codes_alone, codes_by_id, write_folder
 
 
-def command(data: Path, out: Path, *options: str) -> list[str]:
+def command(data: Path | str, out: Path | str, *options: str) -> list[str]:
     program = "import sys; from mimi_jax import cli; sys.exit(cli.main())"
     return [sys.executable, "-c", program, "tokenize", str(data), "-o", str(out), *options]
 

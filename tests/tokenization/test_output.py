@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mimi_jax.tokenization.dataset import read_codes, read_manifest
-from mimi_jax.tokenization.output import ROW_GROUP, Failure, Output, TokenizedClip, Totals
+from mimi_jax.tokenization.output import ROW_GROUP, Output
+from mimi_jax.tokenization.records import Failure, TokenizedClip, Totals
 
 SETTINGS = {"num_shards": 3, "sampling_rate": 24_000, "num_quantizers": 2, "dtype": "float32"}
 
@@ -30,8 +31,10 @@ def open_output(folder: Path, **changes: Any) -> Output:
 def test_a_shard_has_the_documented_columns(tmp_path: Path):
     output = open_output(tmp_path / "out")
     rows = [row(number, frames=number % 4 + 1) for number in range(150)]
-    totals = output.write(1, rows, [Failure("bad", "source", "damaged")], Counter())
-    assert totals == Totals(150, 1, sum(r.num_samples for r in rows), sum(r.codes.shape[1] for r in rows))
+    failures = [Failure("bad", "source", "damaged"), Failure("far", "source", "lost", is_transient=True)]
+    totals = output.write(1, rows, failures, Counter())
+    samples, frames = sum(r.num_samples for r in rows), sum(r.codes.shape[1] for r in rows)
+    assert totals == Totals(150, 2, samples, frames, transient=1)
     table = pq.read_table(tmp_path / "out" / "codes" / "00001-of-00003.parquet")
     assert [(field.name, str(field.type)) for field in table.schema] == [
         ("id", "string"),
@@ -57,7 +60,7 @@ def test_a_shard_has_the_documented_columns(tmp_path: Path):
         assert clip[:3] == expected[:3]
         np.testing.assert_array_equal(clip.codes, expected.codes)
     errors = pq.read_table(tmp_path / "out" / "errors" / "00001-of-00003.parquet").to_pylist()
-    assert errors == [{"id": "bad", "source": "source", "reason": "damaged"}]
+    assert errors == [failure._asdict() for failure in failures]
 
 
 def test_the_manifest_describes_the_codes_and_counts_them(tmp_path: Path):
@@ -77,7 +80,7 @@ def test_the_manifest_describes_the_codes_and_counts_them(tmp_path: Path):
     manifest = read_manifest(tmp_path / "out")
     assert manifest["complete"] is True
     counts = {"clips": 2, "errors": 1, "samples": 11510, "frames": 6}
-    assert manifest["totals"] == {**counts, "left_out": left_out, "hours": 0.0001}
+    assert manifest["totals"] == {**counts, "left_out": left_out, "transient": 0, "hours": 0.0001}
 
 
 def test_totals_of_older_outputs_are_read():
@@ -140,7 +143,7 @@ def test_the_manifest_counts_a_shard_that_is_written_during_the_count(
     monkeypatch.setattr(output, "_write_manifest", write_late)
     totals, num_done = output.finish()
     assert (totals.clips, num_done) == (2, 2)
-    assert json.loads(output.manifest.read_text())["totals"]["clips"] == 2
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["totals"]["clips"] == 2
 
 
 def test_a_shard_that_is_done_again_has_only_its_new_errors(tmp_path: Path):
@@ -208,9 +211,16 @@ def test_only_the_totals_of_new_shards_are_read(tmp_path: Path, monkeypatch: pyt
     output.write(2, [row(0)], [Failure("a", "b", "c")], Counter())
     for _ in range(2):
         assert output.finish() == (Totals(2, 1, 2 * (1920 * 3 - 5), 6, Counter({".txt": 2})), 2)
-    assert names == [output.name(0), output.name(2)]
+    assert names == []  # this run wrote them all
+    later = open_output(tmp_path / "out")
+    monkeypatch.setattr(later, "_totals", lambda name: names.append(name) or read_totals(name))
+    open_output(tmp_path / "out").write(1, [], [], Counter())
+    for _ in range(2):
+        assert later.finish() == (Totals(2, 1, 2 * (1920 * 3 - 5), 6, Counter({".txt": 2})), 3)
+    assert names == [output.name(1)]
     kept = json.loads((tmp_path / "out" / "totals.json").read_text())
-    assert kept == {output.name(0): [1, 0, 5755, 3, {".txt": 2}], output.name(2): [1, 1, 5755, 3, {}]}
+    zero, two = [1, 0, 5755, 3, {".txt": 2}, 0], [1, 1, 5755, 3, {}, 0]
+    assert kept == {output.name(0): zero, output.name(1): [0, 0, 0, 0, {}, 0], output.name(2): two}
 
 
 @pytest.mark.parametrize("retry_errors", [True, False])

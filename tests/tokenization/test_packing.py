@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimi_jax.tokenization import PackedRow, PackedSource, pack, packing
-from mimi_jax.tokenization.output import Output, TokenizedClip
+from mimi_jax.tokenization.output import Output
 from mimi_jax.tokenization.packed import ROW_GROUP
 from mimi_jax.tokenization.packing import OPEN_ROWS, pack_rows
+from mimi_jax.tokenization.records import TokenizedClip
 
 FORMATS = pytest.mark.parametrize("format", ["parquet", "arrayrecord"])
 

@@ -1,0 +1,52 @@
+"""Fetching clips from a bucket before their turn comes, many at a time, so that delays do not add up."""
+
+import collections
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from mimi_jax.files.corpus import is_transient, reason_of
+from mimi_jax.files.remote import is_remote, read_whole
+from mimi_jax.tokenization.sources import LARGE_FILE, Item
+
+AT_ONCE = 32  # requests
+MAX_BYTES = 1 << 26  # of clips that wait for their turn
+USUAL_BYTES = 1 << 20  # of a clip whose size is not known
+
+
+def fetched(items: Iterable[Item]) -> Iterator[Item]:
+    """Put the bytes of remote audio files into the items, in their order.
+
+    Local files stay where they are. So do large remote ones, and those of which only a stretch is a clip: the
+    workers read them in blocks. A file that cannot be fetched becomes the problem of its item.
+    """
+    waiting: collections.deque[tuple[int, Item | Future[Item]]] = collections.deque()
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        for item in items:
+            is_wanted = _is_wanted(item)
+            size = (item.size or USUAL_BYTES) if is_wanted else 0
+            while len(waiting) >= AT_ONCE or sum(size for size, _ in waiting) + size > MAX_BYTES:
+                yield _result(waiting.popleft())
+            waiting.append((size, pool.submit(_fetch, item) if is_wanted else item))
+        while waiting:
+            yield _result(waiting.popleft())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_wanted(item: Item) -> bool:
+    is_whole = item.start == 0 and item.end is None
+    return is_remote(item.path) and is_whole and not item.problem and item.num_bytes <= LARGE_FILE
+
+
+def _fetch(item: Item) -> Item:
+    try:
+        data = read_whole(item.path, item.size)
+    except OSError as error:
+        return item._replace(problem=reason_of(error), is_transient=is_transient(error))
+    return item._replace(data=data, size=len(data))
+
+
+def _result(waiting: tuple[int, Item | Future[Item]]) -> Item:
+    _, item = waiting
+    return item.result() if isinstance(item, Future) else item

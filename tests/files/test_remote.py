@@ -1,0 +1,210 @@
+"""Files in a bucket: an S3 server on this machine, behind a proxy that fails on purpose."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mimi_jax import MimiConfig
+from mimi_jax.files import remote
+from mimi_jax.files.corpus import find_clips, is_transient, read_crop
+from tests.buckets import FAULTS, Proxy, account, proxy, s3_server
+from tests.tokenization.corpora import audio_bytes, noise_clip
+
+URL = "s3://bucket/numbers.bin"
+DATA = np.random.default_rng(0).bytes(10_500)
+
+
+@pytest.fixture(scope="module")
+def front() -> Iterator[Proxy]:
+    with s3_server() as behind, proxy(behind) as front, account(front.address):
+        yield front
+
+
+@pytest.fixture(autouse=True)
+def small_and_fast(front: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "DELAYS", (0.01,) * 3)
+    monkeypatch.setattr(remote, "LARGE_BLOCK", 1000)
+    monkeypatch.setattr(remote, "SMALL_BLOCK", 300)
+    remote.write_whole(URL, DATA)
+    front.requests.clear()
+
+
+@pytest.fixture(scope="module")
+def filesystem(front: Proxy) -> Any:
+    return remote.resolve("s3://bucket")[0]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_any_part_can_be_read(ahead: bool):
+    generator = np.random.default_rng(1)
+    with remote.open_binary(URL, ahead) as file:
+        assert file.seek(0, 2) == len(DATA)
+        for _ in range(10):
+            start, size = map(int, generator.integers(0, [len(DATA), 4000]))
+            file.seek(start)
+            assert file.read(size) == DATA[start : start + size]
+        file.seek(0)
+        assert file.read() == DATA
+
+
+def test_each_block_of_a_file_is_read_once(front: Proxy, monkeypatch: pytest.MonkeyPatch):
+    with remote.open_binary(URL) as file:
+        assert file.read() == DATA
+    assert front.requests["GET"] == 11
+    front.requests.clear()
+    monkeypatch.setattr(remote, "SMALL_BLOCK", 9000)
+    with remote.open_binary(URL, ahead=False) as file:
+        assert file.read(100) == DATA[:100]
+    assert front.requests["GET"] == 1
+
+
+def test_several_places_can_be_read_by_turns(front: Proxy):
+    with remote.open_binary(URL) as file:
+        for offset in range(0, 3000, 100):
+            for start in (0, 5000, 7000):
+                file.seek(start + offset)
+                assert file.read(100) == DATA[start + offset : start + offset + 100]
+    assert front.requests["GET"] == 11
+
+
+@pytest.mark.parametrize("fault", FAULTS[:-1])
+@pytest.mark.parametrize("read", [remote.read_whole, lambda url: _through(url)])
+def test_a_request_that_fails_is_made_again(front: Proxy, fault: str, read: Any):
+    front.planned = [fault, "", fault, "", "", fault, fault]
+    assert read(URL) == DATA
+    assert front.planned == [] or read is remote.read_whole
+    front.planned = []
+
+
+def _through(url: str) -> bytes:
+    with remote.open_binary(url) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("read", [remote.read_whole, lambda url: _through(url)])
+def test_a_request_that_fails_always_is_an_error_that_may_pass(
+    front: Proxy, monkeypatch: pytest.MonkeyPatch, read: Any
+):
+    monkeypatch.setattr(front, "broken", "numbers")
+    # The library compares checksums itself, if a whole file is asked for.
+    reason = r"s3://bucket/numbers.bin cannot be reached: (500 of 1000 bytes came|Expected checksum)"
+    with pytest.raises(ConnectionError, match=reason) as raised:
+        read(URL)
+    assert is_transient(raised.value)
+
+
+def test_a_missing_file_is_an_error_that_stays():
+    for read in (remote.read_whole, _through):
+        with pytest.raises(FileNotFoundError, match="there is no file s3://bucket/none") as raised:
+            read("s3://bucket/none")
+        assert not is_transient(raised.value)
+    assert not remote.exists("s3://bucket/none")
+    with pytest.raises(FileNotFoundError, match="nothing matches it"):
+        remote.find("s3://bucket/*.wav")
+
+
+def test_a_file_of_another_size_than_listed_is_refused():
+    with pytest.raises(ConnectionError, match="10500 of 20000 bytes came"):
+        remote.read_whole(URL, 20_000)
+
+
+@pytest.mark.parametrize("place", [2000, 10_000])
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(place: int):
+    with pytest.raises(ConnectionError, match=r"numbers.bin") as raised, remote.open_binary(URL) as file:
+        file.read(place)
+        remote.write_whole(URL, DATA[::-1])
+        file.read()
+    assert is_transient(raised.value)
+
+
+def test_the_memory_of_a_large_file_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    with remote.open_binary(URL) as file:
+        blocks = file.raw._blocks  # pyright: ignore
+        while file.read(100):
+            assert len(blocks) <= remote.KEPT + remote.AHEAD + 1
+
+
+def test_folders_are_listed_in_order(filesystem: Any):
+    names = ["a/deep/3.wav", "b/1.wav", "b/2.wav", "b.wav", "top.wav"]
+    for name in reversed(names):
+        filesystem.pipe_file(f"bucket/listed/{name}", name.encode())
+    filesystem.pipe_file("bucket/listed/empty/", b"")
+    found = list(remote.list_files("s3://bucket/listed"))
+    assert found == [remote.Listed(f"s3://bucket/listed/{name}", len(name)) for name in names]
+    assert remote.names_in("s3://bucket/listed") == {"a", "b", "b.wav", "empty", "top.wav"}
+    assert remote.names_in("s3://bucket/nothing") == set()
+    assert remote.is_folder("s3://bucket/listed/b/")
+    assert not remote.is_folder("s3://bucket/listed/b.wav")
+    assert remote.find("s3://bucket/listed") == ([("s3://bucket/listed", None)], False)
+    matches = [("s3://bucket/listed/b/1.wav", 7), ("s3://bucket/listed/b/2.wav", 7)]
+    assert remote.find("s3://bucket/listed/b/*.wav") == (matches, True)
+
+
+def test_a_file_named_like_a_pattern_is_found(filesystem: Any):
+    filesystem.pipe_file("bucket/odd/clip[1].wav", b"1234")
+    assert remote.find("s3://bucket/odd/clip[1].wav") == ([("s3://bucket/odd/clip[1].wav", 4)], False)
+
+
+def test_only_uploads_to_the_folder_are_aborted(filesystem: Any):
+    for key in ("out/codes/1.parquet", "out2/codes/1.parquet"):
+        upload = filesystem.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+        filesystem.call_s3(
+            "upload_part", Bucket="bucket", Key=key, UploadId=upload["UploadId"], PartNumber=1, Body=b"part"
+        )
+    remote.abort_uploads("s3://bucket/out")
+    assert [upload["Key"] for upload in filesystem.list_multipart_uploads("bucket")] == [
+        "out2/codes/1.parquet"
+    ]
+
+
+def test_services_without_uploads_in_parts_have_none_to_abort():
+    remote.abort_uploads("memory://out")
+
+
+def test_unknown_services_are_refused():
+    with pytest.raises(ValueError, match="nothing://"):
+        remote.read_whole("nothing://x")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "joined"),
+    [
+        ("data", "a.wav", "data/a.wav"),
+        ("data", "s3://b/a.wav", "s3://b/a.wav"),
+        ("s3://b/data", "c/a.wav", "s3://b/data/c/a.wav"),
+        ("s3://b/data", "/local/a.wav", "/local/a.wav"),
+        ("s3://b/data", "gs://c/a.wav", "gs://c/a.wav"),
+    ],
+)
+def test_names_in_a_manifest_are_joined_to_its_folder(folder: str, name: str, joined: str):
+    assert remote.join(folder, name) == joined
+
+
+def test_crops_of_a_remote_corpus_are_those_of_a_local_one(
+    tmp_path: Path, filesystem: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote, "SMALL_BLOCK", 20_000)
+    files = {f"speaker/{n}.{form}": noise_clip(24_000 + n, seed=n) for n, form in enumerate(["wav", "flac"])}
+    (tmp_path / "speaker").mkdir()
+    for name, audio in files.items():
+        (tmp_path / name).write_bytes(audio_bytes(audio, form=name[-4:].strip(".").upper()))
+    np.save(tmp_path / "x.npy", np.zeros((3, 2)))
+    entry = {"path": "speaker/1.flac", "start": 0.25, "end": 0.75, "features": "x.npy"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(entry) + '\n{"path": "none.wav"}\n')
+    filesystem.put(f"{tmp_path}/", "bucket/crops/", recursive=True)
+    config = MimiConfig()
+    for name in ("", "/m.jsonl", "/speaker/0.wav"):
+        here, there = find_clips(f"{tmp_path}{name}"), find_clips(f"s3://bucket/crops{name}")
+        assert len(here.clips) == len(there.clips) > 0
+        for mine, other in zip(here.clips, there.clips, strict=True):
+            assert mine[1:6] == other[1:6]
+            assert mine.path.replace(str(tmp_path), "s3://bucket/crops") == other.path
+            crop = read_crop(mine, 0.1, 4000, config)
+            np.testing.assert_array_equal(crop, read_crop(other, 0.1, 4000, config))
+        assert [one.name.rsplit("/")[-1] for one in here.left_out] == [
+            one.name.rsplit("/")[-1] for one in there.left_out
+        ]
