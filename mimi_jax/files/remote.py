@@ -258,7 +258,10 @@ class _Blocks(io.RawIOBase):
     def __init__(self, url: str, ahead: bool):
         self._url, self._position = url, 0
         self._filesystem, self._path = resolve(url)
-        self._info = _info(self._filesystem, self._path, url)
+        if ahead:
+            self._info = _info(self._filesystem, self._path, url)
+        else:  # the Hub asks for a whole listing, so that the one that is in memory is better
+            self._info = attempt(url, functools.partial(self._filesystem.info, self._path))
         self._size: int = self._info["size"]
         self._block, self._ahead = (LARGE_BLOCK, AHEAD) if ahead else (SMALL_BLOCK, 0)
         self._fetch_range = self._opened_range() if ahead else self._cat_range

@@ -42,7 +42,7 @@ COMPRESSIONS = {
 }
 CLIP_SUFFIXES = frozenset((*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES))
 MANY_FILES = 1024  # of a manifest, whose sizes are remembered
-LARGE_FILE = 1 << 26  # bytes; a larger one is read piece by piece, also if it is in a bucket
+LARGE_FILE = 1 << 23  # bytes; a larger one is read piece by piece, also if it is in a bucket
 ROWS_AT_ONCE = 16  # of a Parquet file, whose rows hold whole audio files
 TAR_BLOCK = 512  # bytes; the unit of the tar format
 TAR_CONTINUED = b"M"  # the type of a member that began in another volume
