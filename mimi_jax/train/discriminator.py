@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimi_jax.quality.spectrum import stft
+from mimi_jax.train.phases import conv_general_dilated
 
 WINDOWS = (1024, 2048, 512, 256, 128)  # samples
 SLOPE = 0.3  # of the leaky ReLU
@@ -46,6 +47,7 @@ class ScaleDiscriminator(nnx.Module):
                 strides=(1, stride),
                 kernel_dilation=(dilation, 1),
                 padding=((time, time), (frequency, frequency)),
+                conv_general_dilated=conv_general_dilated,
                 rngs=rngs,
             )
 
