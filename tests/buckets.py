@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from mimi_jax.files import remote
+
 # Any keys are right for this server. The library makes one attempt, so that ours are seen.
 ACCOUNT = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -61,9 +63,15 @@ def account(address: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ACCOUNT, "AWS_ENDPOINT_URL": address}.items():
             patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
+        forget_connections(s3fs.S3FileSystem)
         yield
-    s3fs.S3FileSystem.clear_instance_cache()
+    forget_connections(s3fs.S3FileSystem)
+
+
+def forget_connections(service: Any) -> None:
+    """Make fsspec look for the server of a service again."""
+    service.clear_instance_cache()
+    remote._filesystem.cache_clear()
 
 
 class Proxy(ThreadingHTTPServer):

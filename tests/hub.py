@@ -13,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.buckets import forget_connections
+
 DATASET = "me/speech"
 
 
@@ -23,7 +25,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytes] = {".gitattributes": b"", "README.md": b"---\n"}  # as they are born
 
 
 @contextlib.contextmanager
@@ -39,9 +41,9 @@ def hub() -> Iterator[Hub]:
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "ENDPOINT", address)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        HfFileSystem.clear_instance_cache()
+        forget_connections(HfFileSystem)
         yield server
-    HfFileSystem.clear_instance_cache()
+    forget_connections(HfFileSystem)
     server.shutdown()
     server.server_close()
 
@@ -66,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == f"{api}/commit/main":
             self._commit([json.loads(line) for line in body.splitlines()])
         else:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
 
     do_POST = do_HEAD = do_GET
 

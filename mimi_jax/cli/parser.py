@@ -54,6 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("a path must not be empty")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"it must be a local path, got {text}")
     return Path(os.path.expanduser(text))  # the shell leaves ~ alone in --output=~/codes.safetensors
 
 

@@ -1,7 +1,8 @@
 """What the package reads from disk and writes there.
 
 atomic        files that appear whole or not at all, and locks between processes
-remote        files with a URL, read in blocks, and requests that are made again if they fail
+remote        files with a URL, and requests that are made again if they fail
+blocks        remote files that are read in blocks
 arrays        named arrays: in safetensors files and Orbax folders, compared with what is expected
 containers    the containers that audio is read from, checked for being whole
 sound         libsndfile as a reader of files in Python

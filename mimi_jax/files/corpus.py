@@ -29,7 +29,8 @@ from tqdm import tqdm
 from mimi_jax.config import MimiConfig, ceil_div
 from mimi_jax.files import remote
 from mimi_jax.files.audio import FORMATS, AudioReader
-from mimi_jax.files.remote import is_remote, join, open_binary
+from mimi_jax.files.blocks import ARCHIVE, CROP, open_binary
+from mimi_jax.files.remote import canonical, is_remote, join
 
 AUDIO_SUFFIXES = (
     *FORMATS,
@@ -127,7 +128,7 @@ def read_entries(manifest: str | os.PathLike[str]) -> Iterator[Entry]:
         ValueError: a line is not such an object; the error names the line.
     """
     folder = os.path.dirname(manifest)
-    with open_binary(manifest) as file:
+    with open_binary(manifest, ARCHIVE) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -233,7 +234,7 @@ def _entries_of(data: str) -> list[Entry]:
         raise FileNotFoundError(f"there is no folder or manifest {data}")
     if os.path.splitext(data)[1].lower() in AUDIO_SUFFIXES:
         return [Entry(os.path.basename(data), data)]
-    with open_binary(data, ahead=False) as file:
+    with open_binary(data, CROP) as file:
         if b"\0" in file.read(4096):
             raise ValueError(f"{data} is neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a manifest")
     return list(read_entries(data))
@@ -242,6 +243,7 @@ def _entries_of(data: str) -> list[Entry]:
 def _entries_of_folder(folder: str) -> list[Entry]:
     suffixes = (*AUDIO_SUFFIXES, *UNREADABLE_SUFFIXES)
     if is_remote(folder):
+        folder = canonical(folder)
         found = (file.url for file in remote.list_files(folder) if file.url.lower().endswith(suffixes))
     else:
         found = find_files(folder, suffixes)
@@ -265,6 +267,8 @@ def _clips(entries: Sequence[Entry]) -> Iterator[Clip | LeftOut]:
 def _clip_or_reason(entry: Entry) -> Clip | LeftOut:
     try:
         return _clip(entry)
+    except ConnectionError:  # without a part of the corpus, the results would be others
+        raise
     except (OSError, ValueError) as error:
         return LeftOut(_name(entry.path, entry.start), reason_of(error))
 
@@ -273,7 +277,7 @@ def _clip(entry: Entry) -> Clip:
     for path in (entry.path, entry.features):
         if path is not None and not is_remote(path) and not os.path.isfile(path):
             raise FileNotFoundError(f"there is no file {path}")
-    with open_binary(entry.path, ahead=False) as file:
+    with open_binary(entry.path, CROP) as file:
         reader = AudioReader(file, "the file", None, start=entry.start, end=entry.end)
         num_samples, rate = reader.num_samples, reader.sampling_rate
         if num_samples is None:  # the header does not state it
@@ -302,7 +306,7 @@ def read_crop(clip: Clip, start: float, num_samples: int, config: MimiConfig) ->
     first = clip.start + round(start * rate)
     before = max(first - MARGIN, clip.start)
     after = min(first + ceil_div(num_samples * rate, config.sampling_rate) + MARGIN, end)
-    with open_binary(clip.path, ahead=False) as file:
+    with open_binary(clip.path, CROP) as file:
         reader = AudioReader(file, "the file", rate, config.audio_channels, before / rate, after / rate)
         samples = np.concatenate(list(reader), axis=1)
     if samples.shape[1] != after - before:
@@ -326,8 +330,10 @@ def reason_of(error: Exception) -> str:
 
 def is_transient(error: Exception) -> bool:
     """Whether an error may not come again, since a network or a disk failed, and not the file itself."""
-    by_name = FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
-    return isinstance(error, OSError) and not isinstance(error, by_name)
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
+        return False
+    # pyarrow raises OSError without a number for damaged files.
+    return isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def printable(path: str | os.PathLike[str]) -> str:

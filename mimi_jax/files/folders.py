@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from mimi_jax.files import remote
 from mimi_jax.files.atomic import atomic_path, file_lock
+from mimi_jax.files.blocks import Blocks, open_binary
 from mimi_jax.files.corpus import expand_home
 
 WORK = "work"  # the subfolder of a local folder for locks, and for files that are not complete yet
@@ -48,7 +49,7 @@ class LocalFolder:
             raise FileNotFoundError(f"there is no file {path}")
         return path.read_bytes()
 
-    def opened(self, name: str, ahead: bool = False) -> contextlib.AbstractContextManager[str]:
+    def opened(self, name: str, blocks: Blocks) -> contextlib.AbstractContextManager[str]:
         """Yield the path of a file: pyarrow reads it faster than an open file."""
         return contextlib.nullcontext(str(self._folder / name))
 
@@ -80,10 +81,13 @@ class RemoteFolder:
     """A folder with a URL, such as "s3://bucket/tokens". It can be pickled: it holds no connection.
 
     Nothing is locked. Processes that write the same file must write the same bytes.
+
+    Raises:
+        ImportError: fsspec, or the library of the service, is not installed.
     """
 
     def __init__(self, url: str):
-        self._url = url.rstrip("/")
+        self._url = remote.canonical(url)
 
     def __str__(self) -> str:
         return self._url
@@ -92,7 +96,12 @@ class RemoteFolder:
         """Nothing: buckets have no folders, only files with names that have slashes."""
 
     def names(self, subfolder: str = "") -> set[str]:
-        """The names in the folder or a subfolder; none if there is no such folder."""
+        """The names in the folder or a subfolder; none if there is no such folder.
+
+        Raises:
+            NotADirectoryError: it is a file.
+            ConnectionError: it cannot be reached.
+        """
         return remote.names_in(self._file(subfolder))
 
     def read(self, name: str) -> bytes:
@@ -104,9 +113,9 @@ class RemoteFolder:
         """
         return remote.read_whole(self._file(name))
 
-    def opened(self, name: str, ahead: bool = False) -> contextlib.AbstractContextManager[BinaryIO]:
-        """Yield a file that is open for pyarrow. `ahead` is for `mimi_jax.files.remote.open_binary`."""
-        return remote.open_binary(self._file(name), ahead)
+    def opened(self, name: str, blocks: Blocks) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Yield a file that is open for pyarrow, and is read in these blocks."""
+        return open_binary(self._file(name), blocks)
 
     def exists(self, name: str) -> bool:
         return remote.exists(self._file(name))

@@ -7,11 +7,14 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from mimi_jax.files.blocks import CLIP, CROP
 from mimi_jax.files.folders import LocalFolder, RemoteFolder, open_folder
 from mimi_jax.tokenization.records import TokenizedClip
 
+FOOTERS_AT_ONCE = 32  # each takes a bucket several answers
 CACHED_GROUPS = 16  # decompressed row groups that are kept in memory
 
 
@@ -55,7 +58,7 @@ def read_codes(
 
     opened, names = _files(folder)
     for name in names[process_index::process_count]:
-        with opened.opened(name, ahead=True) as source, pq.ParquetFile(source) as file:
+        with opened.opened(name, CLIP) as source, pq.ParquetFile(source) as file:
             for group in range(file.num_row_groups):
                 yield from _clips(file.read_row_group(group))
 
@@ -75,18 +78,15 @@ class CodeSource:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        import pyarrow.parquet as pq
-
         self._folder, self._names = _files(folder)
         counts: list[int] = []
         self._groups: list[tuple[int, int]] = []  # number of a file, and of a row group in it
-        for number, name in enumerate(self._names):
-            with self._folder.opened(name) as source:
-                metadata = pq.read_metadata(source)
-            for group in range(metadata.num_row_groups):
-                if rows := metadata.row_group(group).num_rows:
-                    counts.append(rows)
-                    self._groups.append((number, group))
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            for number, metadata in enumerate(pool.map(self._footer, self._names)):
+                for group in range(metadata.num_row_groups):
+                    if rows := metadata.row_group(group).num_rows:
+                        counts.append(rows)
+                        self._groups.append((number, group))
         self._starts = [0, *itertools.accumulate(counts)]
         self._cache: collections.OrderedDict[int, list[TokenizedClip]] = collections.OrderedDict()
 
@@ -102,12 +102,18 @@ class CodeSource:
     def __repr__(self) -> str:  # Grain compares it when it resumes from a checkpoint
         return f"CodeSource({len(self._names)} files, {len(self)} clips)"
 
+    def _footer(self, name: str) -> Any:
+        import pyarrow.parquet as pq
+
+        with self._folder.opened(name, CROP) as source:
+            return pq.read_metadata(source)
+
     def _read(self, number: int) -> list[TokenizedClip]:
         import pyarrow.parquet as pq
 
         if (clips := self._cache.pop(number, None)) is None:
             file, group = self._groups[number]
-            with self._folder.opened(self._names[file]) as source, pq.ParquetFile(source) as opened:
+            with self._folder.opened(self._names[file], CROP) as source, pq.ParquetFile(source) as opened:
                 clips = list(_clips(opened.read_row_group(group)))
         self._cache[number] = clips
         if len(self._cache) > CACHED_GROUPS:

@@ -1,11 +1,12 @@
 """Fetching clips from a bucket before their turn comes, many at a time, so that delays do not add up."""
 
 import collections
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from mimi_jax.files.corpus import is_transient, reason_of
-from mimi_jax.files.remote import is_remote, read_whole
+from mimi_jax.files.remote import file_size, is_remote, read_whole
 from mimi_jax.tokenization.sources import LARGE_FILE, Item
 
 AT_ONCE = 32  # requests
@@ -20,17 +21,18 @@ def fetched(items: Iterable[Item]) -> Iterator[Item]:
     workers read them in blocks. A file that cannot be fetched becomes the problem of its item.
     """
     waiting: collections.deque[tuple[int, Item | Future[Item]]] = collections.deque()
-    pool = ThreadPoolExecutor(AT_ONCE)
+    pool, stop = ThreadPoolExecutor(AT_ONCE), threading.Event()
     try:
         for item in items:
             is_wanted = _is_wanted(item)
             size = (item.size or USUAL_BYTES) if is_wanted else 0
             while len(waiting) >= AT_ONCE or sum(size for size, _ in waiting) + size > MAX_BYTES:
                 yield _result(waiting.popleft())
-            waiting.append((size, pool.submit(_fetch, item) if is_wanted else item))
+            waiting.append((size, pool.submit(_fetch, item, stop) if is_wanted else item))
         while waiting:
             yield _result(waiting.popleft())
     finally:
+        stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -39,10 +41,13 @@ def _is_wanted(item: Item) -> bool:
     return is_remote(item.path) and is_whole and not item.problem and item.num_bytes <= LARGE_FILE
 
 
-def _fetch(item: Item) -> Item:
+def _fetch(item: Item, stop: threading.Event) -> Item:
     try:
-        data = read_whole(item.path, item.size)
-    except OSError as error:
+        size = file_size(item.path) if item.size is None else item.size
+        if size > LARGE_FILE:
+            return item._replace(size=size)
+        data = read_whole(item.path, size, stop)
+    except (OSError, ValueError) as error:
         return item._replace(problem=reason_of(error), is_transient=is_transient(error))
     return item._replace(data=data, size=len(data))
 

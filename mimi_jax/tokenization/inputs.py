@@ -70,7 +70,8 @@ def check_sources(sources: Iterable[str | os.PathLike[str]]) -> None:
     """
     for source in map(expand_home, sources):
         if is_remote(source):
-            remote.find(source)
+            if not remote.is_pattern(source):
+                remote.find(source)
         elif not os.path.lexists(source) and not any(glob.iglob(source, recursive=True)):
             raise FileNotFoundError(f"there is no folder or file {printable(source)}, and nothing matches it")
 
@@ -203,7 +204,7 @@ def _places(source: str) -> tuple[Iterable[_Place], bool]:
     """What is under a name, sorted, and whether the name is a pattern."""
     if is_remote(source):
         found, is_pattern = remote.find(source)
-        return (_Place(file.url, file.url, file.size is None, file.size) for file in found), is_pattern
+        return (_Place(file.url, file.url, file.is_folder, file.size) for file in found), is_pattern
     is_pattern = not os.path.lexists(source)
     paths = sorted(glob.glob(source, recursive=True)) if is_pattern else [source]
     return (_Place(os.path.abspath(path), path, os.path.isdir(path)) for path in paths), is_pattern
@@ -249,8 +250,10 @@ def _in_folder(
 def _listing(folder: str, without: str | os.PathLike[str] | None) -> Iterator[tuple[str, int | None]]:
     """Yield the paths of the files at any depth in a folder, and their sizes if the listing has them."""
     if is_remote(folder):
-        output = os.path.join(str(without), "")
-        yield from (file for file in remote.list_files(folder) if not file.url.startswith(output))
+        output = os.path.join(remote.canonical(without), "") if without and is_remote(without) else None
+        for file in remote.list_files(folder):
+            if output is None or not file.url.startswith(output):
+                yield file.url, file.size
     else:
         yield from ((path, None) for path in find_files(folder, without=without))
 

@@ -92,11 +92,9 @@ def _cluster(address: str | None) -> Iterator[None]:
     was_connected = ray.is_initialized()
     try:
         if not was_connected:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            _connect(address)
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield
-    except ConnectionError as error:
-        raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
     except (OSError, ValueError):
         raise
     except Exception as error:  # the errors of Ray Data have no common class
@@ -107,6 +105,15 @@ def _cluster(address: str | None) -> Iterator[None]:
     finally:
         if not was_connected:
             ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    import ray  # pyright: ignore[reportMissingImports]
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
 
 
 class _Actor:

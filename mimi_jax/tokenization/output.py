@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from mimi_jax.files.blocks import CROP
 from mimi_jax.files.changes import describe_changes
 from mimi_jax.files.folders import WORK, LocalFolder, RemoteFolder, open_folder
 from mimi_jax.tokenization.records import (
@@ -35,8 +36,8 @@ VERSION = 1
 PLAN = "plan.parquet"
 MANIFEST = "manifest.json"
 TOTALS = "totals.json"
-# All that the folder may contain.
-NAMES = {MANIFEST, PLAN, TOTALS, "codes", "errors", WORK}
+# All that the folder may contain. The last two are born with a dataset on the Hub.
+NAMES = {MANIFEST, PLAN, TOTALS, "codes", "errors", WORK, "README.md", ".gitattributes"}
 ROW_GROUP = 64  # clips that are read and decompressed together, even if only one is wanted
 READERS = 32  # files whose totals are read at once: each takes a bucket several answers
 LIBRARIES = ("mimi_jax", "jax", "flax", "numpy", "pyarrow", "soundfile", "soxr")  # recorded in the manifest
@@ -60,7 +61,6 @@ class Output:
         self.num_shards: int = settings["num_shards"]
         self._folder = open_folder(folder)
         self._written: dict[str, Totals] = {}  # by this run; a bucket may list them later
-        self._with_errors: set[str] | None = None  # names that have a file of errors; None if not listed yet
         prepare(self._folder)
         with self._counting():  # another process may start at the same moment
             if (manifest := _read_json(self._folder, MANIFEST)) is not None:
@@ -128,12 +128,9 @@ class Output:
         transient = sum(failure.is_transient for failure in failures)
         totals = Totals(len(clips), len(failures), samples, frames, left_out, transient)
         name = self.name(shard)
-        if self._with_errors is None:
-            self._with_errors = self._names("errors")
         if failures:
-            self._with_errors.add(name)
             self._write_tables([table_of_failures(failures)], f"errors/{name}")
-        elif name in self._with_errors:
+        elif self._folder.exists(f"errors/{name}"):
             self._folder.delete(f"errors/{name}")
         metadata = {"format": FORMAT, "settings": json.dumps(self.settings), "totals": json.dumps(totals)}
         groups = [clips[first : first + ROW_GROUP] for first in range(0, max(len(clips), 1), ROW_GROUP)]
@@ -208,7 +205,6 @@ class Output:
             The names of all shards that are done.
         """
         self._written.clear()
-        self._with_errors = None
         with self._counting():
             counted = self._count(self.done())
             failed = {name for name, totals in counted.items() if totals.transient}
@@ -233,7 +229,7 @@ class Output:
         import pyarrow.parquet as pq
 
         try:
-            with self._folder.opened(f"codes/{name}") as file:
+            with self._folder.opened(f"codes/{name}", CROP) as file:
                 return Totals.from_json(pq.read_schema(file).metadata[b"totals"])
         except FileNotFoundError:
             return None

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from mimi_jax.files.blocks import ARCHIVE, CROP, open_binary
 from mimi_jax.files.containers.spans import read_at
 from mimi_jax.files.corpus import (
     AUDIO_SUFFIXES,
@@ -20,7 +21,7 @@ from mimi_jax.files.corpus import (
     printable,
     read_entries,
 )
-from mimi_jax.files.remote import is_remote, join, open_binary
+from mimi_jax.files.remote import is_remote, join
 from mimi_jax.tokenization.settings import DEFAULTS
 
 # Archives that are left out of folders, and refused if the user names them: nothing can be found in them.
@@ -139,7 +140,7 @@ def _read_tar(file: File, left_out: Counter[str]) -> Iterator[Item]:
     """The audio files of a WebDataset shard. If it is broken: those before the damage, then the damage."""
     end, reason, is_lost = 0, "", False
     try:
-        with open_binary(file.path) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
+        with open_binary(file.path, ARCHIVE) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             size = opened.seek(0, os.SEEK_END)
             while (member := archive.next()) is not None:
                 archive.members.clear()  # pyright: ignore - a list that would grow with the archive
@@ -200,7 +201,7 @@ def _member(path: str, member: tarfile.TarInfo, is_cut: bool) -> Item:
 def _compression(path: str) -> str:
     """How a file is compressed; "" if it is not, or cannot be read."""
     try:
-        with open_binary(path, ahead=False) as file:
+        with open_binary(path, CROP) as file:
             start = file.read(max(map(len, COMPRESSIONS)))
     except OSError:
         return ""
@@ -224,7 +225,7 @@ def _read_parquet(file: File, _: Counter[str]) -> Iterator[Item]:
 
     row = 0
     # pyarrow reads a path faster than an open file.
-    opening = open_binary(file.path) if is_remote(file.path) else contextlib.nullcontext(file.path)
+    opening = open_binary(file.path, ARCHIVE) if is_remote(file.path) else contextlib.nullcontext(file.path)
     try:
         with opening as source, pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table:
             names = table.schema_arrow.names

@@ -18,10 +18,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mimi_jax.files.audio import AudioReader
+from mimi_jax.files.blocks import CLIP, CROP, open_binary
 from mimi_jax.files.containers.spans import part_of
 from mimi_jax.files.corpus import SILENCE, is_transient, reason_of
 from mimi_jax.files.processes import Worker
-from mimi_jax.files.remote import open_binary
 from mimi_jax.tokenization.sharing import Shared, can_share, open_shared, probe, release, share
 from mimi_jax.tokenization.sources import Item
 
@@ -149,6 +149,7 @@ class ClipReader:
         """Count the clip as finished, so that its worker gets the next one."""
         if not self._is_closed:
             self._is_closed = True
+            self.item = self.item._replace(data=None, size=self.item.num_bytes)  # it may wait for others
             self._worker.num_open -= 1
 
 
@@ -288,7 +289,8 @@ def _pieces(item: Item, target: Target) -> Iterator[Piece]:
             length += audio.shape[1]
         if is_silent:
             raise ValueError("the clip is silent: no sample is above -80 dBFS")
-        yield Piece(np.concatenate(pending, axis=1), is_last=True)
+    # After the file, since it may turn out that it was replaced.
+    yield Piece(np.concatenate(pending, axis=1), is_last=True)
 
 
 def _check_length(num_samples: int, target: Target) -> None:
@@ -301,8 +303,8 @@ def _check_length(num_samples: int, target: Target) -> None:
 
 @contextlib.contextmanager
 def _open_file(item: Item) -> Iterator[BinaryIO]:
-    is_part = item.start > 0 or item.end is not None
-    with open_binary(item.path, not is_part) if item.data is None else io.BytesIO(item.data) as file:
+    blocks = CROP if item.start > 0 or item.end is not None else CLIP
+    with io.BytesIO(item.data) if item.data is not None else open_binary(item.path, blocks) as file:
         if item.offset == 0:
             yield file
         else:

@@ -10,11 +10,14 @@ import pytest
 
 from mimi_jax import MimiConfig
 from mimi_jax.files import remote
+from mimi_jax.files.blocks import ARCHIVE, CLIP, CROP, Blocks, open_binary
 from mimi_jax.files.corpus import find_clips, is_transient, read_crop
+from mimi_jax.files.remote import Listed
 from tests.buckets import FAULTS, Proxy, account, proxy, s3_server
 from tests.tokenization.corpora import audio_bytes, noise_clip
 
 URL = "s3://bucket/numbers.bin"
+SMALL = Blocks(1000, ahead=4, kept=12)
 DATA = np.random.default_rng(0).bytes(10_500)
 
 
@@ -27,8 +30,6 @@ def front() -> Iterator[Proxy]:
 @pytest.fixture(autouse=True)
 def small_and_fast(front: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "DELAYS", (0.01,) * 3)
-    monkeypatch.setattr(remote, "LARGE_BLOCK", 1000)
-    monkeypatch.setattr(remote, "SMALL_BLOCK", 300)
     remote.write_whole(URL, DATA)
     front.requests.clear()
 
@@ -38,10 +39,10 @@ def filesystem(front: Proxy) -> Any:
     return remote.resolve("s3://bucket")[0]
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-def test_any_part_can_be_read(ahead: bool):
+@pytest.mark.parametrize("blocks", [SMALL, Blocks(1000, 0, 2), ARCHIVE, CLIP, CROP])
+def test_any_part_can_be_read(blocks: Blocks):
     generator = np.random.default_rng(1)
-    with remote.open_binary(URL, ahead) as file:
+    with open_binary(URL, blocks) as file:
         assert file.seek(0, 2) == len(DATA)
         for _ in range(10):
             start, size = map(int, generator.integers(0, [len(DATA), 4000]))
@@ -51,19 +52,18 @@ def test_any_part_can_be_read(ahead: bool):
         assert file.read() == DATA
 
 
-def test_each_block_of_a_file_is_read_once(front: Proxy, monkeypatch: pytest.MonkeyPatch):
-    with remote.open_binary(URL) as file:
+def test_each_block_of_a_file_is_read_once(front: Proxy):
+    with open_binary(URL, SMALL) as file:
         assert file.read() == DATA
     assert front.requests["GET"] == 11
     front.requests.clear()
-    monkeypatch.setattr(remote, "SMALL_BLOCK", 9000)
-    with remote.open_binary(URL, ahead=False) as file:
+    with open_binary(URL, Blocks(9000, ahead=0, kept=2)) as file:
         assert file.read(100) == DATA[:100]
     assert front.requests["GET"] == 1
 
 
 def test_several_places_can_be_read_by_turns(front: Proxy):
-    with remote.open_binary(URL) as file:
+    with open_binary(URL, SMALL) as file:
         for offset in range(0, 3000, 100):
             for start in (0, 5000, 7000):
                 file.seek(start + offset)
@@ -74,14 +74,13 @@ def test_several_places_can_be_read_by_turns(front: Proxy):
 @pytest.mark.parametrize("fault", FAULTS[:-1])
 @pytest.mark.parametrize("read", [remote.read_whole, lambda url: _through(url)])
 def test_a_request_that_fails_is_made_again(front: Proxy, fault: str, read: Any):
-    front.planned = [fault, "", fault, "", "", fault, fault]
+    front.planned = [fault, fault]
     assert read(URL) == DATA
-    assert front.planned == [] or read is remote.read_whole
-    front.planned = []
+    assert front.planned == []
 
 
 def _through(url: str) -> bytes:
-    with remote.open_binary(url) as file:
+    with open_binary(url, SMALL) as file:
         return file.read()
 
 
@@ -107,25 +106,61 @@ def test_a_missing_file_is_an_error_that_stays():
         remote.find("s3://bucket/*.wav")
 
 
-def test_a_file_of_another_size_than_listed_is_refused():
-    with pytest.raises(ConnectionError, match="10500 of 20000 bytes came"):
-        remote.read_whole(URL, 20_000)
+@pytest.mark.parametrize(("size", "come"), [(20_000, 10_500), (10_499, 10_500)])
+def test_a_file_of_another_size_than_listed_is_refused(size: int, come: int):
+    with pytest.raises(ConnectionError, match=f"{come} of {size} bytes came"):
+        remote.read_whole(URL, size)
+
+
+@pytest.mark.parametrize("failures", range(5))
+def test_attempts_are_made_until_one_succeeds(failures: int):
+    calls = []
+
+    def call() -> str:
+        calls.append(None)
+        if len(calls) <= failures:
+            raise RuntimeError("on  purpose\n")
+        return "answer"
+
+    if failures == 4:
+        with pytest.raises(ConnectionError, match=r"^url cannot be reached: on purpose$"):
+            remote.attempt("url", call)
+    else:
+        assert remote.attempt("url", call) == "answer"
+    assert len(calls) == min(failures + 1, 4)
+
+
+class NoCredentialsError(Exception):
+    """As botocore has it."""
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), NoCredentialsError("none"), TypeError("a bug")])
+def test_what_would_fail_again_is_attempted_once(error: Exception):
+    calls = []
+
+    def call() -> None:
+        calls.append(None)
+        raise error
+
+    with pytest.raises(TypeError if isinstance(error, TypeError) else ConnectionError):
+        remote.attempt("url", call)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("place", [2000, 10_000])
 def test_a_file_that_is_replaced_while_it_is_read_is_refused(place: int):
-    with pytest.raises(ConnectionError, match=r"numbers.bin") as raised, remote.open_binary(URL) as file:
+    with pytest.raises(ConnectionError, match=r"numbers.bin") as raised, open_binary(URL, SMALL) as file:
         file.read(place)
         remote.write_whole(URL, DATA[::-1])
         file.read()
     assert is_transient(raised.value)
 
 
-def test_the_memory_of_a_large_file_is_bounded(monkeypatch: pytest.MonkeyPatch):
-    with remote.open_binary(URL) as file:
-        blocks = file.raw._blocks  # pyright: ignore
+def test_the_memory_of_a_large_file_is_bounded():
+    with open_binary(URL, Blocks(1000, ahead=2, kept=4)) as file:
+        kept = file.raw._kept  # pyright: ignore
         while file.read(100):
-            assert len(blocks) <= remote.KEPT + remote.AHEAD + 1
+            assert len(kept) <= 4
 
 
 def test_folders_are_listed_in_order(filesystem: Any):
@@ -134,19 +169,29 @@ def test_folders_are_listed_in_order(filesystem: Any):
         filesystem.pipe_file(f"bucket/listed/{name}", name.encode())
     filesystem.pipe_file("bucket/listed/empty/", b"")
     found = list(remote.list_files("s3://bucket/listed"))
-    assert found == [remote.Listed(f"s3://bucket/listed/{name}", len(name)) for name in names]
+    assert found == [Listed(f"s3://bucket/listed/{name}", len(name)) for name in names]
     assert remote.names_in("s3://bucket/listed") == {"a", "b", "b.wav", "empty", "top.wav"}
     assert remote.names_in("s3://bucket/nothing") == set()
     assert remote.is_folder("s3://bucket/listed/b/")
     assert not remote.is_folder("s3://bucket/listed/b.wav")
-    assert remote.find("s3://bucket/listed") == ([("s3://bucket/listed", None)], False)
-    matches = [("s3://bucket/listed/b/1.wav", 7), ("s3://bucket/listed/b/2.wav", 7)]
+    assert remote.find("s3://bucket/listed") == ([Listed("s3://bucket/listed", None, True)], False)
+    matches = [Listed("s3://bucket/listed/b/1.wav", 7), Listed("s3://bucket/listed/b/2.wav", 7)]
     assert remote.find("s3://bucket/listed/b/*.wav") == (matches, True)
 
 
 def test_a_file_named_like_a_pattern_is_found(filesystem: Any):
     filesystem.pipe_file("bucket/odd/clip[1].wav", b"1234")
-    assert remote.find("s3://bucket/odd/clip[1].wav") == ([("s3://bucket/odd/clip[1].wav", 4)], False)
+    assert remote.find("s3://bucket/odd/clip[1].wav") == ([Listed("s3://bucket/odd/clip[1].wav", 4)], False)
+
+
+def test_a_file_is_no_folder():
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        remote.names_in(URL)
+
+
+def test_a_missing_bucket_is_named():
+    with pytest.raises(FileNotFoundError, match="s3://nobody/x cannot be written: there is no such bucket"):
+        remote.write_whole("s3://nobody/x", b"1")
 
 
 def test_only_uploads_to_the_folder_are_aborted(filesystem: Any):
@@ -168,6 +213,8 @@ def test_services_without_uploads_in_parts_have_none_to_abort():
 def test_unknown_services_are_refused():
     with pytest.raises(ValueError, match="nothing://"):
         remote.read_whole("nothing://x")
+    with pytest.raises(ValueError, match="`::`"):
+        remote.read_whole("s3://bucket/a::b")
 
 
 @pytest.mark.parametrize(
@@ -178,16 +225,16 @@ def test_unknown_services_are_refused():
         ("s3://b/data", "c/a.wav", "s3://b/data/c/a.wav"),
         ("s3://b/data", "/local/a.wav", "/local/a.wav"),
         ("s3://b/data", "gs://c/a.wav", "gs://c/a.wav"),
+        ("s3://b/data", "./a.wav", "s3://b/data/a.wav"),
+        ("s3://b/data/", "../other/a.wav", "s3://b/other/a.wav"),
+        ("s3://b", "a.wav", "s3://b/a.wav"),
     ],
 )
 def test_names_in_a_manifest_are_joined_to_its_folder(folder: str, name: str, joined: str):
     assert remote.join(folder, name) == joined
 
 
-def test_crops_of_a_remote_corpus_are_those_of_a_local_one(
-    tmp_path: Path, filesystem: Any, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(remote, "SMALL_BLOCK", 20_000)
+def test_crops_of_a_remote_corpus_are_those_of_a_local_one(tmp_path: Path, filesystem: Any):
     files = {f"speaker/{n}.{form}": noise_clip(24_000 + n, seed=n) for n, form in enumerate(["wav", "flac"])}
     (tmp_path / "speaker").mkdir()
     for name, audio in files.items():
@@ -198,13 +245,22 @@ def test_crops_of_a_remote_corpus_are_those_of_a_local_one(
     filesystem.put(f"{tmp_path}/", "bucket/crops/", recursive=True)
     config = MimiConfig()
     for name in ("", "/m.jsonl", "/speaker/0.wav"):
-        here, there = find_clips(f"{tmp_path}{name}"), find_clips(f"s3://bucket/crops{name}")
+        here, there = find_clips(f"{tmp_path}{name}"), find_clips(f"s3a://bucket/crops{name}")
         assert len(here.clips) == len(there.clips) > 0
         for mine, other in zip(here.clips, there.clips, strict=True):
             assert mine[1:6] == other[1:6]
-            assert mine.path.replace(str(tmp_path), "s3://bucket/crops") == other.path
+            assert mine.path.replace(str(tmp_path), "s3://bucket/crops") == other.path.replace("s3a:", "s3:")
             crop = read_crop(mine, 0.1, 4000, config)
             np.testing.assert_array_equal(crop, read_crop(other, 0.1, 4000, config))
         assert [one.name.rsplit("/")[-1] for one in here.left_out] == [
             one.name.rsplit("/")[-1] for one in there.left_out
         ]
+
+
+def test_a_corpus_that_cannot_be_reached_is_not_used_in_part(front: Proxy, filesystem: Any):
+    for name in ("good", "lost"):
+        filesystem.pipe_file(f"bucket/part/{name}.wav", audio_bytes(noise_clip(3000)))
+    front.broken = "lost"
+    with pytest.raises(ConnectionError, match=r"lost\.wav"):
+        find_clips("s3://bucket/part")
+    front.broken = ""

@@ -18,6 +18,7 @@ from mimi_jax.files import remote
 from mimi_jax.tokenization import (
     CodeSource,
     Settings,
+    fetching,
     pack,
     read_codes,
     read_manifest,
@@ -25,8 +26,11 @@ from mimi_jax.tokenization import (
 )
 from mimi_jax.tokenization.output import Output
 from mimi_jax.tokenization.records import TokenizedClip
+from mimi_jax.tokenization.sources import Item
+from mimi_jax.tokenization.workers import Readers, Target, _pieces
 from tests.buckets import Proxy, account, proxy, s3_server
 from tests.tokenization.corpora import (
+    RATE,
     audio_bytes,
     find_shards,
     ids,
@@ -177,8 +181,9 @@ def test_sources_that_overlap_or_are_missing_are_refused(filesystem: Any, tiny: 
 def test_the_output_in_the_input_is_left_out(filesystem: Any):
     for name in ("a.wav", "out/b.wav", "out2/c.wav"):
         filesystem.pipe_file(f"bucket/inside/{name}", audio_bytes(noise_clip(300)))
-    (shard,) = find_shards(["s3://bucket/inside"], without="s3://bucket/inside/out")
-    assert ids(read(shard)) == ["a.wav", "out2/c.wav"]
+    for output in ("s3://bucket/inside/out", "s3a://bucket/inside/out/"):
+        (shard,) = find_shards(["s3://bucket/inside/"], without=output)
+        assert ids(read(shard)) == ["a.wav", "out2/c.wav"]
 
 
 @pytest.mark.parametrize("name", ["plain/000.wav", "a.tar", "b.parquet"])
@@ -217,6 +222,42 @@ def test_an_archive_that_was_stored_incomplete_is_a_lasting_error(
     (row,) = errors_in(filesystem, "bucket/cut/out")
     assert "the archive is cut short" in row["reason"]
     assert (row["is_transient"], summary.total.transient) == (False, 0)
+
+
+def test_a_bad_name_costs_one_clip(filesystem: Any):
+    filesystem.pipe_file("bucket/names/1.wav", audio_bytes(noise_clip(300)))
+    lines = '{"path": "nothing://x.wav"}\n{"path": "a::b.wav"}\n{"path": "../names/1.wav"}\n'
+    filesystem.pipe_file("bucket/names/m.jsonl", lines.encode())
+    (shard,) = find_shards(["s3://bucket/names/m.jsonl"])
+    first, second, third = read(shard)
+    assert "not a URL that fsspec knows" in first.problem
+    assert "rename the file" in second.problem
+    assert third.data == audio_bytes(noise_clip(300))
+    assert not any(item.is_transient for item in (first, second, third))
+
+
+def test_large_files_are_left_to_the_workers(filesystem: Any, monkeypatch: pytest.MonkeyPatch):
+    filesystem.pipe_file("bucket/large/1.wav", audio_bytes(noise_clip(30_000)))
+    filesystem.pipe_file("bucket/large/m.jsonl", b'{"path": "1.wav"}\n')
+    monkeypatch.setattr(fetching, "LARGE_FILE", 50_000)
+    for source in ("s3://bucket/large", "s3://bucket/large/m.jsonl"):
+        (shard,) = find_shards([source])
+        (item,) = read(shard)
+        assert (item.data, item.size) == (None, 60_044)
+    with Readers(Target(RATE, 1, 3600), num_workers=1) as readers:
+        piece = readers.open(item).next()
+    assert (piece.audio.shape, piece.is_last) == ((1, 30_000), True)
+
+
+def test_a_large_clip_that_is_replaced_while_it_is_read_is_refused():
+    item = Item("1", "memory://replaced.wav")
+    filesystem = remote.resolve(item.path)[0]
+    filesystem.pipe_file("/replaced.wav", audio_bytes(noise_clip(100 * RATE)))
+    pieces = _pieces(item, Target(RATE, 1, 3600))
+    next(pieces)
+    filesystem.pipe_file("/replaced.wav", audio_bytes(noise_clip(100 * RATE, seed=1)))
+    with pytest.raises(ConnectionError, match="was replaced while it was read"):
+        list(pieces)
 
 
 def test_two_processes_write_the_same_bytes(filesystem: Any):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mimi_jax.files import remote
-from mimi_jax.tokenization import Settings, tokenize
+from mimi_jax.tokenization import Settings, read_codes, tokenize
 from tests.hub import hub
 from tests.tokenization.corpora import find_shards, ids, read
 from tests.tokenization.test_buckets import check_same, write_corpus
@@ -23,11 +23,21 @@ def test_a_dataset_of_the_hub_is_tokenized_into_another_folder_of_it(tmp_path: P
             len(server.files[f"data/plain/{n:03}.wav"]) for n in range(0, 15, 3)
         ]
         for _ in range(2):
-            summary = tokenize([f"{root}/data"], f"{root}/out", tiny, settings)
+            summary = tokenize([f"{root}/data"], f"{root}@main/out", tiny, settings)
         assert (summary.now.clips, summary.total.clips, summary.total.errors) == (0, 15, 0)
         check_same(f"{root}/out", tmp_path / "out")
         with pytest.raises(FileNotFoundError, match="nothing matches it"):
             find_shards([f"{root}/none"])
+
+
+def test_a_dataset_may_be_made_for_the_codes_alone(tmp_path: Path, tiny: Path):
+    write_corpus(tmp_path / "data", 3)
+    with hub() as server:
+        tokenize([tmp_path / "data"], "hf://datasets/me/speech", tiny, Settings(num_quantizers=3))
+        assert len(list(read_codes("hf://datasets/me/speech"))) == 3
+        with pytest.raises(FileNotFoundError, match="no such bucket or repository; create it first"):
+            remote.write_whole("hf://datasets/me/other/x", b"1")
+        assert server.files[".gitattributes"] == b""
 
 
 @pytest.mark.network

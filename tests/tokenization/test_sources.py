@@ -105,6 +105,22 @@ def test_rows_without_audio_and_broken_parquet_are_reported(tmp_path: Path):
     assert "cannot be read from row 0 on" in item.problem
 
 
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_damage_in_parquet_lasts(tmp_path: Path, place: float):
+    """pyarrow raises OSError, as a disk that fails would."""
+    write_parquet(
+        tmp_path / "a.parquet", [{"bytes": bytes(range(256)) * 40, "path": f"{n}"} for n in range(50)]
+    )
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    first = int(place * len(data))
+    data[first : first + 20] = bytes(20)
+    (tmp_path / "a.parquet").write_bytes(data)
+    (shard,) = find_shards([tmp_path / "a.parquet"])
+    items = read(shard)
+    assert "the file cannot be read from row" in items[-1].problem
+    assert not items[-1].is_transient
+
+
 def test_a_parquet_file_without_audio_is_reported(tmp_path: Path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     (shard,) = find_shards([tmp_path])
