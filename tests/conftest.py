@@ -42,6 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("XLA_FLAGS", " ".join(COMPILE_FAST))
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Traces fill the memory with objects that live long. Looking for garbage among them takes a tenth of the
+    # time, unless it is done rarely.
+    gc.set_threshold(2_000, 10, 50)
     _heed_signals()
 
 
