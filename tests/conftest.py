@@ -32,7 +32,7 @@ if jax.__version_info__ < (0, 11):  # newer versions exit at flags that they no 
     COMPILE_FAST.append("--xla_cpu_use_fusion_emitters=false")
 
 
-MAX_MEMORY_MAPS = 30_000
+MAX_MEMORY_MAPS = 4_000  # of about 500 programs
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,9 +61,9 @@ def _heed_signals() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs() -> Iterator[None]:
-    """Forget all programs before they hold too many memory maps, of which Linux gives a process 65,530.
+    """Forget all programs before there are so many that each new one takes several times as long.
 
-    Until then the test files share them.
+    They also hold memory maps, of which Linux gives a process 65,530. Until then the test files share them.
     """
     yield
     maps = Path("/proc/self/maps")
