@@ -32,7 +32,7 @@ if jax.__version_info__ < (0, 11):  # newer versions exit at flags that they no 
     COMPILE_FAST.append("--xla_cpu_use_fusion_emitters=false")
 
 
-MAX_MEMORY_MAPS = 30_000
+MAX_MEMORY_MAPS = 4_000  # of about 500 programs
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("XLA_FLAGS", " ".join(COMPILE_FAST))
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Traces fill the memory with objects that live long. Looking for garbage among them takes a tenth of the
+    # time, unless it is done rarely.
+    gc.set_threshold(2_000, 10, 50)
     _heed_signals()
 
 
@@ -58,9 +61,9 @@ def _heed_signals() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs() -> Iterator[None]:
-    """Forget all programs before they hold too many memory maps, of which Linux gives a process 65,530.
+    """Forget all programs before there are so many that each new one takes several times as long.
 
-    Until then the test files share them.
+    They also hold memory maps, of which Linux gives a process 65,530. Until then the test files share them.
     """
     yield
     maps = Path("/proc/self/maps")

@@ -53,8 +53,9 @@ def run(recipe: Recipe, steps: int, batch=None) -> tuple[Trainer, TrainState, li
     return trainer, state, logs
 
 
-def distance(model: Mimi, audio: jax.Array) -> float:
-    return float(mel_distance(audio, model(audio).audio_values, TINY.sampling_rate))
+@jax.jit
+def distance(model: Mimi, audio: jax.Array) -> jax.Array:
+    return mel_distance(audio, model(audio).audio_values, TINY.sampling_rate)
 
 
 SLOW = pytest.mark.slow
