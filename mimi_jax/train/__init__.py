@@ -16,6 +16,7 @@ Kyutai has not released its training code. This package follows the Moshi paper 
     data            random crops of audio files
     log             the log of a run
     states          the states of a run on disk
+    validation      choosing the model of a run by clips that it does not learn from
     run             `train`: a run from start to end
 """
 

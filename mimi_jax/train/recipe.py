@@ -14,6 +14,7 @@ from mimi_jax.config import MimiConfig
 MODES = ("full", "decoder")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("highest", "default")
+MEASURES = ("mel", "stoi")
 PUBLISHED_QUANTIZERS = 8  # in training; the released model has 32
 
 
@@ -70,12 +71,22 @@ class QuantizerRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationRecipe:
+    """How the model of a run is chosen. Without it, it is that of the newest checkpoint."""
+
+    include: str = ""  # a pattern of the clips that are held out; empty: none are
+    every: int = 1000  # steps between two validations, a multiple of `checkpoint_every`
+    num_quantizers: int = 8  # codebooks that the clips are decoded from
+    measure: str = "mel"  # the smallest mel distance decides, or with "stoi" the largest STOI
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A training run.
 
     Args:
         model: the architecture. Leave it out with `init`.
-        data, optimizer, losses, quantizer: see the class of each.
+        data, optimizer, losses, quantizer, validation: see the class of each.
         mode: "full", or "decoder" to train only the decoder half, on codes that stay as they are.
         init: a model to start from, as for `Mimi.from_pretrained`; empty for random parameters.
         seed: of all random numbers.
@@ -97,6 +108,7 @@ class Recipe:
     optimizer: OptimizerRecipe = OptimizerRecipe()
     losses: LossRecipe = LossRecipe()
     quantizer: QuantizerRecipe = QuantizerRecipe()
+    validation: ValidationRecipe = ValidationRecipe()
     mode: str = "full"
     init: str = ""
     seed: int = 0
@@ -145,6 +157,17 @@ class Recipe:
                 and self.checkpoint_every > 0
                 and self.checkpoint_every % self.log_every == 0,
                 f"must be a positive multiple of log_every={self.log_every}",
+            ),
+            (
+                "validation.every",
+                not self.validation.include
+                or (self.validation.every > 0 and self.validation.every % self.checkpoint_every == 0),
+                f"must be a positive multiple of checkpoint_every={self.checkpoint_every}",
+            ),
+            (
+                "validation.measure",
+                self.validation.measure in MEASURES,
+                f"must be one of {', '.join(MEASURES)}",
             ),
         ]
         broken = [f"{name} {rule}, got {_get(self, name)!r}" for name, holds, rule in rules if not holds]

@@ -26,6 +26,7 @@ from mimi_jax.train.log import LeftOutLog, Log, finite_means, say
 from mimi_jax.train.recipe import Recipe
 from mimi_jax.train.states import open_states, restore_state, save_state
 from mimi_jax.train.step import Trainer, TrainState
+from mimi_jax.train.validation import Validation
 from mimi_jax.train.weights import start_model
 
 # Audio [batch, channels, samples] to features [batch, vectors, dim].
@@ -51,7 +52,9 @@ def train(
         log.jsonl           the means of all losses, every `log_every` steps; the same in tensorboard/
         left_out.jsonl      clips that cannot be read, with the reasons; training draws others instead
         checkpoints/        the newest states, with the position in the data
-        model/              the running mean of the model, which `Mimi.from_pretrained` loads
+        model/              the running mean of the model, which `Mimi.from_pretrained` loads: that of the
+                            newest checkpoint, or with validation the best one
+        best.json           with validation: the step of the model, and what was measured
 
     Args:
         recipe: what to do.
@@ -78,6 +81,7 @@ def train(
     left_out = LeftOutLog(out)
     sampler = Sampler(clips, recipe.data, model.config, features, left_out.add)
     batches = make_iterator(sampler, recipe.seed, recipe.data.batch_size, recipe.steps)
+    validation = Validation(recipe.validation, data, clips, out) if recipe.validation.include else None
     devices = devices or jax.devices()
     put = _placer(devices, recipe.data.batch_size)
     fields = recipe.to_dict() | {"clips": _describe(clips)}
@@ -88,7 +92,7 @@ def train(
             left_out.add(clip)
         say(_first_line(model, clips, devices))
         with _resume_hint(states, recipe):
-            run = _Run(Trainer(recipe, model), batches, sampler, put, states, out / "model", teacher)
+            run = _Run(Trainer(recipe, model), batches, sampler, put, states, out, validation, teacher)
             state = run.first_state()
             with Log(out, int(state.step)) as log:
                 run.loop(state, log)
@@ -105,7 +109,8 @@ class _Run(NamedTuple):
     sampler: Sampler
     put: Callable  # from `_placer`
     states: Any  # from `open_states`
-    folder: Path  # of the model
+    out: Path  # the folder of the run
+    validation: Validation | None
     teacher: Teacher | None
 
     def first_state(self) -> TrainState:
@@ -152,6 +157,7 @@ class _Run(NamedTuple):
                 done, is_last = step + 1, step + 1 == recipe.steps
                 if done % recipe.log_every == 0 or is_last:
                     means, since_log = finite_means(since_log, done), []
+                    means |= self._validate(state, done, is_last)
                     log.write(done, means)
                     text = ", ".join(f"{name}={means[name]:.3f}" for name in IN_BAR if name in means)
                     bar.set_postfix_str(text)
@@ -159,9 +165,19 @@ class _Run(NamedTuple):
                         say(f"step {done} of {recipe.steps}: {text}")
                 if done % recipe.checkpoint_every == 0 or is_last:
                     save_state(self.states, state, self.batches)
-                    trainer.export(state).save_pretrained(self.folder)
+                    self._save_model(state)
         if first == recipe.steps:  # it may have been killed after its last checkpoint, before its model
-            trainer.export(state).save_pretrained(self.folder)
+            self._save_model(state)
+
+    def _validate(self, state: TrainState, done: int, is_last: bool) -> dict[str, float]:
+        """Measure the model, if it is time, and keep it if it is the best. Returns what to log."""
+        if self.validation is None or (done % self.trainer.recipe.validation.every and not is_last):
+            return {}
+        return self.validation(self.trainer.export(state), done)
+
+    def _save_model(self, state: TrainState) -> None:
+        if self.validation is None:
+            self.trainer.export(state).save_pretrained(self.out / "model")
 
     def _next_batch(self) -> Any:
         batch = next(self.batches)

@@ -72,8 +72,13 @@ def ids(items: list[Item]) -> list[str]:
 
 
 def codes_alone(model: Mimi, audio: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
-    """[codebooks, frames] of a clip [channels, samples], as `encode` gives them."""
-    return np.asarray(mimi_jax.encode(model, audio[None], num_quantizers=num_quantizers).audio_codes[0])
+    """[codebooks, frames] of a clip [channels, samples], as `encode` gives them.
+
+    The clip is padded, so that clips of many lengths need few programs.
+    """
+    batch, mask = mimi_jax.pad_batch([audio], model.config.frame_size)
+    codes, codes_mask = mimi_jax.encode(model, batch, mask, num_quantizers)
+    return np.asarray(codes)[0][:, np.asarray(codes_mask)[0]]
 
 
 def codes_by_id(folder: Path) -> dict[str, np.ndarray]:

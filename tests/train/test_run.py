@@ -17,8 +17,11 @@ import pytest
 
 from mimi_jax import Mimi, cli, save_audio
 from mimi_jax.files.atomic import file_lock
+from mimi_jax.files.corpus import find_clips
+from mimi_jax.quality.evaluation import evaluate
 from mimi_jax.train import NotFiniteError, train
 from mimi_jax.train.log import Log
+from mimi_jax.train.recipe import ValidationRecipe
 from tests.train.recipes import TINY, tiny_recipe
 from tests.train.test_step import speechlike
 
@@ -102,6 +105,39 @@ def test_a_run_can_be_made_longer(whole: Path, data: Path, tmp_path: Path):
     assert [line["step"] for line in trace(tmp_path / "run")][-3:] == [10, 11, 12]
 
 
+VALIDATED = tiny_recipe(
+    steps=6,
+    checkpoint_every=2,
+    data__include="[01].flac",
+    validation=ValidationRecipe(include="[23].flac", every=2, num_quantizers=2),
+)
+
+
+def test_the_model_of_a_run_is_the_best_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)
+        train(VALIDATED, data, tmp_path / "killed", devices=ONE)
+    train(VALIDATED, data, tmp_path / "killed", devices=ONE, resume=True)
+    train(VALIDATED, data, tmp_path / "run", devices=ONE)
+    measured = {line["step"]: line["valid/mel"] for line in trace(tmp_path / "run") if "valid/mel" in line}
+    assert list(measured) == [2, 4, 6]
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["step"] == min(measured, key=lambda step: measured[step])
+    clips = find_clips(data, "[23].flac")
+    found = evaluate(Mimi.from_pretrained(tmp_path / "run" / "model"), clips, [2], visqol=False)
+    assert found.qualities[0].mel_distance == pytest.approx(best["valid/mel"], rel=1e-5)
+    assert trace(tmp_path / "killed") == trace(tmp_path / "run")
+    for name in ("best.json", "model/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_clips_are_for_training_or_for_validation(data: Path, tmp_path: Path):
+    recipe = dataclasses.replace(VALIDATED, data=tiny_recipe().data)
+    with pytest.raises(ValueError, match=r"2\.flac is used for training and for validation"):
+        train(recipe, data, tmp_path / "run", devices=ONE)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_not_overwritten(whole: Path, data: Path):
     before = (whole / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match="already holds a run; resume it"):
@@ -125,6 +161,7 @@ def test_tensorboard_has_every_loss(whole: Path):
         assert events.count(name.encode()) == 10, name
 
 
+@SLOW
 def test_a_run_on_eight_devices_has_the_same_losses(data: Path, tmp_path: Path):
     # With the lowest floor, logarithms of near silence would show the rounding of sums.
     recipe = tiny_recipe(steps=3, data__batch_size=8, losses__mel_floor=1e-2)
@@ -264,6 +301,9 @@ num_quantizers = 4
 seconds = 0.96
 batch_size = 2
 
+[optimizer]
+learning_rate = 3e-3
+
 [losses]
 adversarial = 0
 features = 0
@@ -273,7 +313,10 @@ kmeans_vectors = 400
 """
 
 
-def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_command(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jax, "devices", lambda: ONE)
     config, out = tmp_path / "tiny.toml", tmp_path / "runs" / "tiny"
     config.write_text(TOML)
     words = ["train", str(config), "--data", str(data), "--out", str(out)]

@@ -1,0 +1,60 @@
+"""Choosing the model of a run by clips that it does not learn from.
+
+Every so often, the running mean of the model encodes and decodes these clips. The model with the smallest mel
+distance, or the largest STOI, is the one that the run leaves behind.
+"""
+
+import json
+from pathlib import Path
+
+from mimi_jax.files.atomic import atomic_path
+from mimi_jax.files.corpus import Clip, Clips, find_clips
+from mimi_jax.model import Mimi
+from mimi_jax.quality.evaluation import evaluate
+from mimi_jax.train.recipe import ValidationRecipe
+
+BEST = "best.json"  # in the folder of a run: the step of its model, and what was measured
+
+
+class Validation:
+    """Held-out clips, and the best model so far.
+
+    Args:
+        recipe: which clips, and how they are compared.
+        data: as for `train`.
+        learned: the clips that the run learns from.
+        out: the folder of the run.
+
+    Raises:
+        ValueError: there are no such clips, or the run learns from one of them.
+    """
+
+    def __init__(self, recipe: ValidationRecipe, data: str | Path, learned: list[Clip], out: Path):
+        self._recipe, self._out = recipe, out
+        self._clips = find_clips(data, recipe.include)
+        if both := {clip.path for clip in learned} & {clip.path for clip in self._clips.clips}:
+            raise ValueError(
+                f"{min(both)} is used for training and for validation; data.include and validation.include"
+                " must not match the same paths"
+            )
+
+    def __call__(self, model: Mimi, step: int) -> dict[str, float]:
+        """Measure a model, and keep it if it is the best. Returns what to log."""
+        recipe = self._recipe
+        result = evaluate(model, Clips(*self._clips), [recipe.num_quantizers], visqol=False, workers=1)
+        quality = result.qualities[0]
+        measured = {"valid/mel": quality.mel_distance, "valid/stoi": quality.stoi}
+        best = self._best()
+        # A run that was killed does some steps again, and may have kept one of them already.
+        if best is None or step == best["step"] or self._loss(measured) < self._loss(best):
+            model.save_pretrained(self._out / "model")
+            with atomic_path(self._out / BEST) as file:
+                file.write_text(json.dumps({"step": step, **measured}) + "\n")
+        return measured
+
+    def _loss(self, measured: dict[str, float]) -> float:
+        return -measured["valid/stoi"] if self._recipe.measure == "stoi" else measured["valid/mel"]
+
+    def _best(self) -> dict[str, float] | None:
+        file = self._out / BEST
+        return json.loads(file.read_text()) if file.exists() else None
