@@ -4,10 +4,11 @@
     python -m benchmarks.listening MODEL DATA [--include 'valid/*'] [--num-quantizers 4 8 11 16 32]
         [--plot FILE] [--markdown FILE]
 
-The first seconds of each clip are encoded, and decoded from several numbers of codebooks. DistillMOS (Stahl and
-Gamper, arXiv 2502.05356), DNSMOS P.808 and PLCMOS v2 (Microsoft) rate what comes out on a scale from 1 to 5,
-without the originals, which are rated too. The packages bring the weights of these networks. They hear
-nothing above 8 kHz. STOI compares each clip with its original. The numbers are means over clips.
+The first seconds of each clip are encoded, and decoded from several numbers of codebooks. DistillMOS (Stahl
+and Gamper, arXiv 2502.05356), DNSMOS P.808 and PLCMOS v2 (Microsoft) rate what comes out on a scale from 1 to
+5. They do not compare it with the originals, which are rated too. The packages bring the weights of these
+networks. They hear nothing above 8 kHz. STOI compares each clip with its original. The numbers are means over
+clips.
 """
 
 import argparse
