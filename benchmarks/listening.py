@@ -23,8 +23,6 @@ from tqdm import tqdm
 from benchmarks.report import Report, add_markdown_option
 from mimi_jax import Mimi, decode, encode, pad_batch
 from mimi_jax.files.corpus import find_clips, read_crop
-from mimi_jax.quality.evaluation import default_counts
-from mimi_jax.quality.metrics import stoi
 
 RATE = 16_000  # Hz, of the networks
 
@@ -44,9 +42,10 @@ class Listeners:
     def __init__(self) -> None:
         import distillmos  # pyright: ignore[reportMissingImports]
         import torch  # pyright: ignore[reportMissingImports]
+        from pystoi import stoi
         from speechmos import dnsmos, plcmos  # pyright: ignore[reportMissingImports]
 
-        self._torch, self._dnsmos, self._plcmos = torch, dnsmos, plcmos
+        self._torch, self._dnsmos, self._plcmos, self._stoi = torch, dnsmos, plcmos, stoi
         self._distillmos: Any = distillmos.ConvTransformerSQAModel().eval()
 
     def __call__(self, original: np.ndarray, audio: np.ndarray, sampling_rate: int) -> Rating:
@@ -56,7 +55,7 @@ class Listeners:
             distillmos = float(self._distillmos(self._torch.from_numpy(sound)[None]))
         p808 = float(self._dnsmos.run(sound, RATE)["p808_mos"])
         plcmos = float(self._plcmos.run(sound, RATE)["plcmos"])
-        return Rating(distillmos, p808, plcmos, stoi(original, audio, sampling_rate))
+        return Rating(distillmos, p808, plcmos, float(self._stoi(original[0], audio[0], sampling_rate)))
 
 
 def stretches(data: str, include: str, seconds: float, model: Mimi) -> list[np.ndarray]:
@@ -109,19 +108,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--include", default="*", metavar="PATTERN")
-    parser.add_argument("--num-quantizers", type=int, nargs="+", metavar="N")
+    parser.add_argument("--num-quantizers", type=int, nargs="+", metavar="N", default=[4, 8, 16])
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratings")
     add_markdown_option(parser)
     options = parser.parse_args()
     model = Mimi.from_pretrained(options.model)
     config = model.config
-    counts = options.num_quantizers
-    counts = counts or default_counts(config.num_quantizers, config.num_semantic_quantizers)
     clips = stretches(options.data, options.include, options.seconds, model)
     total = sum(clip.shape[1] for clip in clips) / config.sampling_rate
     report = Report(jax.devices()[0].device_kind, [f"{options.model}, {len(clips)} clips, {total:.0f} s"])
-    rated = rate_model(model, clips, sorted(counts))
+    rated = rate_model(model, clips, sorted(options.num_quantizers))
     means = {name: Rating(*np.mean(rows, axis=0)) for name, rows in rated.items()}
     report.table(["codebooks", "kbit/s", "DistillMOS", "DNSMOS P.808", "PLCMOS", "STOI"])
     for name, row in means.items():

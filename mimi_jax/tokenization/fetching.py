@@ -25,6 +25,9 @@ def fetched(items: Iterable[Item]) -> Iterator[Item]:
     try:
         for item in items:
             is_wanted = _is_wanted(item)
+            if not waiting and not is_wanted:
+                yield item
+                continue
             size = (item.size or USUAL_BYTES) if is_wanted else 0
             while len(waiting) >= AT_ONCE or sum(size for size, _ in waiting) + size > MAX_BYTES:
                 yield _result(waiting.popleft())

@@ -21,7 +21,7 @@ from mimi_jax.files.corpus import expand_home, find_files, printable
 from mimi_jax.files.remote import is_remote
 from mimi_jax.tokenization.fetching import fetched
 from mimi_jax.tokenization.settings import DEFAULTS
-from mimi_jax.tokenization.sources import COMPRESSED, KINDS, File, Item, kind_of, proper_suffix
+from mimi_jax.tokenization.sources import COMPRESSED, KINDS, File, Item, kind_of, proper_suffix, size_of
 
 NAMED_KINDS = 10  # kinds of files that are left out and named in a message
 NEWEST = 1 << 16  # ids that are kept in a set, before they are sorted into an array
@@ -135,15 +135,16 @@ def _listed(files: Iterable[File], archives: list[File]) -> Iterator[Item]:
     """Yield the clips that are files of their own, and append the archives."""
     for file in files:
         kind = kind_of(file.path)
-        if not is_remote(file.path) and not os.path.isfile(file.path):  # a pipe would be waited for forever
-            problem = "it is not a file, or it is a link to a file that is missing"
-            yield Item(file.name, problem=problem)
-        elif not kind.is_archive:
-            yield from kind.read(file, Counter())
-        elif is_remote(file.path):
+        if not is_remote(file.path):
+            file = file._replace(size=size_of(file.path))
+            if file.size is None:  # a pipe would be waited for without end
+                problem = "it is not a file, or it is a link to a file that is missing"
+                yield Item(file.name, problem=problem)
+                continue
+        if kind.is_archive:
             archives.append(file)
         else:
-            archives.append(file._replace(size=os.path.getsize(file.path)))
+            yield from kind.read(file, Counter())
 
 
 def in_words(left_out: Counter[str]) -> str:

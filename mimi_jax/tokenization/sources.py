@@ -7,6 +7,7 @@ is decompressed here: a clip is the place of its audio file, and the workers rea
 import contextlib
 import functools
 import os
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -106,11 +107,20 @@ def _read_audio_file(file: File, _: Counter[str]) -> Iterator[Item]:
 
 def _audio_file(identity: str, path: str, size: int | None = None) -> Item:
     """A clip in a file of its own. Whether there is a remote one is found out when it is read."""
-    if is_remote(path):
-        return Item(identity, path, size=size, problem=_unreadable(path))
-    size = os.path.getsize(path) if os.path.isfile(path) else None
-    problem = f"there is no file {printable(path)}" if size is None else _unreadable(path)
-    return Item(identity, path, size=size, problem=problem)
+    if size is None and not is_remote(path):
+        size = size_of(path)
+        if size is None:
+            return Item(identity, path, problem=f"there is no file {printable(path)}")
+    return Item(identity, path, size=size, problem=_unreadable(path))
+
+
+def size_of(path: str) -> int | None:
+    """The size of a local file in bytes; None if there is none, or if it is something else."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _unreadable(name: str) -> str:

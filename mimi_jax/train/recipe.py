@@ -11,10 +11,13 @@ from typing import Any, get_type_hints
 
 from mimi_jax.config import MimiConfig
 
-MODES = ("full", "decoder")
-SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("highest", "default")
-MEASURES = ("mel", "stoi")
+# The fields that have one of several words.
+CHOICES = {
+    "mode": ("full", "decoder"),
+    "precision": ("highest", "default"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "validation.measure": ("mel", "stoi"),
+}
 PUBLISHED_QUANTIZERS = 8  # in training; the released model has 32
 
 
@@ -123,12 +126,9 @@ class Recipe:
         frame = self.model.frame_size / self.model.sampling_rate
         frames = self.data.seconds / frame
         rules = [
-            ("mode", self.mode in MODES, f"must be one of {', '.join(MODES)}"),
-            ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
-            (
-                "optimizer.schedule",
-                self.optimizer.schedule in SCHEDULES,
-                f"must be one of {', '.join(SCHEDULES)}",
+            *(
+                (name, _get(self, name) in words, f"must be one of {', '.join(words)}")
+                for name, words in CHOICES.items()
             ),
             ("init", bool(self.init) or self.mode == "full", "must name the model whose decoder to tune"),
             (
@@ -163,11 +163,6 @@ class Recipe:
                 not self.validation.include
                 or (self.validation.every > 0 and self.validation.every % self.checkpoint_every == 0),
                 f"must be a positive multiple of checkpoint_every={self.checkpoint_every}",
-            ),
-            (
-                "validation.measure",
-                self.validation.measure in MEASURES,
-                f"must be one of {', '.join(MEASURES)}",
             ),
         ]
         broken = [f"{name} {rule}, got {_get(self, name)!r}" for name, holds, rule in rules if not holds]
