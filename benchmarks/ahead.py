@@ -32,6 +32,8 @@ import dataclasses
 import functools
 import itertools
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -378,7 +380,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = Case(
             function, kind, batch, seconds, options.stages and (platform == "tpu" or kind[0] == "bfloat16")
         )
+        start = time.process_time()
         reports[case] = compile_case(mesh, options.device, case)
+        spent = f"{function}, {kind[0]}: {time.process_time() - start:.0f} s of CPU time to compile"
+        print(spent, file=sys.stderr)
         print(table_row(options.device, case, reports[case]), flush=True)
     print_steps(options.device, reports)
     for case, report in reports.items():
