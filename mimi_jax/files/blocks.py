@@ -56,6 +56,8 @@ class _RemoteFile(io.RawIOBase):
     """A remote file, of which the last few blocks that were read are in memory."""
 
     def __init__(self, url: str, blocks: Blocks):
+        # First what `close` needs: Python calls it also if what follows raises.
+        self._pool, self._stop = ThreadPoolExecutor(blocks.ahead + 1), threading.Event()
         self._url, self._blocks, self._position = url, blocks, 0
         self._filesystem, self._path = resolve(url)
         # To look at a file, the Hub lists its folder. That is too much for each crop, so a cache may answer.
@@ -63,7 +65,6 @@ class _RemoteFile(io.RawIOBase):
         self._size: int = self._info["size"]
         self._fetch_range = self._opened_range() if blocks.ahead else self._cat_range
         self._kept: collections.OrderedDict[int, Future[bytes]] = collections.OrderedDict()
-        self._pool, self._stop = ThreadPoolExecutor(blocks.ahead + 1), threading.Event()
 
     def _look(self, cached: bool = False) -> dict[str, Any]:
         if not cached:
