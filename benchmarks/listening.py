@@ -1,6 +1,6 @@
 """How listeners would rate a model, by networks that were trained on the ratings of people.
 
-    pip install torch torchaudio distillmos speechmos onnxruntime librosa
+    pip install torchaudio distillmos speechmos onnxruntime librosa  # in an environment of its own
     python -m benchmarks.listening MODEL DATA [--include 'valid/*'] [--num-quantizers 4 8 11 16 32]
         [--plot FILE] [--markdown FILE]
 

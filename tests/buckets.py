@@ -12,7 +12,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -123,7 +123,16 @@ class Proxy(ThreadingHTTPServer):
 @contextlib.contextmanager
 def proxy(address: str, share: float = 0.0, seed: int = 0) -> Iterator[Proxy]:
     """Start a proxy for a server, of whose answers a share is faulty."""
-    server = Proxy(address, share, seed)
+    with serving(Proxy(address, share, seed)) as server:
+        yield server
+
+
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
+
+
+@contextlib.contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    """Let a server answer in a thread."""
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

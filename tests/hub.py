@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -13,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.buckets import forget_connections
+from tests.buckets import forget_connections, serving
 
 DATASET = "me/speech"
 
@@ -33,9 +32,7 @@ def hub() -> Iterator[Hub]:
     """Start the double and let huggingface_hub in this process use it."""
     from huggingface_hub import HfFileSystem, constants
 
-    server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
+    with serving(Hub()) as server, pytest.MonkeyPatch.context() as patch:
         address = f"http://127.0.0.1:{server.server_port}"
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -44,8 +41,6 @@ def hub() -> Iterator[Hub]:
         forget_connections(HfFileSystem)
         yield server
     forget_connections(HfFileSystem)
-    server.shutdown()
-    server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

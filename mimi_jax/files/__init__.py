@@ -2,9 +2,9 @@
 
 atomic        files that appear whole or not at all, and locks between processes
 remote        files with a URL, and requests that are made again if they fail
-blocks        remote files that are read in blocks
 arrays        named arrays: in safetensors files and Orbax folders, compared with what is expected
 containers    the containers that audio is read from, checked for being whole
+blocks        remote files that are read in blocks
 sound         libsndfile as a reader of files in Python
 batches       clips of different lengths in one array
 audio         audio files, whole or in pieces

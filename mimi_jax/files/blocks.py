@@ -7,10 +7,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from mimi_jax.config import ceil_div
-from mimi_jax.files.remote import attempt, complete, is_remote, resolve
+from mimi_jax.files.containers.spans import SeekableFile
+from mimi_jax.files.remote import attempt, complete, details, is_remote, resolve
 
 
 class Blocks(NamedTuple):
@@ -52,24 +53,19 @@ def open_binary(path: str | os.PathLike[str], blocks: Blocks) -> Iterator[Binary
         file.close()
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(SeekableFile):
     """A remote file, of which the last few blocks that were read are in memory."""
 
     def __init__(self, url: str, blocks: Blocks):
         # First what `close` needs: Python calls it also if what follows raises.
         self._pool, self._stop = ThreadPoolExecutor(blocks.ahead + 1), threading.Event()
-        self._url, self._blocks, self._position = url, blocks, 0
+        self._url, self._blocks = url, blocks
         self._filesystem, self._path = resolve(url)
         # To look at a file, the Hub lists its folder. That is too much for each crop, so a cache may answer.
-        self._info = self._look(cached=not blocks.ahead)
-        self._size: int = self._info["size"]
+        self._details = details(url, cached=not blocks.ahead)
+        self._size = self._details["size"]
         self._fetch_range = self._opened_range() if blocks.ahead else self._cat_range
         self._kept: collections.OrderedDict[int, Future[bytes]] = collections.OrderedDict()
-
-    def _look(self, cached: bool = False) -> dict[str, Any]:
-        if not cached:
-            self._filesystem.invalidate_cache(self._path)
-        return attempt(self._url, lambda: self._filesystem.info(self._path))
 
     def _opened_range(self) -> Callable[[int, int], bytes]:
         """What reads a range of the version that is opened now, where the service has versions."""
@@ -80,22 +76,8 @@ class _RemoteFile(io.RawIOBase):
         return self._filesystem.cat_file(self._path, start=start, end=end)
 
     def check_unchanged(self) -> None:
-        if self._look() != self._info:
+        if details(self._url) != self._details:
             raise ConnectionError(f"{self._url} was replaced while it was read")
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
 
     def readinto(self, buffer) -> int:
         view = memoryview(buffer).cast("B")

@@ -45,7 +45,6 @@ UNREADABLE_SUFFIXES = (
 )
 MAX_SECONDS = 1e9  # of a time in a manifest; a larger one is a mistake
 SILENCE = 1e-4  # -80 dBFS; 16-bit audio has three steps below it
-HEADERS_AT_ONCE = 32  # of remote files
 MARGIN = 64  # samples around a crop, for the filter of the resampler
 
 
@@ -260,7 +259,7 @@ def _clips(entries: Sequence[Entry]) -> Iterator[Clip | LeftOut]:
     if not any(is_remote(entry.path) for entry in entries):
         yield from map(_clip_or_reason, entries)
         return
-    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(remote.AT_ONCE) as pool:
         yield from pool.map(_clip_or_reason, entries)
 
 

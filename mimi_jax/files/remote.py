@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds at most before the second attempt, the third, and so on
 
+AT_ONCE = 32  # requests that are made at the same time, so that delays do not add up
+
 Answer = TypeVar("Answer")
 
 
@@ -96,7 +98,7 @@ def attempt(url: str, call: Callable[[], Answer], stop: threading.Event | None =
             return call()
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no file {url}") from error
-        except (AttributeError, NotImplementedError, TypeError):  # not of the network
+        except (AttributeError, NotImplementedError, TypeError):  # mistakes in programs, which stay
             raise
         except Exception as error:  # the errors of the services have no common class
             if delay is None or _is_final(error) or stop.wait(delay * random.uniform(0.5, 1)):
@@ -125,7 +127,7 @@ def find(url: str) -> tuple[list[Listed], bool]:
     filesystem, path = resolve(url)
     pattern = is_pattern(url)
     try:
-        found = {path: _info(filesystem, path, url)}
+        found = {path: details(url)}
         pattern = False
     except FileNotFoundError:
         found = attempt(url, functools.partial(filesystem.glob, path, detail=True)) if pattern else {}
@@ -190,13 +192,13 @@ def is_folder(url: str) -> bool:
         FileNotFoundError: there is nothing.
         ConnectionError: the service cannot be reached.
     """
-    return _info(*resolve(url), url)["type"] == "directory"
+    return details(url)["type"] == "directory"
 
 
 def exists(url: str) -> bool:
     """Whether there is a file or folder."""
     try:
-        _info(*resolve(url), url)
+        details(url)
     except FileNotFoundError:
         return False
     return True
@@ -209,12 +211,23 @@ def file_size(url: str) -> int:
         FileNotFoundError: there is no such file.
         ConnectionError: the service cannot be reached.
     """
-    return _info(*resolve(url), url)["size"]
+    return details(url)["size"]
 
 
-def _info(filesystem: Any, path: str, url: str) -> dict[str, Any]:
-    """What the service says about a file or folder, never from a cache."""
-    filesystem.invalidate_cache(path)
+def details(url: str, cached: bool = False) -> dict[str, Any]:
+    """What the service says about a file or folder, as fsspec's `info`.
+
+    Args:
+        url: of the file or folder.
+        cached: a listing that is in memory may answer.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ConnectionError: the service cannot be reached.
+    """
+    filesystem, path = resolve(url)
+    if not cached:
+        filesystem.invalidate_cache(path)
     return attempt(url, functools.partial(filesystem.info, path))
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from mimi_jax.files.blocks import CLIP, CROP
 from mimi_jax.files.folders import LocalFolder, RemoteFolder, open_folder
+from mimi_jax.files.remote import AT_ONCE
 from mimi_jax.tokenization.records import TokenizedClip
 
-FOOTERS_AT_ONCE = 32  # each takes a bucket several answers
 CACHED_GROUPS = 16  # decompressed row groups that are kept in memory
 
 
@@ -81,7 +81,7 @@ class CodeSource:
         self._folder, self._names = _files(folder)
         counts: list[int] = []
         self._groups: list[tuple[int, int]] = []  # number of a file, and of a row group in it
-        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             for number, metadata in enumerate(pool.map(self._footer, self._names)):
                 for group in range(metadata.num_row_groups):
                     if rows := metadata.row_group(group).num_rows:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from mimi_jax.files.corpus import is_transient, reason_of
-from mimi_jax.files.remote import file_size, is_remote, read_whole
+from mimi_jax.files.remote import AT_ONCE, file_size, is_remote, read_whole
 from mimi_jax.tokenization.sources import LARGE_FILE, Item
 
-AT_ONCE = 32  # requests
 MAX_BYTES = 1 << 26  # of clips that wait for their turn
 USUAL_BYTES = 1 << 20  # of a clip whose size is not known
 

@@ -23,6 +23,7 @@ from typing import Any
 from mimi_jax.files.blocks import CROP
 from mimi_jax.files.changes import describe_changes
 from mimi_jax.files.folders import WORK, LocalFolder, RemoteFolder, open_folder
+from mimi_jax.files.remote import AT_ONCE
 from mimi_jax.tokenization.records import (
     Failure,
     TokenizedClip,
@@ -39,7 +40,6 @@ TOTALS = "totals.json"
 # All that the folder may contain. The last two are born with a dataset on the Hub.
 NAMES = {MANIFEST, PLAN, TOTALS, "codes", "errors", WORK, "README.md", ".gitattributes"}
 ROW_GROUP = 64  # clips that are read and decompressed together, even if only one is wanted
-READERS = 32  # files whose totals are read at once: each takes a bucket several answers
 LIBRARIES = ("mimi_jax", "jax", "flax", "numpy", "pyarrow", "soundfile", "soxr")  # recorded in the manifest
 
 
@@ -130,7 +130,7 @@ class Output:
         name = self.name(shard)
         if failures:
             self._write_tables([table_of_failures(failures)], f"errors/{name}")
-        elif self._folder.exists(f"errors/{name}"):
+        elif self._folder.exists(f"errors/{name}"):  # on the Hub, a deletion is a commit
             self._folder.delete(f"errors/{name}")
         metadata = {"format": FORMAT, "settings": json.dumps(self.settings), "totals": json.dumps(totals)}
         groups = [clips[first : first + ROW_GROUP] for first in range(0, max(len(clips), 1), ROW_GROUP)]
@@ -186,7 +186,7 @@ class Output:
         recorded = _read_json(self._folder, TOTALS) or {}
         known = {name: Totals.from_fields(*fields) for name, fields in recorded.items()} | self._written
         unknown = sorted(done - known.keys())
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             found = zip(unknown, pool.map(self._totals, unknown), strict=True)
             known |= {name: totals for name, totals in found if totals is not None}
         totals = {name: known[name] for name in sorted(done & known.keys())}

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from mimi_jax.files.atomic import atomic_path
-from mimi_jax.files.corpus import Clip, Clips, find_clips
+from mimi_jax.files.corpus import Clip, find_clips
 from mimi_jax.model import Mimi
 from mimi_jax.quality.evaluation import evaluate
 from mimi_jax.train.recipe import ValidationRecipe
@@ -41,7 +41,7 @@ class Validation:
     def __call__(self, model: Mimi, step: int) -> dict[str, float]:
         """Measure a model, and keep it if it is the best. Returns what to log."""
         recipe = self._recipe
-        result = evaluate(model, Clips(*self._clips), [recipe.num_quantizers], visqol=False, workers=1)
+        result = evaluate(model, self._clips, [recipe.num_quantizers], visqol=False, workers=1)
         quality = result.qualities[0]
         measured = {"valid/mel": quality.mel_distance, "valid/stoi": quality.stoi}
         best = self._best()

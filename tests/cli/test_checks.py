@@ -56,6 +56,10 @@ def test_a_device_is_not_an_output(fails, too_late: None):
         (["decode", "codes.safetensors", "out.wav"], "unrecognized arguments: out.wav; see mimi-jax decode"),
         (["encode", ""], "argument IN: a path must not be empty"),
         (["encode", "clip.wav", "-o", ""], "argument -o/--output: a path must not be empty"),
+        (
+            ["encode", "s3://bucket/clip.wav"],
+            "argument IN: it must be a local path, got s3://bucket/clip.wav",
+        ),
         (["encode", "clip.wav", "--num-quantizers", "8.0"], "must be a whole number, got '8.0'"),
         (["evaluate", "mini", ".", "--num-quantizers", "8", "eight"], "must be a whole number, got 'eight'"),
         (["tokenize", ".", "-o", "out", "--num-quantizers", "8.0"], "must be a whole number, got '8.0'"),

@@ -21,18 +21,11 @@ class Container(NamedTuple):
     begin_at: Callable[[int], tuple[BinaryIO, int]] | None = None
 
 
-class Span(io.RawIOBase):
-    """Some bytes, and after them a range of another file, as a file of its own.
+class SeekableFile(io.RawIOBase):
+    """What files to read from have in common: a size and a position, both in bytes."""
 
-    Args:
-        file: binary and seekable. It stays open when the span is closed.
-        start, end: the range of bytes.
-        head: bytes that stand before the range.
-    """
-
-    def __init__(self, file: BinaryIO, start: int, end: int, head: bytes = b""):
-        self._file, self._head, self._position = file, head, 0
-        self._offset, self._size = start - len(head), end - start + len(head)
+    _size: int
+    _position = 0
 
     def readable(self) -> bool:
         return True
@@ -47,6 +40,20 @@ class Span(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+
+class Span(SeekableFile):
+    """Some bytes, and after them a range of another file, as a file of its own.
+
+    Args:
+        file: binary and seekable. It stays open when the span is closed.
+        start, end: the range of bytes.
+        head: bytes that stand before the range.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, end: int, head: bytes = b""):
+        self._file, self._head = file, head
+        self._offset, self._size = start - len(head), end - start + len(head)
 
     def readinto(self, buffer) -> int:
         view = memoryview(buffer).cast("B")
