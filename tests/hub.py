@@ -25,6 +25,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {".gitattributes": b"", "README.md": b"---\n"}  # as they are born
+        self.is_gone = False  # then it closes connections without an answer
 
 
 @contextlib.contextmanager
@@ -46,6 +47,12 @@ def hub() -> Iterator[Hub]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
+
+    def handle_one_request(self) -> None:
+        if self.server.is_gone:
+            self.close_connection = True
+        else:
+            super().handle_one_request()
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)

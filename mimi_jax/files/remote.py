@@ -52,6 +52,8 @@ def resolve(url: str) -> tuple[Any, str]:
     Raises:
         ImportError: fsspec, or the library of the service, is not installed.
         ValueError: no service has such URLs.
+        FileNotFoundError: the Hub has no such repository.
+        ConnectionError: the Hub cannot be reached, which it is for the path alone.
     """
     scheme, _, path = url.partition("://")
     if "::" in url:
@@ -62,7 +64,7 @@ def resolve(url: str) -> tuple[Any, str]:
         raise ImportError(f"{url} cannot be read: {error}; run pip install 'mimi_jax[remote]'") from error
     except ValueError as error:
         raise ValueError(f"{url} is not a URL that fsspec knows: {error}") from error
-    return filesystem, filesystem._strip_protocol(url)
+    return filesystem, attempt(url, functools.partial(filesystem._strip_protocol, url))
 
 
 @functools.lru_cache(64)
@@ -226,9 +228,13 @@ def details(url: str, cached: bool = False) -> dict[str, Any]:
         ConnectionError: the service cannot be reached.
     """
     filesystem, path = resolve(url)
-    if not cached:
-        filesystem.invalidate_cache(path)
-    return attempt(url, functools.partial(filesystem.info, path))
+
+    def ask() -> dict[str, Any]:
+        if not cached:
+            filesystem.invalidate_cache(path)  # for which the Hub is asked too
+        return filesystem.info(path)
+
+    return attempt(url, ask)
 
 
 def read_whole(url: str, size: int | None = None, stop: threading.Event | None = None) -> bytes:
