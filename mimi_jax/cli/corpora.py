@@ -185,7 +185,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     left_out = f", {len(result.left_out)} left out" if result.left_out else ""
     print(
         f"\n{result.num_clips} clips, {result.seconds:.0f} s{left_out}; perplexity of the codebooks:"
-        f" {min(shares):.0%} to {max(shares):.0%} of their {result.codebook_size} codes"
+        f" {min(shares):.0%} to {max(shares):.0%} of their {result.codebook_size} codes\n"
+        "How it sounds to people: python -m benchmarks.listening MODEL DATA, in mimi_jax's repository"
     )
     if output is not None:
         _write_evaluation(output, result, arguments.model)

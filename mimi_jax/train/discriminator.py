@@ -5,6 +5,7 @@ its default solver.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,9 @@ from flax import nnx
 from mimi_jax.quality.spectrum import stft
 from mimi_jax.train.phases import conv_general_dilated
 
-WINDOWS = (1024, 2048, 512, 256, 128)  # samples
 SLOPE = 0.3  # of the leaky ReLU
 DILATIONS = (1, 2, 4)
+LEVEL = 0.1  # root mean square of a spectrogram of speech
 
 
 class Judgement(NamedTuple):
@@ -37,7 +38,12 @@ class ScaleDiscriminator(nnx.Module):
 
     def __init__(self, channels: int, filters: int, window: int, *, rngs: nnx.Rngs):
         def conv(
-            size_in: int, size_out: int, kernel: tuple[int, int], stride: int = 1, dilation: int = 1
+            size_in: int,
+            size_out: int,
+            kernel: tuple[int, int],
+            stride: int = 1,
+            dilation: int = 1,
+            level: float = 1.0,
         ) -> nnx.Conv:
             time, frequency = (kernel[0] - 1) * dilation // 2, (kernel[1] - 1) // 2
             return nnx.Conv(
@@ -48,11 +54,16 @@ class ScaleDiscriminator(nnx.Module):
                 kernel_dilation=(dilation, 1),
                 padding=((time, time), (frequency, frequency)),
                 conv_general_dilated=conv_general_dilated,
+                # Activations of speech have a variance of about 1. With PyTorch's smaller kernels, logits begin at
+                # 0.01, and learn their scale for thousands of steps before they learn anything else.
+                kernel_init=nnx.initializers.variance_scaling(
+                    2 / (1 + SLOPE**2) / level**2, "fan_in", "normal"
+                ),
                 rngs=rngs,
             )
 
         self.window = window
-        self.first = conv(2 * channels, filters, (3, 9))
+        self.first = conv(2 * channels, filters, (3, 9), level=LEVEL)
         wide = functools.partial(conv, filters, filters)
         self.convs = nnx.List([*(wide((3, 9), 2, dilation) for dilation in DILATIONS), wide((3, 3))])
         self.last = conv(filters, 1, (3, 3))
@@ -69,10 +80,16 @@ class ScaleDiscriminator(nnx.Module):
 
 
 class Discriminator(nnx.Module):
-    """Sub-discriminators at several resolutions; audio [batch, channels, samples] -> `Judgement`."""
+    """Sub-discriminators at several resolutions; audio [batch, channels, samples] -> `Judgement`.
 
-    def __init__(self, channels: int, filters: int, *, rngs: nnx.Rngs):
-        self.scales = nnx.List(ScaleDiscriminator(channels, filters, window, rngs=rngs) for window in WINDOWS)
+    Args:
+        channels: of the audio.
+        filters: of each layer but the last.
+        windows: samples of the Fourier transform of each sub-discriminator.
+    """
+
+    def __init__(self, channels: int, filters: int, windows: Sequence[int], *, rngs: nnx.Rngs):
+        self.scales = nnx.List(ScaleDiscriminator(channels, filters, window, rngs=rngs) for window in windows)
 
     def __call__(self, audio: jax.Array) -> Judgement:
         judgements = [scale(audio) for scale in self.scales]

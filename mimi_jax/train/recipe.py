@@ -64,6 +64,15 @@ class LossRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiscriminatorRecipe:
+    """The discriminator. Its cost is proportional to the number of windows and to what it hears."""
+
+    filters: int = 32  # of each convolution
+    windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)  # samples; each has a sub-discriminator
+    seconds: float = 0.0  # of each crop that it hears, at a random place in each step; 0: all of the crop
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizerRecipe:
     """How training quantizes."""
 
@@ -89,13 +98,12 @@ class Recipe:
 
     Args:
         model: the architecture. Leave it out with `init`.
-        data, optimizer, losses, quantizer, validation: see the class of each.
+        data, optimizer, losses, discriminator, quantizer, validation: see the class of each.
         mode: "full", or "decoder" to train only the decoder half, on codes that stay as they are.
         init: a model to start from, as for `Mimi.from_pretrained`; empty for random parameters.
         seed: of all random numbers.
         steps: how many steps the run takes.
         precision: of matrix products on GPUs and TPUs, as in `jax.default_matmul_precision`.
-        discriminator_filters: the width of the discriminator.
         teacher_dim: channels of the teacher's features; not used if `losses.distillation` is 0.
         log_every: steps between two lines of the log.
         checkpoint_every: steps between two checkpoints, a multiple of `log_every`.
@@ -110,6 +118,7 @@ class Recipe:
     data: DataRecipe = DataRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     losses: LossRecipe = LossRecipe()
+    discriminator: DiscriminatorRecipe = DiscriminatorRecipe()
     quantizer: QuantizerRecipe = QuantizerRecipe()
     validation: ValidationRecipe = ValidationRecipe()
     mode: str = "full"
@@ -117,7 +126,6 @@ class Recipe:
     seed: int = 0
     steps: int = 4_000_000
     precision: str = "highest"
-    discriminator_filters: int = 32
     teacher_dim: int = 1024
     log_every: int = 100
     checkpoint_every: int = 1000
@@ -135,6 +143,18 @@ class Recipe:
                 "data.seconds",
                 frames >= 1 and abs(frames - round(frames)) < 1e-6,
                 f"must be a multiple of a frame, {frame:g} s",
+            ),
+            (
+                "discriminator.windows",
+                all(window > 0 and window % 4 == 0 for window in self.discriminator.windows)
+                and (bool(self.discriminator.windows) or not self.adversarial),
+                "must be multiples of 4",
+            ),
+            (
+                "discriminator.seconds",
+                not self.adversarial
+                or max(self.discriminator.windows, default=0) <= self.num_heard <= self.num_samples,
+                "must be 0, or at least the longest window and at most data.seconds",
             ),
             ("data.batch_size", self.data.batch_size > 0, "must be positive"),
             ("quantizer.rate", 0 <= self.quantizer.rate <= 1, "must lie in [0, 1]"),
@@ -178,6 +198,11 @@ class Recipe:
     def num_samples(self) -> int:
         """Samples of a crop."""
         return round(self.data.seconds * self.model.sampling_rate)
+
+    @property
+    def num_heard(self) -> int:
+        """Samples of a crop that the discriminator hears."""
+        return round((self.discriminator.seconds or self.data.seconds) * self.model.sampling_rate)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Recipe":
@@ -228,6 +253,7 @@ _WORDS = {
     bool: "true or false",
     str: "a string",
     tuple[float, float]: "two numbers",
+    tuple[int, ...]: "a list of integers",
     dict[str, float]: "a table of numbers",
 }
 
@@ -242,6 +268,8 @@ def _check(kind: Any, value: Any, name: str) -> Any:
         return float(value)
     if kind == tuple[float, float] and isinstance(value, list) and list(map(is_number, value)) == [True] * 2:
         return float(value[0]), float(value[1])
+    if kind == tuple[int, ...] and isinstance(value, list) and {type(x) for x in value} <= {int}:
+        return tuple(value)
     if kind == dict[str, float] and isinstance(value, dict) and all(map(is_number, value.values())):
         return {key: float(number) for key, number in value.items()}
     if type(value) is kind:

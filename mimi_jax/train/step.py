@@ -7,6 +7,7 @@ the losses that do not depend on the audio.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ Batch = dict[
     str, jax.Array
 ]  # "audio" [batch, channels, samples]; "features" [batch, vectors, dim] to distill
 Logs = dict[str, jax.Array]  # scalars by name
+Ear = Callable[[jax.Array], jax.Array]
 
 
 class Average(NamedTuple):
@@ -70,8 +72,10 @@ class Trainer:
         self.recipe = recipe
         self.model = model
         rngs = nnx.Rngs(recipe.seed + 1)
-        filters = recipe.discriminator_filters
-        self.discriminator = Discriminator(model.config.audio_channels, filters, rngs=rngs)
+        judge = recipe.discriminator
+        self.discriminator = Discriminator(
+            model.config.audio_channels, judge.filters, judge.windows, rngs=rngs
+        )
         self.teacher_proj = None
         if recipe.losses.distillation:
             self.teacher_proj = nnx.Linear(model.config.hidden_size, recipe.teacher_dim, rngs=rngs)
@@ -172,6 +176,7 @@ class Trainer:
     def _train(self, state: TrainState, batch: Batch, adversarial: bool) -> tuple[TrainState, Logs]:
         audio = batch["audio"]
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), state.step)
+        hear = self._ear(jax.random.fold_in(key, 1))
         num_quantizers, is_quantized, key = self._draw(key, len(audio))
         generate = functools.partial(
             self._generate, state, batch, num_quantizers=num_quantizers, is_quantized=is_quantized, key=key
@@ -181,9 +186,11 @@ class Trainer:
 
         judge, judge_optimizer = state.discriminator, state.discriminator_optimizer
         if adversarial:
-            judge, judge_optimizer, judge_logs = self._train_discriminator(state, audio, fake_audio)
+            judge, judge_optimizer, judge_logs = self._train_discriminator(
+                state, hear(audio), hear(fake_audio)
+            )
             logs |= judge_logs
-        gradients, values = self._judge(judge, audio, fake_audio, adversarial)
+        gradients, values = self._judge(judge, audio, fake_audio, hear if adversarial else None)
         balancer, gradient, shares = balance(state.balancer, gradients, self.balanced(adversarial))
         weight_gradients = pull_back((gradient, jnp.ones_like(extra)))[0]
         weights, optimizer, norm = update(self.optimizer, weight_gradients, state.optimizer, state.weights)
@@ -219,6 +226,14 @@ class Trainer:
         rate = recipe.rate if self.recipe.mode == "full" else 1.0
         is_quantized = {name: jax.random.uniform(k, (batch_size,)) < rate for name, k in keys.items()}
         return num_quantizers, is_quantized, key
+
+    def _ear(self, key: jax.Array) -> Ear:
+        """What cuts out of audio [batch, channels, samples] the part that the discriminator hears."""
+        length, longest = self.recipe.num_heard, self.recipe.num_samples
+        if length == longest:
+            return lambda audio: audio
+        start = jax.random.randint(key, (), 0, longest - length + 1)
+        return lambda audio: lax.dynamic_slice_in_dim(audio, start, length, axis=2)
 
     def _generate(self, state: TrainState, batch: Batch, weights: Weights, **drawn):
         """Run the codec.
@@ -262,23 +277,27 @@ class Trainer:
         return weights, optimizer, {"loss/discriminator": value, "discriminator_gradient_norm": norm}
 
     def _judge(
-        self, judge_weights: Weights, real: jax.Array, fake: jax.Array, adversarial: bool
+        self, judge_weights: Weights, real: jax.Array, fake: jax.Array, hear: Ear | None
     ) -> tuple[dict[str, jax.Array], Logs]:
-        """The gradient of each loss of the audio with respect to `fake`, and the values of these losses."""
+        """The gradient of each loss of the audio with respect to `fake`, and the values of these losses.
+
+        Args:
+            hear: from `_ear`, or None in steps without a discriminator.
+        """
         rate = self.model.config.sampling_rate
         functions = {
             "waveform": lambda fake: losses.waveform_loss(real, fake),
             "mel": lambda fake: losses.mel_loss(real, fake, rate, self.recipe.losses.mel_floor),
         }
-        wanted = self.balanced(adversarial)
+        wanted = self.balanced(adversarial=hear is not None)
         results = {
             name: jax.value_and_grad(function)(fake) for name, function in functions.items() if name in wanted
         }
-        if adversarial:
+        if hear is not None:
             judge = with_weights(self.discriminator, judge_weights)
-            real_features = judge(real).features
+            real_features = judge(hear(real)).features
             # One forward pass of the discriminator serves both losses, with a backward pass for each.
-            judgement, pull_back = jax.vjp(judge, fake)
+            judgement, pull_back = jax.vjp(lambda fake: judge(hear(fake)), fake)
             for name, function in (
                 ("adversarial", lambda judgement: losses.adversarial_loss(judgement.logits)),
                 ("features", lambda judgement: losses.feature_loss(real_features, judgement.features)),

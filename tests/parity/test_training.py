@@ -17,7 +17,8 @@ import mimi_jax
 from mimi_jax.checkpoint import BUNDLED
 from mimi_jax.quality.spectrum import mel_filters, stft
 from mimi_jax.train import Trainer, losses, start_model
-from mimi_jax.train.discriminator import DILATIONS, WINDOWS, Discriminator
+from mimi_jax.train.discriminator import DILATIONS, Discriminator
+from mimi_jax.train.recipe import DiscriminatorRecipe
 from tests.train.recipes import tiny_recipe
 from tests.train.test_step import batch_of
 
@@ -53,7 +54,7 @@ def torch_mel_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return total / 10
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", DiscriminatorRecipe().windows)
 def test_stft(window: int):
     x = noise(2, 6000)
     theirs = torch_stft(torch.from_numpy(x), window).numpy()
@@ -106,7 +107,7 @@ def torch_judge(judge: Discriminator, audio: torch.Tensor) -> tuple[list, list]:
 
 
 def test_discriminator():
-    judge = Discriminator(1, 4, rngs=nnx.Rngs(0))
+    judge = Discriminator(1, 4, DiscriminatorRecipe().windows, rngs=nnx.Rngs(0))
     audio = noise(2, 1, 9600)
     ours = judge(jnp.asarray(audio))
     logits, features = torch_judge(judge, torch.from_numpy(audio))

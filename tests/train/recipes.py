@@ -4,7 +4,14 @@ import dataclasses
 from typing import Any
 
 from mimi_jax import MimiConfig
-from mimi_jax.train.recipe import DataRecipe, LossRecipe, OptimizerRecipe, QuantizerRecipe, Recipe
+from mimi_jax.train.recipe import (
+    DataRecipe,
+    DiscriminatorRecipe,
+    LossRecipe,
+    OptimizerRecipe,
+    QuantizerRecipe,
+    Recipe,
+)
 
 TINY = MimiConfig(
     sampling_rate=2400,
@@ -33,7 +40,7 @@ def tiny_recipe(**changes: Any) -> Recipe:
         "losses": LossRecipe(adversarial=0.0, features=0.0),
         "quantizer": QuantizerRecipe(kmeans_vectors=400),
         "steps": 20,
-        "discriminator_filters": 4,
+        "discriminator": DiscriminatorRecipe(filters=4),
         "log_every": 1,
         "checkpoint_every": 5,
     }
