@@ -19,6 +19,7 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from mimi_jax.boundary import as_numpy, check_batch_size, check_is_floating, transfers_allowed
+from mimi_jax.config import MimiConfig
 from mimi_jax.files.codes import check_range
 from mimi_jax.model import HALVES, DecoderState, EncoderState, Mimi, decode_step, encode_step
 from mimi_jax.nn.streaming import State
@@ -33,7 +34,7 @@ class _Stream(Generic[State]):
 
     def __init__(self, model: Mimi, half: str, init_state: Callable[[int], State], batch_size: int):
         self.config, self.batch_size, self._model = model.config, check_batch_size(batch_size), model
-        self._parameters, self._structure = jax.tree.flatten(_only(half, model))
+        self._parameters, self._structure = jax.tree.flatten(half_of(model, half))
         self._init_state = init_state
         self.reset()
 
@@ -112,7 +113,7 @@ class StreamingEncoder(_Stream[EncoderState]):
             RuntimeError: the stream was flushed, or broke off in an earlier push.
         """
         self._check_not_stopped()
-        audio = np.concatenate([self._pending, self._check_audio(audio)], axis=2)
+        audio = np.concatenate([self._pending, audio_as_numpy(self.config, audio, self.batch_size)], axis=2)
         size, start, codes = self.config.frame_size, 0, []
         with self._stepping():
             for frames in _steps(audio.shape[2] // size):
@@ -145,26 +146,7 @@ class StreamingEncoder(_Stream[EncoderState]):
 
     def _step(self, state: tuple, audio: np.ndarray) -> tuple[tuple, jax.Array]:
         """Step by whole frames, in which samples that do not exist are NaN."""
-        return _encode_step(self._structure, self._parameters, *state, audio, self.num_quantizers)
-
-    def _check_audio(self, audio: ArrayLike) -> np.ndarray:
-        """The audio as float32 [batch, channels, samples]."""
-        array = as_numpy("audio", audio)
-        batch, channels = self.batch_size, self.config.audio_channels
-        if array.ndim == 1 and batch == channels == 1:
-            array = array[None, None]
-        if array.ndim != 3 or array.shape[:2] != (batch, channels):
-            short = " or [samples]" if batch == channels == 1 else ""
-            raise ValueError(
-                f"audio must be [batch={batch}, channels={channels}, samples]{short}, got {list(array.shape)}"
-            )
-        check_is_floating(array)
-        array = array.astype(np.float32, copy=False)
-        if not np.isfinite(array).all():
-            raise ValueError(
-                "audio has samples that are NaN or infinite, which would spoil the state of the stream"
-            )
-        return array
+        return encode_frames(self._structure, self._parameters, *state, audio, self.num_quantizers)
 
 
 class StreamingDecoder(_Stream[DecoderState]):
@@ -198,7 +180,7 @@ class StreamingDecoder(_Stream[DecoderState]):
         for frames in STEP_FRAMES:
             state, codes = self._fresh_state(), np.zeros((self.batch_size, count, frames), np.int32)
             for _ in range(2):  # as in the encoder
-                state, _ = _decode_step(self._structure, self._parameters, *state, codes)
+                state, _ = decode_frames(self._structure, self._parameters, *state, codes)
 
     def push(self, audio_codes: ArrayLike) -> np.ndarray | None:
         """Continue the streams by any number of frames, from none to minutes.
@@ -221,10 +203,37 @@ class StreamingDecoder(_Stream[DecoderState]):
         with self._stepping():
             for frames in _steps(codes.shape[2]):
                 piece = codes[:, :, start : start + frames]
-                self._state, new = _decode_step(self._structure, self._parameters, *self._state, piece)
+                self._state, new = decode_frames(self._structure, self._parameters, *self._state, piece)
                 audio.append(new)
                 start += frames
             return _fetch(audio)
+
+
+def audio_as_numpy(config: MimiConfig, audio: ArrayLike, batch_size: int = 1) -> np.ndarray:
+    """Audio as float32 [batch, channels, samples], with its values checked.
+
+    Args:
+        config: of the model to encode the audio with.
+        audio: float [batch, channels, samples]. A single stream with one channel may be [samples].
+        batch_size: how many streams there must be.
+
+    Raises:
+        ValueError: the audio has another shape or dtype, or is not finite.
+    """
+    array, channels = as_numpy("audio", audio), config.audio_channels
+    if array.ndim == 1 and batch_size == channels == 1:
+        array = array[None, None]
+    if array.ndim != 3 or array.shape[:2] != (batch_size, channels):
+        short = " or [samples]" if batch_size == channels == 1 else ""
+        expected = f"[batch={batch_size}, channels={channels}, samples]{short}"
+        raise ValueError(f"audio must be {expected}, got {list(array.shape)}")
+    check_is_floating(array)
+    array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError(
+            "audio has samples that are NaN or infinite, which would spoil the state of the stream"
+        )
+    return array
 
 
 def codes_as_numpy(model: Mimi, audio_codes: ArrayLike, batch_size: int = 1) -> np.ndarray:
@@ -275,7 +284,7 @@ def _fetch(results: list[jax.Array]) -> np.ndarray | None:
     return fetched[0] if len(fetched) == 1 else np.concatenate(fetched, axis=2)
 
 
-def _only(half: str, model: Mimi) -> Mimi:
+def half_of(model: Mimi, half: str) -> Mimi:
     """The model without its other half: every leaf that a program is called with takes time."""
     model = nnx.clone(model)
     for other, parts in HALVES.items():
@@ -303,7 +312,7 @@ def join_rings(rings: State, rest: State) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-def _encode_step(
+def encode_frames(
     structure: Any,
     parameters: list,
     rings: EncoderState,
@@ -318,7 +327,7 @@ def _encode_step(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode_step(
+def decode_frames(
     structure: Any, parameters: list, rings: DecoderState, rest: DecoderState, codes: jax.Array
 ) -> tuple[tuple[DecoderState, DecoderState], jax.Array]:
     model = jax.tree.unflatten(structure, parameters)

@@ -54,8 +54,8 @@ class ScaleDiscriminator(nnx.Module):
                 kernel_dilation=(dilation, 1),
                 padding=((time, time), (frequency, frequency)),
                 conv_general_dilated=conv_general_dilated,
-                # Activations of speech have a variance of about 1. With PyTorch's smaller kernels, logits begin at
-                # 0.01, and learn their scale for thousands of steps before they learn anything else.
+                # Activations of speech have a variance of about 1. With smaller kernels, such as PyTorch's,
+                # logits begin at 0.01, and learn their scale for long before they learn anything else.
                 kernel_init=nnx.initializers.variance_scaling(
                     2 / (1 + SLOPE**2) / level**2, "fan_in", "normal"
                 ),

@@ -222,7 +222,7 @@ def test_a_stream_that_broke_off_must_be_reset(monkeypatch: pytest.MonkeyPatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for name in ("_encode_step", "_decode_step"):
+    for name in ("encode_frames", "decode_frames"):
         monkeypatch.setattr(push_module, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         encoder.push(noise(20))
@@ -262,7 +262,7 @@ def test_a_push_waits_once_and_a_step_takes_one_array(direction: str, monkeypatc
     else:
         stream, pushed = StreamingDecoder(MODEL), np.zeros((CODEBOOKS, 19), int)
     stream.push(pushed)  # which takes the fresh state to the device
-    name, events = f"_{direction}_step", []
+    name, events = f"{direction}_frames", []
     step = getattr(push_module, name)
 
     class Result:

@@ -1,0 +1,191 @@
+"""Sessions of a pool: each gets what its clip alone gives, whatever the others do."""
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mimi_jax.model import decode, encode
+from mimi_jax.streams.batch import PoolFullError
+from mimi_jax.streams.pool import Pool, Step
+from tests.models import check_ties, load_fixture, relative_error
+
+MODEL = load_fixture("base").model  # 16 samples a frame, and a window of 5 steps
+FRAME, CODEBOOKS = MODEL.config.frame_size, MODEL.config.num_quantizers
+SPEECH = np.random.default_rng(0).normal(0, 0.3, 100_000).astype(np.float32)
+
+
+def run(test: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(test, 120))
+
+
+def clip(number: int) -> np.ndarray:
+    rng = random.Random(number)
+    start = rng.randrange(90_000)
+    return SPEECH[start : start + rng.randrange(1, 30 * FRAME)]
+
+
+def codes_alone(audio: np.ndarray) -> np.ndarray:
+    """The codes of a clip, from one program for all lengths."""
+    padded = np.pad(audio, (0, 30 * FRAME - len(audio)))[None, None]
+    codes = encode(MODEL, padded, np.arange(30 * FRAME)[None] < len(audio)).audio_codes
+    return np.asarray(codes)[0, :, : MODEL.encoded_length(len(audio))]
+
+
+async def encode_in_pieces(pool: Pool, audio: np.ndarray, rng: random.Random, count: int) -> np.ndarray:
+    pieces, start = [], 0
+    async with pool.encoder(count) as session:
+        while start < len(audio):
+            stop = start + rng.randrange(4 * FRAME)
+            pieces.append(await session.push(audio[start:stop]))
+            start = stop
+            await asyncio.sleep(rng.choice([0, 0, 0.001, 0.03]))
+        pieces.append(await session.flush())
+    return np.concatenate(pieces, axis=1)
+
+
+def check_codes(codes: np.ndarray, audio: np.ndarray) -> None:
+    expected = codes_alone(audio)[: len(codes)]
+    assert codes.shape == expected.shape
+    if (codes != expected).any():
+        latents = np.asarray(MODEL.encode_latents(audio[None, None]))[0]
+        check_ties(MODEL, latents, codes, expected)
+
+
+def test_each_of_many_sessions_gets_the_codes_of_its_clip():
+    seen: list[Step] = []
+
+    async def session(pool: Pool, number: int) -> np.ndarray | None:
+        rng = random.Random(number)
+        await asyncio.sleep(rng.uniform(0, 0.5))
+        encoding = encode_in_pieces(pool, clip(number), rng, rng.randint(1, CODEBOOKS))
+        try:
+            return await asyncio.wait_for(encoding, 0.02 if number % 7 == 0 else None)  # some die
+        except TimeoutError:
+            return None
+
+    async def test() -> list[np.ndarray | None]:
+        async with Pool(MODEL, rows=64, on_step=seen.append) as pool:
+            found = await asyncio.gather(*(session(pool, number) for number in range(60)))
+            assert pool.num_sessions() == {"encoder": 0, "decoder": 0}
+            return found
+
+    found = run(test())
+    assert sum(codes is not None for codes in found) >= 50
+    for number, codes in enumerate(found):
+        if codes is not None:
+            check_codes(codes, clip(number))
+    assert max(step.rows for step in seen) > 8  # it has grown
+    assert max(step.frames for step in seen) > 8
+
+
+def test_decoders_with_different_numbers_of_codebooks_share_steps():
+    audio = clip(3)[: 8 * FRAME]
+    codes = codes_alone(audio)[:, :8]
+
+    async def session(pool: Pool, count: int) -> np.ndarray:
+        async with pool.decoder() as decoder:
+            halves = np.split(codes[:count], [3], axis=1)
+            return np.concatenate([await decoder.push(half) for half in halves], axis=1)
+
+    async def test() -> list[np.ndarray]:
+        async with Pool(MODEL, rows=8) as pool:
+            return await asyncio.gather(*(session(pool, count) for count in range(1, CODEBOOKS + 1)))
+
+    for count, decoded in enumerate(run(test()), start=1):
+        expected = np.asarray(decode(MODEL, codes[None, :count]).audio_values)[0]
+        assert decoded.shape == expected.shape
+        assert relative_error(decoded, expected) < 1e-5
+
+
+def test_a_session_goes_on_in_another_pool():
+    audio = clip(5)[: 10 * FRAME + 3]
+
+    async def test() -> np.ndarray:
+        async with Pool(MODEL, rows=8) as pool, pool.encoder() as session:
+            first = await session.push(audio[: 4 * FRAME + 5])
+            state, pending = await session.detach(), session.pending
+            with pytest.raises(RuntimeError, match="was detached"):
+                await session.push(audio)
+        async with Pool(MODEL, rows=8) as pool, pool.encoder(), pool.encoder(state=state) as session:
+            session.pending = pending
+            rest = await session.push(audio[4 * FRAME + 5 :])
+            return np.concatenate([first, rest, await session.flush()], axis=1)
+
+    check_codes(run(test()), audio)
+
+
+def test_rows_grow_and_shrink_and_end():
+    async def test() -> None:
+        async with Pool(MODEL, rows=32) as pool:
+            await pool.warmup()
+            batch = pool._halves["encoder"].batch
+            sessions = [pool.encoder() for _ in range(32)]
+            for session in sessions:
+                await session.__aenter__()
+            assert batch.size == 32
+            with pytest.raises(PoolFullError, match="all 32 rows are taken"):
+                await pool.encoder().__aenter__()
+            audio = clip(9)[: 3 * FRAME]
+            await sessions[30].push(audio[:FRAME])
+            for session in sessions[:30]:
+                await session.__aexit__()
+            assert batch.size == 8
+            codes = await sessions[30].push(audio[FRAME:])
+            np.testing.assert_array_equal(codes, codes_alone(audio)[:, 1:])
+
+    run(test())
+
+
+def test_what_is_wrong_costs_one_session_nothing():
+    async def test() -> None:
+        async with Pool(MODEL, rows=8, num_quantizers=3) as pool:
+            async with pool.encoder() as session, pool.decoder() as decoder:
+                audio = clip(1)[: 2 * FRAME]
+                await session.push(audio[:FRAME])
+                with pytest.raises(ValueError, match="NaN or infinite"):
+                    await session.push(np.full(5, np.nan, np.float32))
+                with pytest.raises(ValueError, match="must be floating point"):
+                    await session.push(np.zeros(5, np.int16))
+                np.testing.assert_array_equal(await session.push(audio[FRAME:]), codes_alone(audio)[:3, 1:])
+                with pytest.raises(ValueError, match="at most 3 codebooks"):
+                    await decoder.push(np.zeros((4, 1), int))
+                with pytest.raises(ValueError, match="must lie in"):
+                    await decoder.push(np.full((2, 1), MODEL.config.codebook_size))
+                first = asyncio.create_task(session.push(clip(2)))
+                await asyncio.sleep(0)
+                with pytest.raises(RuntimeError, match="another push of this session is not done"):
+                    await session.push(audio)
+                await first
+            with pytest.raises(RuntimeError, match="the session has ended"):
+                await session.push(audio)
+
+    run(test())
+
+
+def test_a_step_that_fails_ends_all_sessions(monkeypatch: pytest.MonkeyPatch):
+    async def test() -> None:
+        async with Pool(MODEL, rows=8) as pool, pool.encoder() as session:
+
+            def fail(frames: object) -> None:
+                raise MemoryError("out of memory")
+
+            monkeypatch.setattr(pool._halves["encoder"].batch, "step", fail)
+            with pytest.raises(MemoryError, match="out of memory"):
+                await session.push(clip(1))
+            with pytest.raises(RuntimeError, match="the pool has stopped: out of memory"):
+                await session.push(clip(1))
+            async with pool.decoder() as decoder:  # the other half goes on
+                assert (await decoder.push(np.zeros((1, 1), int))).shape == (1, FRAME)
+
+    run(test())
+
+
+def test_a_pool_needs_a_power_of_two_and_its_half():
+    with pytest.raises(ValueError, match="power of two"):
+        Pool(MODEL, rows=12)
+    with pytest.raises(ValueError, match="num_quantizers must be"):
+        Pool(MODEL, num_quantizers=99)
