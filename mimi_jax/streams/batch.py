@@ -14,8 +14,8 @@ import numpy as np
 
 from mimi_jax.boundary import transfers_allowed
 from mimi_jax.model import DecoderState, EncoderState, Mimi, decode_step
-from mimi_jax.nn.streaming import State
 from mimi_jax.nn.quantizer import Codebook
+from mimi_jax.nn.streaming import State
 from mimi_jax.streams.push import encode_frames, fresh_state, half_of, join_rings, split_rings
 
 FEWEST = 8  # rows; a step of 8 takes two to three times as long as a step of one

@@ -40,6 +40,10 @@ VERSION = "1"
 MAX_HEADER_BYTES = 1 << 16
 PCM_FORMATS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}  # ffmpeg's names
 
+NO_CODE_STREAM = (
+    "the input is not a code stream, as `mimi-jax encode -` writes it; give the path of a code file"
+)
+
 Write = Callable[[bytes], object]
 # Returns bytes as soon as there are any, at most as many as it is asked for, and b"" at the end.
 Read = Callable[[int], bytes]
@@ -131,6 +135,115 @@ class CodeStreamWriter:
             self._is_open = False
 
 
+class CodeStreamParser:
+    """Takes the bytes of a code stream as they come, and gives its frames.
+
+    Attributes:
+        spec: the header, once it has come.
+        has_ended: whether the end of the stream has come.
+    """
+
+    def __init__(self) -> None:
+        self.spec: CodeSpec | None = None
+        self.has_ended = False
+        self._data = b""
+
+    @property
+    def missing(self) -> int:
+        """How many bytes of the header are missing, as far as is known."""
+        have = len(self._data)
+        return 8 - have if have < 8 else 8 + struct.unpack("<Q", self._data[:8])[0] - have
+
+    def feed(self, data: bytes) -> Iterator[tuple[np.ndarray, int]]:
+        """Take the next bytes.
+
+        Yields:
+            The frames that they complete: int32 [codebooks, frames], and how many samples these stand for.
+
+        Raises:
+            ValueError: the bytes are no code stream, are damaged, or go on after its end. All complete frames
+                before that were yielded.
+        """
+        self._data += data
+        if self.spec is None and not self._take_header():
+            return
+        assert self.spec is not None
+        size = 1 + packed_size(self.spec.bits, self.spec.num_codebooks)  # of a packet
+        frames, damage, start = [], None, 0
+        while damage is None and self._data[start : start + 1] == b"F" and len(self._data) >= start + size:
+            try:
+                frames.append(self._unpack(self._data[start + 1 : start + size]))
+            except ValueError as error:
+                damage = error  # raised after the frames before it were yielded
+            start += size
+        self._data = self._data[start:]
+        if frames:
+            yield np.concatenate(frames, axis=1), len(frames) * self.spec.frame_size
+        if damage is not None:
+            raise damage
+        yield from self._take_end(4 + size)
+
+    def close(self) -> None:
+        """Say that no more bytes come.
+
+        Raises:
+            ValueError: the stream was cut short.
+        """
+        if self.spec is None:
+            raise ValueError(NO_CODE_STREAM) from ValueError("it ends inside its header")
+        if not self.has_ended:
+            where = "inside a frame" if self._data else "without its end mark"
+            raise ValueError(f"the code stream was cut short: it ends {where}")
+
+    def _take_end(self, size: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Take the last packet, if it is there. A short last frame has `size` bytes."""
+        kind = self._data[:1]
+        if not self.has_ended and kind == b"L" and len(self._data) >= size:
+            self.has_ended = True
+            last, self._data = self._data[1:size], self._data[size:]
+            yield self._last_frame(last)
+        elif not self.has_ended and kind == b"E":
+            self.has_ended, self._data = True, self._data[1:]
+        elif not self.has_ended and kind not in (b"", b"F", b"L"):
+            raise ValueError(f"the code stream is damaged: a packet must begin with F, L or E, got {kind!r}")
+        if self.has_ended and self._data:
+            raise ValueError("the code stream goes on after its end; send only one stream through a pipe")
+
+    def _last_frame(self, data: bytes) -> tuple[np.ndarray, int]:
+        assert self.spec is not None
+        (num_samples,) = struct.unpack("<I", data[:4])
+        if not 0 < num_samples < self.spec.frame_size:
+            raise ValueError(
+                f"the code stream is damaged: a short last frame must have 1 to {self.spec.frame_size - 1}"
+                f" samples, got {num_samples}"
+            )
+        return self._unpack(data[4:]), num_samples
+
+    def _unpack(self, data: bytes) -> np.ndarray:
+        """Unpack the codes of a frame, int32 [codebooks, 1]."""
+        assert self.spec is not None
+        codes = unpack_bits(np.frombuffer(data, np.uint8), self.spec.bits, self.spec.num_codebooks)[:, None]
+        check_range(codes, self.spec.codebook_size)
+        return codes
+
+    def _take_header(self) -> bool:
+        """Take the header, if all of it is there."""
+        if len(self._data) < 8:
+            return False
+        (size,) = struct.unpack("<Q", self._data[:8])
+        if size <= MAX_HEADER_BYTES and len(self._data) < 8 + size:
+            return False
+        try:
+            fields = json.loads(self._data[8 : 8 + size]) if size <= MAX_HEADER_BYTES else {}
+            if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
+                raise ValueError(f"it must be {FORMAT}, version {VERSION}")
+            self.spec = CodeSpec(**fields)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(NO_CODE_STREAM) from error
+        self._data = self._data[8 + size :]
+        return True
+
+
 class CodeStreamReader:
     """Reads a code stream, whose header is `spec`.
 
@@ -147,76 +260,22 @@ class CodeStreamReader:
     """
 
     def __init__(self, read: Read, max_frames: int):
-        self._read = read
-        self.spec = self._read_header()
-        self._packet_size = 1 + packed_size(self.spec.bits, self.spec.num_codebooks)
-        self._read_size = max_frames * self._packet_size
+        self._read, self._parser = read, CodeStreamParser()
+        data = read(8)
+        if not data:
+            raise ValueError("the input is empty: the program before this one wrote no code stream")
+        # Not a byte more than the header is read here, so that no frame is taken before the loop begins.
+        while True:
+            for _ in self._parser.feed(data):
+                raise AssertionError("not reached")
+            if self._parser.spec is not None:
+                break
+            if not (data := read(self._parser.missing)):
+                self._parser.close()
+        self.spec = self._parser.spec
+        self._size = max_frames * (1 + packed_size(self.spec.bits, self.spec.num_codebooks))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        data = b""
-        while True:
-            frames, damage = [], None
-            while data[:1] == b"F" and len(data) >= self._packet_size and damage is None:
-                try:
-                    frames.append(self._unpack(data[1 : self._packet_size]))
-                except ValueError as error:
-                    damage = error  # raised after the frames before it were yielded
-                data = data[self._packet_size :]
-            if frames:
-                yield np.concatenate(frames, axis=1), len(frames) * self.spec.frame_size
-            if damage is not None:
-                raise damage
-            if data[:1] == b"E":
-                break
-            if data[:1] == b"L" and len(data) >= 4 + self._packet_size:
-                yield self._last_frame(data[1 : 4 + self._packet_size])
-                data = data[3 + self._packet_size :]
-                break
-            if data[:1] not in (b"", b"F", b"L"):
-                raise ValueError(
-                    f"the code stream is damaged: a packet must begin with F, L or E, got {data[:1]!r}"
-                )
-            if not (more := self._read(self._read_size)):
-                where = "inside a frame" if data else "without its end mark"
-                raise ValueError(f"the code stream was cut short: it ends {where}")
-            data += more
-        if data[1:] or self._read(1):
-            raise ValueError("the code stream goes on after its end; send only one stream through a pipe")
-
-    def _last_frame(self, data: bytes) -> tuple[np.ndarray, int]:
-        (num_samples,) = struct.unpack("<I", data[:4])
-        if not 0 < num_samples < self.spec.frame_size:
-            raise ValueError(
-                f"the code stream is damaged: a short last frame must have 1 to {self.spec.frame_size - 1}"
-                f" samples, got {num_samples}"
-            )
-        return self._unpack(data[4:]), num_samples
-
-    def _unpack(self, data: bytes) -> np.ndarray:
-        """Unpack the codes of a frame, int32 [codebooks, 1]."""
-        codes = unpack_bits(np.frombuffer(data, np.uint8), self.spec.bits, self.spec.num_codebooks)[:, None]
-        check_range(codes, self.spec.codebook_size)
-        return codes
-
-    def _read_header(self) -> CodeSpec:
-        if not (first := self._read(8)):
-            raise ValueError("the input is empty: the program before this one wrote no code stream")
-        try:
-            (size,) = struct.unpack("<Q", first + self._read_exactly(8 - len(first)))
-            fields = json.loads(self._read_exactly(size)) if size <= MAX_HEADER_BYTES else {}
-            if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
-                raise ValueError(f"it must be {FORMAT}, version {VERSION}")
-            return CodeSpec(**fields)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(
-                "the input is not a code stream, as `mimi-jax encode -` writes it; give the path of a code"
-                " file"
-            ) from error
-
-    def _read_exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            if not (more := self._read(size - len(data))):
-                raise ValueError("it ends inside its header")
-            data += more
-        return data
+        while data := self._read(1 if self._parser.has_ended else self._size):
+            yield from self._parser.feed(data)
+        self._parser.close()
