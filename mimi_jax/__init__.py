@@ -13,6 +13,7 @@
     quality       how good decoded audio is, in numbers and pictures
     tokenization  corpora of audio into Parquet files of codes
     train         the training of a codec
+    serve         live streams over WebSockets, and a page
     cli           the command line, `mimi-jax`
 
 Reading order is import order, here and inside each folder. `__init__.pyi` lists the public names. A name is

@@ -8,6 +8,7 @@
     roundtrip  roundtrip
     models     info, convert
     corpora    tokenize, train, evaluate
+    serving    serve
     parser     the arguments of all commands
     run        `main`: runs one command and returns its exit status
 

@@ -11,6 +11,7 @@ from mimi_jax.cli.corpora import run_evaluate, run_pack, run_tokenize, run_train
 from mimi_jax.cli.models import run_convert, run_info
 from mimi_jax.cli.pipes import PCM_FORMATS
 from mimi_jax.cli.roundtrip import run_roundtrip
+from mimi_jax.cli.serving import run_serve
 
 MODEL_HELP = "a bundled model (mini), a folder, a .safetensors file or a Hugging Face repository"
 AUDIO_HELP = "audio file (WAV, FLAC, OGG, MP3 and others), of any sampling rate"
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_pack(command)
     _add_train(command)
     _add_evaluate(command)
+    _add_serve(command)
     return parser
 
 
@@ -234,3 +236,32 @@ def _add_evaluate(command: AddCommand) -> None:
     parser.add_argument("--workers", type=_positive, metavar="N", help=text)
     text = "file for all numbers; a picture of them is written beside it, with the suffix .png"
     parser.add_argument("-o", "--output", metavar="OUT.json", type=_path, help=text)
+
+
+def _add_serve(command: AddCommand) -> None:
+    text = "serve live streams over WebSockets, and a page to hear them (needs mimi_jax[serve])"
+    parser = command("serve", run_serve, text)
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", type=os.path.expanduser, default="mini", help=MODEL_HELP
+    )
+    text = "address to listen on, such as 0.0.0.0, which needs a token (default: %(default)s)"
+    parser.add_argument("--host", default="127.0.0.1", help=text)
+    parser.add_argument(
+        "--port", type=_integer, default=8000, help="0 for any free one (default: %(default)s)"
+    )
+    text = "the most streams of each direction at a time, a power of two (default: %(default)s)"
+    parser.add_argument("--rows", type=_positive, default=64, help=text)
+    text = "the most codebooks that a stream may use (default: all of the model)"
+    parser.add_argument("--num-quantizers", type=_integer, metavar="N", help=text)
+    text = "file with a token that clients must give (default: the variable MIMI_JAX_TOKEN, or none)"
+    parser.add_argument("--token-file", type=_path, metavar="FILE", help=text)
+    text = "file with a key that signs streams which move to another server; without it none can move"
+    parser.add_argument("--key-file", type=_path, metavar="FILE", help=text)
+    text = "a name of this server that clients may use, beside localhost"
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
+    text = "pages elsewhere that may connect, such as https://example.org"
+    parser.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=text)
+    text = "end a stream after so long without a message (default: %(default)s)"
+    parser.add_argument("--idle-seconds", type=float, default=60.0, metavar="S", help=text)
+    text = "end a stream after so long in any case (default: %(default)s)"
+    parser.add_argument("--total-seconds", type=float, default=3600.0, metavar="S", help=text)

@@ -138,21 +138,24 @@ class CodeStreamWriter:
 class CodeStreamParser:
     """Takes the bytes of a code stream as they come, and gives its frames.
 
+    Args:
+        spec: the header, if another parser has taken it.
+        rest: what that parser had left.
+
     Attributes:
         spec: the header, once it has come.
+        rest: bytes that do not make a frame yet.
         has_ended: whether the end of the stream has come.
     """
 
-    def __init__(self) -> None:
-        self.spec: CodeSpec | None = None
-        self.has_ended = False
-        self._data = b""
+    def __init__(self, spec: CodeSpec | None = None, rest: bytes = b"") -> None:
+        self.spec, self.rest, self.has_ended = spec, rest, False
 
     @property
     def missing(self) -> int:
         """How many bytes of the header are missing, as far as is known."""
-        have = len(self._data)
-        return 8 - have if have < 8 else 8 + struct.unpack("<Q", self._data[:8])[0] - have
+        have = len(self.rest)
+        return 8 - have if have < 8 else 8 + struct.unpack("<Q", self.rest[:8])[0] - have
 
     def feed(self, data: bytes) -> Iterator[tuple[np.ndarray, int]]:
         """Take the next bytes.
@@ -164,19 +167,19 @@ class CodeStreamParser:
             ValueError: the bytes are no code stream, are damaged, or go on after its end. All complete frames
                 before that were yielded.
         """
-        self._data += data
+        self.rest += data
         if self.spec is None and not self._take_header():
             return
         assert self.spec is not None
         size = 1 + packed_size(self.spec.bits, self.spec.num_codebooks)  # of a packet
         frames, damage, start = [], None, 0
-        while damage is None and self._data[start : start + 1] == b"F" and len(self._data) >= start + size:
+        while damage is None and self.rest[start : start + 1] == b"F" and len(self.rest) >= start + size:
             try:
-                frames.append(self._unpack(self._data[start + 1 : start + size]))
+                frames.append(self._unpack(self.rest[start + 1 : start + size]))
             except ValueError as error:
                 damage = error  # raised after the frames before it were yielded
             start += size
-        self._data = self._data[start:]
+        self.rest = self.rest[start:]
         if frames:
             yield np.concatenate(frames, axis=1), len(frames) * self.spec.frame_size
         if damage is not None:
@@ -192,21 +195,21 @@ class CodeStreamParser:
         if self.spec is None:
             raise ValueError(NO_CODE_STREAM) from ValueError("it ends inside its header")
         if not self.has_ended:
-            where = "inside a frame" if self._data else "without its end mark"
+            where = "inside a frame" if self.rest else "without its end mark"
             raise ValueError(f"the code stream was cut short: it ends {where}")
 
     def _take_end(self, size: int) -> Iterator[tuple[np.ndarray, int]]:
         """Take the last packet, if it is there. A short last frame has `size` bytes."""
-        kind = self._data[:1]
-        if not self.has_ended and kind == b"L" and len(self._data) >= size:
+        kind = self.rest[:1]
+        if not self.has_ended and kind == b"L" and len(self.rest) >= size:
             self.has_ended = True
-            last, self._data = self._data[1:size], self._data[size:]
+            last, self.rest = self.rest[1:size], self.rest[size:]
             yield self._last_frame(last)
         elif not self.has_ended and kind == b"E":
-            self.has_ended, self._data = True, self._data[1:]
+            self.has_ended, self.rest = True, self.rest[1:]
         elif not self.has_ended and kind not in (b"", b"F", b"L"):
             raise ValueError(f"the code stream is damaged: a packet must begin with F, L or E, got {kind!r}")
-        if self.has_ended and self._data:
+        if self.has_ended and self.rest:
             raise ValueError("the code stream goes on after its end; send only one stream through a pipe")
 
     def _last_frame(self, data: bytes) -> tuple[np.ndarray, int]:
@@ -228,19 +231,19 @@ class CodeStreamParser:
 
     def _take_header(self) -> bool:
         """Take the header, if all of it is there."""
-        if len(self._data) < 8:
+        if len(self.rest) < 8:
             return False
-        (size,) = struct.unpack("<Q", self._data[:8])
-        if size <= MAX_HEADER_BYTES and len(self._data) < 8 + size:
+        (size,) = struct.unpack("<Q", self.rest[:8])
+        if size <= MAX_HEADER_BYTES and len(self.rest) < 8 + size:
             return False
         try:
-            fields = json.loads(self._data[8 : 8 + size]) if size <= MAX_HEADER_BYTES else {}
+            fields = json.loads(self.rest[8 : 8 + size]) if size <= MAX_HEADER_BYTES else {}
             if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f"it must be {FORMAT}, version {VERSION}")
             self.spec = CodeSpec(**fields)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(NO_CODE_STREAM) from error
-        self._data = self._data[8 + size :]
+        self.rest = self.rest[8 + size :]
         return True
 
 

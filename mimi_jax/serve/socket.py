@@ -1,0 +1,115 @@
+"""A connection within its limits."""
+
+import asyncio
+import contextlib
+import json
+import time
+from asyncio import FIRST_COMPLETED
+from typing import Any
+
+from mimi_jax.serve.limits import Limits
+
+# Why a connection closes (RFC 6455, section 7.4.1).
+NORMAL, GOING_AWAY, BAD_DATA, REFUSED, TOO_BIG, BROKEN, TRY_LATER = 1000, 1001, 1007, 1008, 1009, 1011, 1013
+MAX_REASON_BYTES = 123  # of a close frame
+
+
+class EndError(Exception):
+    """Ends a session.
+
+    Args:
+        code: of the close frame.
+        reason: for the client, in words.
+        kind: for the metrics, in one word.
+    """
+
+    def __init__(self, code: int, reason: str, kind: str):
+        super().__init__(reason)
+        self.code, self.kind = code, kind
+
+
+class Socket:
+    """A WebSocket of a client.
+
+    Args:
+        websocket: Starlette's, accepted.
+        limits: of the session.
+    """
+
+    def __init__(self, websocket: Any, limits: Limits):
+        self._websocket, self._limits = websocket, limits
+        self._until = time.monotonic() + limits.total_seconds
+        self._interrupted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def interrupt(self) -> None:
+        """Let `receive` return None, as if the client had ended its stream."""
+        if not self._interrupted.done():
+            self._interrupted.set_result(None)
+
+    async def receive(self) -> bytes | dict[str, Any] | None:
+        """The next message: bytes, or an object in JSON; None at the end.
+
+        The stream ends with `{"end": true}` or an empty message of bytes, or with `interrupt`.
+
+        Raises:
+            EndError: the client went away, sent something else, or the session is over its limits.
+        """
+        left = min(self._limits.idle_seconds, self._until - time.monotonic())
+        message = await self._next_message(left)
+        if message is None:
+            return None
+        if message["type"] == "websocket.disconnect":
+            raise EndError(GOING_AWAY, "the client went away", "gone")
+        if (data := message.get("bytes")) is not None:
+            if len(data) > self._limits.message_bytes:
+                raise EndError(TOO_BIG, f"a message has at most {self._limits.message_bytes} bytes", "big")
+            return data or None
+        fields: Any = None
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            fields = json.loads(message["text"])
+        if isinstance(fields, dict):
+            return None if fields.get("end") else fields
+        raise EndError(BAD_DATA, "a message of text must be an object in JSON", "bad")
+
+    async def _next_message(self, seconds: float) -> dict[str, Any] | None:
+        """The next message; None if `interrupt` was called."""
+        receiving = asyncio.ensure_future(self._websocket.receive())
+        waiting: set[asyncio.Future[Any]] = {receiving, self._interrupted}
+        try:
+            done, _ = await asyncio.wait(waiting, timeout=max(0.0, seconds), return_when=FIRST_COMPLETED)
+        finally:
+            receiving.cancel()
+        if receiving in done:
+            return receiving.result()
+        if done:
+            return None
+        if time.monotonic() >= self._until:
+            raise EndError(REFUSED, f"a session lasts at most {self._limits.total_seconds:g} s", "long")
+        raise EndError(REFUSED, f"no message came for {self._limits.idle_seconds:g} s", "idle")
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes, if there are any.
+
+        Raises:
+            EndError: the client does not read, or went away.
+        """
+        if data:
+            await self._send(self._websocket.send_bytes(data))
+
+    async def tell(self, **fields: Any) -> None:
+        """Send an object in JSON. Raises as `send`."""
+        await self._send(self._websocket.send_text(json.dumps(fields)))
+
+    async def _send(self, sending: Any) -> None:
+        try:
+            await asyncio.wait_for(sending, self._limits.send_seconds)
+        except TimeoutError:
+            raise EndError(REFUSED, "the client reads too slowly", "slow") from None
+        except Exception as error:  # each server has its own classes
+            raise EndError(GOING_AWAY, "the client went away", "gone") from error
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close the connection, if it is still there."""
+        short = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._websocket.close(code, short), self._limits.send_seconds)
