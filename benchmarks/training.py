@@ -51,7 +51,7 @@ def time_steps(recipe: Recipe, dtype: str, steps: int) -> list[float]:
     batch, times = jax.device_put({"audio": noise}), []
     for _ in tqdm(range(WARMUP + steps), disable=None, leave=False):
         start = time.perf_counter()
-        state, logs = trainer.step(state, batch, adversarial=recipe.adversarial)
+        state, logs = trainer.step(state, batch, phase=trainer.phase(recipe.steps - 1))
         jax.block_until_ready((state, logs))
         times.append(time.perf_counter() - start)
     return times

@@ -55,7 +55,7 @@ class Session:
         self._format = options.get("format", "s16le")
         if self._format not in PCM_FORMATS:
             raise ValueError(f"format must be {' or '.join(PCM_FORMATS)}, got {self._format!r}")
-        self._count = _as_count(options.get("num_quantizers", pool.num_quantizers), pool)
+        self._count = _as_count(options.get("num_quantizers") or pool.num_quantizers, pool)
         self._leaving: asyncio.Future[Moved] | None = None
 
     async def run(self) -> None:
@@ -93,6 +93,8 @@ class Session:
             "frame_size": config.frame_size,
             "codebook_size": config.codebook_size,
             "num_quantizers": self._count,
+            "min_quantizers": config.num_semantic_quantizers,
+            "max_quantizers": self._pool.num_quantizers,
         }
 
     async def _serve(self) -> None:

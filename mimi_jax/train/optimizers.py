@@ -1,6 +1,5 @@
 """AdamW of the model and of the discriminator, with their schedule and clipping."""
 
-import functools
 from typing import Any
 
 import jax
@@ -14,20 +13,22 @@ def make_optimizers(recipe: Recipe) -> tuple[Any, Any]:
     import optax
 
     options = recipe.optimizer
-    adamw = functools.partial(optax.adamw, make_schedule(recipe), *options.betas)
+    judge_rate = recipe.discriminator.learning_rate or options.learning_rate
+    rates = make_schedule(recipe, options.learning_rate), make_schedule(recipe, judge_rate)
     clip = optax.clip_by_global_norm(options.max_norm) if options.max_norm else optax.identity()
-    model = optax.chain(clip, adamw(weight_decay=options.weight_decay, mask=in_transformer))
-    return model, optax.chain(clip, adamw(weight_decay=0.0))
+    decay: dict[str, Any] = {"weight_decay": options.weight_decay, "mask": in_transformer}
+    model = optax.chain(clip, optax.adamw(rates[0], *options.betas, **decay))
+    return model, optax.chain(clip, optax.adamw(rates[1], *options.betas, weight_decay=0.0))
 
 
-def make_schedule(recipe: Recipe) -> Any:
+def make_schedule(recipe: Recipe, learning_rate: float) -> Any:
     """The learning rate of each step, as optax's schedules give it."""
     import optax
 
     options = recipe.optimizer
-    schedule = optax.constant_schedule(options.learning_rate)
+    schedule = optax.constant_schedule(learning_rate)
     if options.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(options.learning_rate, recipe.steps)
+        schedule = optax.cosine_decay_schedule(learning_rate, recipe.steps)
     if not options.warmup_steps:
         return schedule
     warmup = optax.linear_schedule(0.0, 1.0, options.warmup_steps)

@@ -70,6 +70,8 @@ class DiscriminatorRecipe:
     filters: int = 32  # of each convolution
     windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)  # samples; each has a sub-discriminator
     seconds: float = 0.0  # of each crop that it hears, at a random place in each step; 0: all of the crop
+    learning_rate: float = 0.0  # before warmup and schedule; 0: that of the model
+    head_start: int = 0  # steps that it learns before the model learns from it
 
 
 @dataclasses.dataclass(frozen=True)

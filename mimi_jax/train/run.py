@@ -149,9 +149,7 @@ class _Run(NamedTuple):
         first, since_log = int(state.step), []
         with tqdm(initial=first, total=recipe.steps, desc="training", disable=None, smoothing=0.05) as bar:
             for step in range(first, recipe.steps):
-                state, logs = trainer.step(
-                    state, self._next_batch(), adversarial=trainer.is_adversarial(step)
-                )
+                state, logs = trainer.step(state, self._next_batch(), phase=trainer.phase(step))
                 since_log.append(logs)
                 bar.update()
                 done, is_last = step + 1, step + 1 == recipe.steps

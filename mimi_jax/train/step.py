@@ -8,7 +8,7 @@ the losses that do not depend on the audio.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ Batch = dict[
 ]  # "audio" [batch, channels, samples]; "features" [batch, vectors, dim] to distill
 Logs = dict[str, jax.Array]  # scalars by name
 Ear = Callable[[jax.Array], jax.Array]
+# Of a run: without a discriminator, with one that learns alone, and with one that the model learns from.
+Phase = Literal["reconstruction", "head start", "adversarial"]
 
 
 class Average(NamedTuple):
@@ -59,9 +61,9 @@ class TrainState(NamedTuple):
 class Trainer:
     """Makes a `TrainState` for a recipe, and steps it.
 
-    `trainer.step(state, batch, adversarial=...)` is compiled. It returns the next state and what to log:
-    losses, their shares of the gradient, norms of gradients and perplexities. It reuses the memory of the
-    state it is given.
+    `trainer.step(state, batch, phase=trainer.phase(number))` is compiled. It returns the next state and what
+    to log: losses, their shares of the gradient, norms of gradients and perplexities. It reuses the memory of
+    the state it is given.
 
     Args:
         recipe: what to train, and how.
@@ -80,7 +82,7 @@ class Trainer:
         if recipe.losses.distillation:
             self.teacher_proj = nnx.Linear(model.config.hidden_size, recipe.teacher_dim, rngs=rngs)
         self.optimizer, self.discriminator_optimizer = make_optimizers(recipe)
-        self.step = jax.jit(self._step, static_argnames="adversarial", donate_argnums=0)
+        self.step = jax.jit(self._step, static_argnames="phase", donate_argnums=0)
 
     def init(self) -> TrainState:
         """The state before the first step, with the codebooks of the model."""
@@ -134,9 +136,12 @@ class Trainer:
             named |= {"adversarial": weights.adversarial, "features": weights.features}
         return {name: weight for name, weight in named.items() if weight}
 
-    def is_adversarial(self, step: int) -> bool:
-        """Whether this step has a discriminator."""
-        return self.recipe.adversarial and step >= self.recipe.losses.adversarial_start
+    def phase(self, step: int) -> Phase:
+        """What a step does with the discriminator."""
+        start = self.recipe.losses.adversarial_start
+        if not self.recipe.adversarial or step < start:
+            return "reconstruction"
+        return "head start" if step < start + self.recipe.discriminator.head_start else "adversarial"
 
     def export(self, state: TrainState) -> Mimi:
         """The running mean of the model, with ordinary kernels."""
@@ -169,11 +174,11 @@ class Trainer:
         """Latents [batch, frames, hidden_size] of audio [batch, channels, samples]."""
         return with_weights(self.model, {**state.weights, **state.frozen}).encode_latents(audio)
 
-    def _step(self, state: TrainState, batch: Batch, adversarial: bool) -> tuple[TrainState, Logs]:
+    def _step(self, state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Logs]:
         with jax.default_matmul_precision(self.recipe.precision):
-            return self._train(state, batch, adversarial)
+            return self._train(state, batch, phase)
 
-    def _train(self, state: TrainState, batch: Batch, adversarial: bool) -> tuple[TrainState, Logs]:
+    def _train(self, state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Logs]:
         audio = batch["audio"]
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), state.step)
         hear = self._ear(jax.random.fold_in(key, 1))
@@ -185,13 +190,14 @@ class Trainer:
         fake_audio, extra = fake
 
         judge, judge_optimizer = state.discriminator, state.discriminator_optimizer
-        if adversarial:
+        if phase != "reconstruction":
             judge, judge_optimizer, judge_logs = self._train_discriminator(
                 state, hear(audio), hear(fake_audio)
             )
             logs |= judge_logs
-        gradients, values = self._judge(judge, audio, fake_audio, hear if adversarial else None)
-        balancer, gradient, shares = balance(state.balancer, gradients, self.balanced(adversarial))
+        is_judged = phase == "adversarial"
+        gradients, values = self._judge(judge, audio, fake_audio, hear if is_judged else None)
+        balancer, gradient, shares = balance(state.balancer, gradients, self.balanced(is_judged))
         weight_gradients = pull_back((gradient, jnp.ones_like(extra)))[0]
         weights, optimizer, norm = update(self.optimizer, weight_gradients, state.optimizer, state.weights)
 

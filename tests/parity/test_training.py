@@ -130,7 +130,7 @@ def test_a_trained_model_is_the_same_in_transformers(tmp_path: Path):
     latents = trainer.encode_latents(state, batch["audio"]).reshape(-1, model.hidden_size)
     state = trainer.fit_codebooks(state, jnp.tile(latents, (4, 1)), len(latents))
     for _ in range(5):
-        state, _ = trainer.step(state, batch, adversarial=False)
+        state, _ = trainer.step(state, batch, phase="reconstruction")
     ours = trainer.export(state)
     ours.save_pretrained(tmp_path)
     assert_same_in_transformers(ours, tmp_path, noise(2, 1, 19_200, seed=5))

@@ -48,7 +48,7 @@ def run(recipe: Recipe, steps: int, batch=None) -> tuple[Trainer, TrainState, li
     batch = batch or batch_of(recipe)
     state, logs = fitted(trainer, batch["audio"]), []
     for step in range(steps):
-        state, values = trainer.step(state, batch, adversarial=trainer.is_adversarial(step))
+        state, values = trainer.step(state, batch, phase=trainer.phase(step))
         logs.append({name: float(value) for name, value in values.items()})
     return trainer, state, logs
 
@@ -134,7 +134,7 @@ def test_a_step_is_compiled_once():
     recipe = tiny_recipe(losses__adversarial=4.0, losses__features=4.0)
     trainer = Trainer(recipe, start_model(recipe))
     state, batch = trainer.init(), batch_of(recipe)
-    new, _ = jax.eval_shape(functools.partial(trainer.step, adversarial=True), state, batch)
+    new, _ = jax.eval_shape(functools.partial(trainer.step, phase="adversarial"), state, batch)
     assert _types(new) == _types(state)
 
 
@@ -181,7 +181,7 @@ def test_devices_share_a_batch(adversarial: float):
         sharded = jax.device_put(batch, rows)
         logs = []
         for step in range(3):
-            state, values = trainer.step(state, sharded, adversarial=trainer.is_adversarial(step))
+            state, values = trainer.step(state, sharded, phase=trainer.phase(step))
             logs.append({name: float(value) for name, value in values.items()})
         traces.append(logs)
         assert state.weights["upsample.kernel"].sharding.is_fully_replicated
@@ -197,7 +197,7 @@ def test_the_average_is_not_biased_by_its_start():
     batch = batch_of(recipe)
     state, seen = fitted(trainer, batch["audio"]), []
     for _ in range(3):
-        state, _ = trainer.step(state, batch, adversarial=False)
+        state, _ = trainer.step(state, batch, phase="reconstruction")
         seen.append(np.asarray(state.weights["upsample.kernel"]))
     decay = recipe.optimizer.ema_decay
     weights = np.array([decay**2, decay, 1])
@@ -214,7 +214,7 @@ def test_training_the_decoder_changes_no_code(tmp_path):
     batch = batch_of(recipe)
     state, first = trainer.init(), None
     for _ in range(60):
-        state, logs = trainer.step(state, batch, adversarial=False)
+        state, logs = trainer.step(state, batch, phase="reconstruction")
         first = first or {name: float(value) for name, value in logs.items()}
     assert first is not None
     assert logs["loss/mel"] < 0.8 * first["loss/mel"]

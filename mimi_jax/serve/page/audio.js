@@ -1,0 +1,90 @@
+// Where audio comes from, and where it goes.
+
+export class Microphone {
+  // Calls `heard` with Float32Arrays at `rate`.
+  static async open(rate, heard) {
+    const media = await navigator.mediaDevices.getUserMedia({
+      audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false },
+    });
+    const context = new AudioContext();
+    await context.audioWorklet.addModule("capture.js");
+    const node = new AudioWorkletNode(context, "capture", { numberOfOutputs: 0, processorOptions: { rate } });
+    node.port.onmessage = ({ data }) => heard(data);
+    context.createMediaStreamSource(media).connect(node);
+    return new Microphone(media, context);
+  }
+
+  constructor(media, context) {
+    this.media = media;
+    this.context = context;
+  }
+
+  close() {
+    for (const track of this.media.getTracks()) track.stop();
+    this.context.close();
+  }
+}
+
+export class Recording {
+  // Calls `heard` with pieces of a file as fast as they are played.
+  static async open(file, rate, heard, ended) {
+    // A context decodes to its own rate.
+    const decoded = await new OfflineAudioContext(1, 1, rate).decodeAudioData(await file.arrayBuffer());
+    const audio = new Float32Array(decoded.length);
+    for (let number = 0; number < decoded.numberOfChannels; number++) {
+      const channel = decoded.getChannelData(number);
+      for (let i = 0; i < audio.length; i++) audio[i] += channel[i] / decoded.numberOfChannels;
+    }
+    return new Recording(audio, rate, heard, ended);
+  }
+
+  constructor(audio, rate, heard, ended) {
+    const began = performance.now();
+    let start = 0;
+    this.timer = setInterval(() => {
+      const stop = Math.min(audio.length, Math.floor(((performance.now() - began) * rate) / 1000));
+      if (stop > start) heard(audio.subarray(start, stop));
+      start = stop;
+      if (stop === audio.length) {
+        this.close();
+        ended();
+      }
+    }, 20);
+  }
+
+  close() {
+    clearInterval(this.timer);
+  }
+}
+
+export class Player {
+  // Plays the original and the decoded, each of which can be muted. `rate` is that of both.
+  static async open(rate) {
+    const context = new AudioContext({ sampleRate: rate });
+    await context.audioWorklet.addModule("playback.js");
+    return new Player(context);
+  }
+
+  constructor(context) {
+    this.context = context;
+    this.tracks = {};
+    for (const name of ["original", "decoded"]) {
+      const source = new AudioWorkletNode(context, "playback", { numberOfInputs: 0 });
+      const gain = context.createGain();
+      source.connect(gain).connect(context.destination);
+      this.tracks[name] = { source, gain };
+    }
+  }
+
+  play(name, audio) {
+    this.tracks[name].source.port.postMessage(audio);
+  }
+
+  mute(name, isMuted) {
+    this.tracks[name].gain.gain.value = isMuted ? 0 : 1;
+  }
+
+  close() {
+    this.context.close();
+  }
+}
