@@ -21,7 +21,7 @@ export class Microphone {
 
   close() {
     for (const track of this.media.getTracks()) track.stop();
-    this.context.close();
+    if (this.context.state !== "closed") this.context.close();
   }
 }
 

@@ -16,6 +16,7 @@ export class Stream {
     this.spec = null; // the header of the code stream
     this.codes = null; // of the frame whose audio comes next
     this.problem = null;
+    this.isEnded = false;
     this.samples = 0; // that were sent
     this.sent = []; // when each frame was complete, of those that have not come back
     this.socket = new WebSocket(address);
@@ -29,17 +30,12 @@ export class Stream {
 
   // Float32Array of samples at the server's rate.
   push(audio) {
-    if (this.socket.readyState !== WebSocket.OPEN || !this.about) return;
+    if (this.socket.readyState !== WebSocket.OPEN || !this.about || this.isEnded) return;
     this.socket.send(Int16Array.from(audio, (x) => Math.max(-32768, Math.min(32767, Math.round(32768 * x)))));
     const size = this.about.frame_size;
     const before = Math.floor(this.samples / size);
     this.samples += audio.length;
     for (let frame = before; frame < Math.floor(this.samples / size); frame++) this.sent.push(performance.now());
-  }
-
-  // How many bytes wait to be sent.
-  get waiting() {
-    return this.socket.bufferedAmount;
   }
 
   use(numQuantizers) {
@@ -48,7 +44,9 @@ export class Stream {
     }
   }
 
+  // No audio goes out after this. The last frames still come.
   end() {
+    this.isEnded = true;
     if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ end: true }));
     else this.socket.close();
   }

@@ -1,0 +1,375 @@
+"""Streams over WebSockets: each is that of its own audio alone, and keeps to its limits."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import random
+import struct
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+import websockets
+from websockets.asyncio.client import ClientConnection, connect
+
+from mimi_jax.model import decode, decode_step, encode
+from mimi_jax.serve.app import Server, serving
+from mimi_jax.serve.limits import Access, Limits
+from mimi_jax.streams.pool import Pool
+from mimi_jax.streams.wire import CodeStreamParser
+from tests.models import load_fixture, relative_error
+
+MODEL = load_fixture("base").model  # 16 samples a frame, and a window of 5 steps
+FRAME, CODEBOOKS = MODEL.config.frame_size, MODEL.config.num_quantizers
+KEY = b"a key that is long enough"
+
+
+def run(test: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(test, 120))
+
+
+@contextlib.asynccontextmanager
+async def server(rows: int = 8, **options: Any) -> AsyncIterator[tuple[Server, str]]:
+    """A server, and its address without the scheme."""
+    settings = {"limits": Limits(), "access": Access(), "key": KEY} | options
+    make_pool = functools.partial(Pool, MODEL, rows)
+    async with serving(make_pool, 0.08, host="127.0.0.1", port=0, **settings) as (found, port):
+        yield found, f"127.0.0.1:{port}"
+
+
+def pcm(seed: int, samples: int) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(0, 0.2, samples) * 32767).clip(-32768, 32767).astype("<i2")
+
+
+def codes_alone(samples: np.ndarray) -> np.ndarray:
+    audio = samples.astype(np.float32)[None, None] / 32768
+    return np.asarray(encode(MODEL, audio).audio_codes)[0]
+
+
+async def opened(socket: ClientConnection) -> dict[str, Any]:
+    """What the server says first."""
+    return json.loads(await socket.recv())
+
+
+async def received(socket: ClientConnection) -> bytes:
+    """All bytes until the server closes with status 1000."""
+    data = b""
+    try:
+        while True:
+            message = await socket.recv()
+            assert isinstance(message, bytes), message
+            data += message
+    except websockets.ConnectionClosedOK:
+        return data
+
+
+async def refusal(socket: ClientConnection) -> tuple[int, str]:
+    """The status with which the server closes, and its reason in words."""
+    reason = ""
+    with contextlib.suppress(websockets.ConnectionClosed):
+        while True:
+            message = await socket.recv()
+            if isinstance(message, str):
+                reason = json.loads(message).get("error", reason)
+    return socket.close_code or 0, reason
+
+
+def parse(data: bytes) -> tuple[np.ndarray, int]:
+    """The codes of a whole code stream, and of how many samples they are."""
+    parser = CodeStreamParser()
+    frames = list(parser.feed(data))
+    parser.close()
+    return np.concatenate([codes for codes, _ in frames], axis=1), sum(length for _, length in frames)
+
+
+async def send_in_pieces(socket: ClientConnection, data: bytes, seed: int, unit: int) -> None:
+    rng, start = random.Random(seed), 0
+    while start < len(data):
+        stop = start + unit * rng.randrange(1, 3 * FRAME)
+        await socket.send(data[start:stop])
+        start = stop
+        await asyncio.sleep(rng.choice([0, 0, 0.005]))
+    await socket.send(json.dumps({"end": True}))
+
+
+def test_encode_and_decode_give_what_the_functions_give():
+    samples = pcm(1, 9 * FRAME + 5)
+
+    async def test() -> tuple[bytes, bytes]:
+        async with server() as (_, address):
+            async with connect(f"ws://{address}/encode?num_quantizers=3") as socket:
+                about = await opened(socket)
+                assert about["frame_size"] == FRAME and about["num_quantizers"] == 3
+                stream, _ = await asyncio.gather(
+                    received(socket), send_in_pieces(socket, samples.tobytes(), 0, 2)
+                )
+            async with connect(f"ws://{address}/decode?format=f32le") as socket:
+                await opened(socket)
+                audio, _ = await asyncio.gather(received(socket), send_in_pieces(socket, stream, 1, 1))
+            return stream, audio
+
+    stream, audio = run(test())
+    codes, length = parse(stream)
+    assert length == len(samples)
+    np.testing.assert_array_equal(codes, codes_alone(samples)[:3])
+    expected = np.asarray(decode(MODEL, codes[None]).audio_values)[0, :, :length]
+    assert relative_error(np.frombuffer(audio, "<f4")[None], expected) < 1e-5
+
+
+def split_loopback(data: bytes, dtype: str = "<f4") -> tuple[bytes, list[np.ndarray]]:
+    """The code stream and the audio of a loopback."""
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    parser = CodeStreamParser()
+    assert not list(parser.feed(data[:header]))
+    assert parser.spec is not None
+    packet = 1 + -(-parser.spec.bits * parser.spec.num_codebooks // 8)
+    stream, audio, start = data[:header], [], header
+    while start < len(data):
+        if data[start : start + 1] == b"P":
+            (size,) = struct.unpack("<I", data[start + 1 : start + 5])
+            audio.append(np.frombuffer(data[start + 5 : start + 5 + size], dtype))
+            start += 5 + size
+        else:
+            size = {b"F": packet, b"L": packet + 4, b"E": 1}[data[start : start + 1]]
+            stream += data[start : start + size]
+            start += size
+    return stream, audio
+
+
+def test_a_loopback_is_decoded_from_as_many_codebooks_as_its_client_wants():
+    samples = pcm(2, 6 * FRAME).astype("<f4") / 32768
+
+    async def test() -> bytes:
+        async with server() as (_, address), connect(f"ws://{address}/loopback?format=f32le") as socket:
+            await opened(socket)
+            half = 3 * FRAME
+            await socket.send(samples[:half].tobytes())
+            await socket.send(json.dumps({"num_quantizers": 2}))
+            await socket.send(samples[half:].tobytes())
+            await socket.send(b"")
+            return await received(socket)
+
+    stream, audio = split_loopback(run(test()))
+    codes, _ = parse(stream)
+    np.testing.assert_array_equal(codes, np.asarray(encode(MODEL, samples[None, None]).audio_codes)[0])
+    states = MODEL.init_decoder_state(1)
+    expected = []
+    for frame, count in zip(codes.T, [CODEBOOKS] * 3 + [2] * 3, strict=True):
+        states, sound = decode_step(MODEL, states, frame[None, :count, None])
+        expected.append(np.asarray(sound)[0, 0])
+    assert relative_error(np.concatenate(audio), np.concatenate(expected)) < 1e-5
+
+
+def post(address: str, path: str) -> bytes:
+    with urllib.request.urlopen(urllib.request.Request(f"http://{address}{path}", method="POST")) as answer:
+        return answer.read()
+
+
+@pytest.mark.parametrize("kind", ["encode", "decode", "loopback"])
+def test_a_stream_goes_on_on_another_server(kind: str):
+    samples = pcm(3, 11 * FRAME + 3)
+
+    async def stream_of(address: str) -> bytes:
+        async with connect(f"ws://{address}/{kind if kind != 'decode' else 'encode'}") as socket:
+            await opened(socket)
+            await socket.send(samples.tobytes())
+            await socket.send(b"")
+            return await received(socket)
+
+    async def test() -> tuple[bytes, bytes]:
+        async with server() as (_, first), server() as (_, second):
+            whole = await stream_of(first)
+            data = samples.tobytes()
+            if kind == "decode":
+                data = whole
+                async with connect(f"ws://{first}/decode") as socket:
+                    await opened(socket)
+                    await socket.send(data)
+                    whole = await received(socket)
+            cut = len(data) // 2 // 2 * 2
+            async with connect(f"ws://{first}/{kind}") as socket:
+                about = await opened(socket)
+                await socket.send(data[:cut])
+                await asyncio.sleep(0.3)
+                moved = await asyncio.to_thread(post, first, f"/detach/{about['session']}")
+                before = await received(socket)
+            async with connect(f"ws://{second}/attach") as socket:
+                await socket.send(moved)
+                assert (await opened(socket))["kind"] == kind
+                await socket.send(data[cut:])
+                await socket.send(b"")
+                after = await received(socket)
+            async with connect(f"ws://{second}/attach") as socket:
+                await socket.send(moved[:-1] + bytes([moved[-1] ^ 1]))
+                assert await refusal(socket) == (
+                    1007,
+                    "the session was not signed with the key of this server",
+                )
+            return whole, before + after
+
+    whole, joined = run(test())
+    assert joined == whole
+
+
+@pytest.mark.parametrize(
+    ("path", "messages", "status", "reason"),
+    [
+        ("/encode?num_quantizers=99", [], 1007, f"num_quantizers must be from 1 to {CODEBOOKS}, got '99'"),
+        ("/encode?format=mp3", [], 1007, "format must be s16le or f32le, got 'mp3'"),
+        ("/encode", [b"123"], 1007, "a message of audio must have whole samples"),
+        ("/encode", ["hello"], 1007, "a message of text must be an object in JSON"),
+        ("/encode", ['{"num_quantizers": 1}'], 1007, "there is nothing to change: num_quantizers"),
+        ("/encode", [bytes(5000)], 1009, "a message has at most 4000 bytes"),
+        ("/encode?format=f32le", [np.float32(np.nan).tobytes()], 1007, "raw audio in f32le must be finite"),
+        ("/loopback", ['{"num_quantizers": true}'], 1007, "num_quantizers must be from 1"),
+        ("/decode", [b"this is no code stream"], 1007, "the input is not a code stream"),
+        ("/decode", [b"", b""], 1007, "the input is not a code stream"),
+        ("/attach", [b"nothing"], 1007, "the session was not signed with the key of this server"),
+        ("/encode?token=wrong", [], 1008, "the token is wrong or missing"),
+    ],
+)
+def test_what_is_wrong_ends_its_session_with_a_reason(path: str, messages: list, status: int, reason: str):
+    samples = pcm(4, 5 * FRAME)
+    token = "a token"
+
+    async def test() -> tuple[int, str]:
+        options = {"limits": Limits(message_bytes=4000), "access": Access(token=token)}
+        async with (
+            server(**options) as (_, address),
+            connect(f"ws://{address}/encode?token=a%20token") as other,
+        ):
+            await opened(other)
+            await other.send(samples[: 2 * FRAME].tobytes())
+            given = "" if "token" in path else f"{'&' if '?' in path else '?'}token=a%20token"
+            async with connect(f"ws://{address}{path}{given}") as socket:
+                with contextlib.suppress(websockets.ConnectionClosed):
+                    for message in messages:
+                        await socket.send(message)
+                found = await refusal(socket)
+            await other.send(samples[2 * FRAME :].tobytes())
+            await other.send(b"")
+            np.testing.assert_array_equal(parse(await received(other))[0], codes_alone(samples))
+            return found
+
+    found, words = run(test())
+    assert found == status and words.startswith(reason)
+
+
+def test_sessions_end_when_they_are_idle_or_long_or_too_many():
+    async def test() -> list[tuple[int, str]]:
+        limits = Limits(idle_seconds=0.3, total_seconds=0.8)
+        async with server(rows=1, limits=limits) as (_, address):
+            async with connect(f"ws://{address}/encode") as socket:
+                idle = await refusal(socket)
+            async with connect(f"ws://{address}/encode") as socket:
+
+                async def keep_sending() -> None:
+                    with contextlib.suppress(websockets.ConnectionClosed):
+                        while True:
+                            await socket.send(bytes(2))
+                            await asyncio.sleep(0.1)
+
+                sending = asyncio.create_task(keep_sending())
+                await asyncio.sleep(0.2)
+                async with connect(f"ws://{address}/encode") as third:
+                    full = await refusal(third)
+                long = await refusal(socket)
+                sending.cancel()
+            return [idle, full, long]
+
+    idle, full, long = run(test())
+    assert idle == (1008, "no message came for 0.3 s")
+    assert full[0] == 1013 and full[1].startswith("all 1 rows are taken; try again later")
+    assert long == (1008, "a session lasts at most 0.8 s")
+
+
+def test_a_server_that_stops_gives_the_last_frames():
+    samples = pcm(5, 3 * FRAME + 7)
+
+    async def test() -> bytes:
+        async with server() as (found, address), connect(f"ws://{address}/encode") as socket:
+            await opened(socket)
+            await socket.send(samples.tobytes())
+            await asyncio.sleep(0.2)
+            stream, _ = await asyncio.gather(received(socket), found.stop())
+            async with connect(f"ws://{address}/encode") as late:
+                assert await refusal(late) == (1001, "the server stops")
+            return stream
+
+    codes, length = parse(run(test()))
+    assert length == len(samples)
+    np.testing.assert_array_equal(codes, codes_alone(samples))
+
+
+def get(address: str, path: str, headers: dict[str, str] | None = None) -> tuple[int, bytes, Any]:
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"http://{address}{path}", headers=headers or {})
+        ) as answer:
+            return answer.status, answer.read(), answer.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), error.headers
+
+
+def test_pages_elsewhere_and_files_are_out_of_reach():
+    async def test() -> None:
+        async with server(access=Access(origins=("https://friend.example",))) as (_, address):
+            host = address.replace("127.0.0.1", "evil.example")
+            for origin, allowed in (
+                (f"http://{address}", True),
+                ("https://friend.example", True),
+                ("https://evil.example", False),
+                ("null", False),
+            ):
+                async with connect(f"ws://{address}/encode", additional_headers={"Origin": origin}) as socket:
+                    first = json.loads(await socket.recv())
+                    assert ("session" in first) == allowed, first
+            async with connect(
+                f"ws://{address}/encode", additional_headers={"Origin": f"http://{host}"}
+            ) as socket:
+                assert (await refusal(socket))[0] == 1008
+            fetch = functools.partial(asyncio.to_thread, get)
+            status, page, headers = await fetch(address, "/")
+            assert status == 200 and b"<title>Mimi, live" in page
+            assert headers["content-security-policy"] == "default-src 'self'; frame-ancestors 'none'"
+            for path in (
+                "/../app.py",
+                "/%2e%2e/app.py",
+                "/..%2fapp.py",
+                "//etc/passwd",
+                "/etc/passwd",
+                "/app.py",
+            ):
+                assert (await fetch(address, path))[0] in (400, 404), path
+            assert (await fetch(address, "/metrics", {"Host": "evil.example"}))[0] == 403
+            assert (await fetch(address, "/health"))[:2] == (200, b'{"status":"ok","sessions":0}')
+
+    run(test())
+
+
+def test_metrics_count_sessions_steps_and_ends():
+    async def test() -> str:
+        async with server() as (_, address):
+            async with connect(f"ws://{address}/loopback") as socket:
+                await opened(socket)
+                await socket.send(pcm(6, 4 * FRAME).tobytes())
+                await socket.send(b"")
+                await received(socket)
+            async with connect(f"ws://{address}/encode") as socket:
+                await socket.send("x")
+                await refusal(socket)
+            _, text, _ = await asyncio.to_thread(get, address, "/metrics")
+            return text.decode()
+
+    text = run(test())
+    for line in (
+        'mimi_sessions{half="encoder"} 0.0', 'mimi_rows{half="decoder"} 8.0',
+        'mimi_frame_delay_seconds_count{half="encoder"} 4.0', 'mimi_late_frames_total{half="decoder"}',
+        'mimi_sessions_ended_total{reason="done"} 1.0', 'mimi_sessions_ended_total{reason="bad"} 1.0',
+        'mimi_waiting_frames{half="encoder"} 0.0',
+    ):  # fmt: skip
+        assert line in text, text
