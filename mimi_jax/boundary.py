@@ -75,14 +75,16 @@ def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
     return _as_int32(array) if array.dtype.kind in "iu" else array
 
 
-@transfers_allowed()
 def as_numpy(name: str, value: Any) -> np.ndarray:
     """An argument as a NumPy array in native byte order. It may also be a list of numbers.
 
     Raises:
         TypeError: it cannot be read.
     """
-    return np.asarray(_read(name, value))
+    if type(value) is np.ndarray and value.dtype.isnative:
+        return value
+    with transfers_allowed():
+        return np.asarray(_read(name, value))
 
 
 def _read(name: str, value: Any) -> jax.Array | np.ndarray:

@@ -1,7 +1,7 @@
 """The rows of one half of a model, which sessions take and give back. Nothing here waits for anything.
 
-The number of rows is a power of two, and follows the number of sessions: so a handful of programs serve all
-loads, and few sessions do not pay for many rows. A row without a frame keeps its state.
+A step takes the rows that have a frame out of the batch, steps them, and puts them back. They are filled up
+to one of a few sizes, so a handful of programs serve all loads, and few frames do not pay for many rows.
 """
 
 import functools
@@ -13,23 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimi_jax.boundary import transfers_allowed
-from mimi_jax.model import DecoderState, EncoderState, Mimi, decode_step
+from mimi_jax.model import DecoderState, EncoderState, Mimi, decode_step, encode_step
 from mimi_jax.nn.quantizer import Codebook
-from mimi_jax.nn.streaming import State
-from mimi_jax.streams.push import encode_frames, fresh_state, half_of, join_rings, split_rings
+from mimi_jax.streams.push import fresh_state, half_of, join_rings, split_rings
 
-FEWEST = 8  # rows; a step of 8 takes two to three times as long as a step of one
+SIZES = (1, 8)  # of the smallest steps; then powers of two
 
 
 class PoolFullError(Exception):
     """All rows are taken."""
-
-
-class Row:
-    """A row that a session has taken. Its number changes when rows move together."""
-
-    def __init__(self, number: int):
-        self.number = number
 
 
 class Batch:
@@ -38,116 +30,78 @@ class Batch:
     Args:
         model: a model that can stream.
         half: "encoder" or "decoder".
-        most: rows, a power of two.
+        rows: the most sessions, a power of two.
         num_quantizers: codebooks of each frame.
     """
 
-    def __init__(self, model: Mimi, half: str, most: int, num_quantizers: int):
+    def __init__(self, model: Mimi, half: str, rows: int, num_quantizers: int):
         config = model.config
-        self.most, self._count, self._is_encoder = most, num_quantizers, half == "encoder"
-        self._init_state = getattr(model, f"init_{half}_state")
+        self._rows, self._free = rows, list(reversed(range(rows)))
+        self.sizes = sorted({min(size, rows) for size in SIZES} | {2**n for n in range(4, rows.bit_length())})
         self.nothing = config.codebook_size  # as a code: this codebook adds nothing to the audio
+        is_encoder = half == "encoder"
+        self._init_state = getattr(model, f"init_{half}_state")
+        self._fresh = split_rings(fresh_state(self._init_state, 1))
+        self._state = split_rings(fresh_state(self._init_state, rows))
         model = half_of(model, half)
-        if not self._is_encoder:
+        if not is_encoder:
             _add_nothing(model)
         self._parameters, self._structure = jax.tree.flatten(model)
+        self._advance = functools.partial(_encode, num_quantizers) if is_encoder else _decode
         # What is fed to a row without a frame: samples that do not exist, or no code.
-        shape = (config.audio_channels, config.frame_size) if self._is_encoder else (num_quantizers, 1)
-        self._blank = np.full(
-            shape, np.nan if self._is_encoder else -1, np.float32 if self._is_encoder else np.int32
-        )
-        self._taken: set[Row] = set()
-        self._set_size(min(FEWEST, most))
+        shape = (config.audio_channels, config.frame_size) if is_encoder else (num_quantizers, 1)
+        self._blank = np.full(shape, *((np.nan, np.float32) if is_encoder else (-1, np.int32)))
 
-    @property
-    def size(self) -> int:
-        """Rows, taken or free."""
-        return self._size
-
-    def take(self, state: EncoderState | DecoderState | None = None) -> Row:
+    def take(self, state: EncoderState | DecoderState | None = None) -> int:
         """Take a row for a fresh stream, or for one whose state `copy` gave.
 
         Raises:
             PoolFullError: all rows are taken.
         """
-        if len(self._taken) == self._size:
-            self._grow()
-        numbers = {row.number for row in self._taken}
-        row = Row(next(number for number in range(self._size) if number not in numbers))
+        if not self._free:
+            raise PoolFullError(
+                f"all {self._rows} rows are taken; try again later, or start a pool of more rows"
+            )
+        row = self._free.pop()
+        stream = self._fresh if state is None else split_rings(state)
         with transfers_allowed():
-            stream = split_rings(self._fresh(1) if state is None else state)
-            self._state = _put(*self._state, np.int32(row.number), stream)
-        self._taken.add(row)
+            self._state = _put(*self._state, np.array([row], np.int32), stream)
         return row
 
-    def give_back(self, row: Row) -> None:
-        """Free a row. The others may move together."""
-        self._taken.remove(row)
-        while self._size > FEWEST and len(self._taken) <= self._size // 4:
-            self._shrink()
+    def give_back(self, row: int) -> None:
+        self._free.append(row)
 
     @transfers_allowed()
-    def copy(self, row: Row) -> EncoderState | DecoderState:
+    def copy(self, row: int) -> EncoderState | DecoderState:
         """The state of a row, in the memory of the host."""
-        return jax.tree.map(np.asarray, join_rings(*_take(*self._state, np.int32(row.number))))
+        return jax.tree.map(np.asarray, join_rings(*_take(*self._state, np.array([row], np.int32))))
 
     @transfers_allowed()
-    def step(self, frames: Mapping[Row, np.ndarray]) -> jax.Array:
+    def step(self, frames: Mapping[int, np.ndarray]) -> jax.Array:
         """Step the rows that have a frame: audio [channels, frame_size] with NaN after its end, or codes
         [codebooks, 1].
 
         Returns:
-            Codes [rows, codebooks, 1], or audio [rows, channels, frame_size], while it is computed.
+            Codes [size, codebooks, 1], or audio [size, channels, frame_size], in the order of `frames`, of
+            which there may be fewer. They may still be computed.
         """
-        inputs = np.broadcast_to(self._blank, (self._size, *self._blank.shape)).copy()
-        for row, frame in frames.items():
-            inputs[row.number] = frame
-        if self._is_encoder:
-            self._state, outputs = encode_frames(
-                self._structure, self._parameters, *self._state, inputs, self._count
-            )
-        else:
-            self._state, outputs = _decode_rows(self._structure, self._parameters, *self._state, inputs)
+        size = next(size for size in self.sizes if size >= len(frames))
+        inputs = np.empty((size, *self._blank.shape), self._blank.dtype)
+        rows = np.full(size, self._rows, np.int32)  # beyond the last row, where nothing is
+        inputs[len(frames) :] = self._blank
+        for place, (row, frame) in enumerate(frames.items()):
+            rows[place], inputs[place] = row, frame
+        self._state, outputs = self._advance(self._structure, self._parameters, *self._state, rows, inputs)
         return outputs
 
     def warmup(self) -> None:
         """Compile all programs. No row may be taken."""
-        assert not self._taken
-        while True:
+        for size in self.sizes:
             for _ in range(2):  # the first step may change on which devices the arrays of a state are
-                jax.block_until_ready(self.step({}))
-            self._taken.remove(self.take())
-            if self._size == self.most:
-                break
-            self._grow()
-        while self._size > FEWEST:
-            self._shrink()
-
-    def _fresh(self, rows: int) -> Any:
-        return fresh_state(self._init_state, rows)
-
-    def _set_size(self, rows: int) -> None:
-        self._size, self._state = rows, split_rings(self._fresh(rows))
-
-    @transfers_allowed()
-    def _grow(self) -> None:
-        if self._size == self.most:
-            raise PoolFullError(
-                f"all {self.most} rows are taken; try again later, or start a pool of more rows"
-            )
-        old = self._state
-        self._set_size(2 * self._size)
-        self._state = _put(*self._state, np.int32(0), old)
-
-    @transfers_allowed()
-    def _shrink(self) -> None:
-        self._size //= 2
-        rows = sorted(self._taken, key=lambda row: row.number)
-        places = np.zeros(self._size, np.int32)  # free rows may hold anything
-        places[: len(rows)] = [row.number for row in rows]
-        self._state = _pick(*self._state, places)
-        for number, row in enumerate(rows):
-            row.number = number
+                jax.block_until_ready(self.step(dict.fromkeys(range(size), self._blank)))
+        row = self.take()
+        self.copy(row)
+        self.give_back(row)
 
 
 def _add_nothing(model: Mimi) -> None:
@@ -156,30 +110,45 @@ def _add_nothing(model: Mimi) -> None:
         part.embedding = Codebook(jnp.pad(part.embedding[...], [(0, 0), (0, 1), (0, 0)]))
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _put(rings: State, rest: State, row: jax.Array, streams: tuple[State, State]) -> tuple[State, State]:
-    """Replace the rows that begin at `row`."""
-
-    def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(leaf, new, row, 0)
-
-    return jax.tree.map(put, rings, streams[0]), jax.tree.map(put, rest, streams[1])
-
-
-@jax.jit
-def _take(rings: State, rest: State, row: jax.Array) -> tuple[State, State]:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1, 0), (rings, rest))
-
-
-@jax.jit
-def _pick(rings: State, rest: State, places: jax.Array) -> tuple[State, State]:
-    return jax.tree.map(lambda leaf: jnp.take(leaf, places, axis=0, mode="clip"), (rings, rest))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _encode(
+    num_quantizers: int,
+    structure: Any,
+    parameters: list,
+    rings: EncoderState,
+    rest: EncoderState,
+    rows: jax.Array,
+    audio: jax.Array,
+) -> tuple[tuple[EncoderState, EncoderState], jax.Array]:
+    model, mask = jax.tree.unflatten(structure, parameters), ~jnp.isnan(audio[:, 0])
+    state, codes = encode_step(model, join_rings(*_take(rings, rest, rows)), audio, mask, num_quantizers)
+    return _put(rings, rest, rows, split_rings(state)), codes
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode_rows(
-    structure: Any, parameters: list, rings: State, rest: State, codes: jax.Array
-) -> tuple[tuple[State, State], jax.Array]:
+def _decode(
+    structure: Any,
+    parameters: list,
+    rings: DecoderState,
+    rest: DecoderState,
+    rows: jax.Array,
+    codes: jax.Array,
+) -> tuple[tuple[DecoderState, DecoderState], jax.Array]:
     model = jax.tree.unflatten(structure, parameters)
-    state, audio = decode_step(model, join_rings(rings, rest), codes, codes[:, 0, 0] >= 0)
-    return split_rings(state), audio.astype(jnp.float32)
+    state, audio = decode_step(model, join_rings(*_take(rings, rest, rows)), codes, codes[:, 0, 0] >= 0)
+    return _put(rings, rest, rows, split_rings(state)), audio.astype(jnp.float32)
+
+
+@jax.jit
+def _take(rings: Any, rest: Any, rows: jax.Array) -> tuple[Any, Any]:
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), (rings, rest))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(rings: Any, rest: Any, rows: jax.Array, streams: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Replace rows. Those beyond the last one are left out."""
+
+    def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return leaf.at[rows].set(new, mode="drop", unique_indices=True)
+
+    return jax.tree.map(put, rings, streams[0]), jax.tree.map(put, rest, streams[1])

@@ -6,9 +6,9 @@
             codes = await session.flush()  # the last, partial frame
 
 Sessions come and go at any time, and share nothing but the program: each gets exactly what it would get
-alone. A step runs as soon as all sessions have a frame, or `DEADLINE` after the first of them had one. Steps
-follow each other without waiting for results; a session has at most `WAITING` frames in the pool, so one that
-sends faster than the pool steps waits in `push`.
+alone. A step runs as soon as all sessions have a frame that will have one soon, or `DEADLINE` after the first
+of them had one. Steps follow each other without waiting for results; a session has at most `WAITING` frames
+in the pool, so one that sends faster than the pool steps waits in `push`.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
@@ -23,9 +24,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mimi_jax.boundary import check_streamable, transfers_allowed
+from mimi_jax.boundary import as_numpy, check_streamable, transfers_allowed
 from mimi_jax.model import DecoderState, EncoderState, Mimi
-from mimi_jax.streams.batch import Batch, Row
+from mimi_jax.streams.batch import Batch
 from mimi_jax.streams.push import audio_as_numpy, codes_as_numpy
 
 DEADLINE = 0.02  # seconds that a frame waits for those of other sessions
@@ -40,8 +41,8 @@ class Step(NamedTuple):
     """A step that has given its results, for those who watch a pool."""
 
     half: str  # "encoder" or "decoder"
-    rows: int  # of the batch
-    frames: int  # how many rows had one
+    rows: int  # that were stepped, of which some may have had no frame
+    frames: int
     seconds: float  # from the start of the step to its results
     delays: list[float]  # seconds from when each frame came to its result
 
@@ -155,10 +156,11 @@ class _Half:
 
     def __init__(self, pool: Pool, half: str, rows: int, on_step: Callable[[Step], None]):
         self.batch = Batch(pool.model, half, rows, pool.num_quantizers)
+        self.frame_seconds = pool.model.config.frame_size / pool.model.config.sampling_rate
         self.sessions: set[_Session] = set()
         self._pool, self._name, self._on_step = pool, half, on_step
-        self.ready = 0  # sessions that have a frame
         self._some, self._all, self._is_free = asyncio.Event(), asyncio.Event(), asyncio.Semaphore(IN_FLIGHT)
+        self._missing: set[_Session] = set()  # which have no frame yet, and soon will
         self._deliveries: set[asyncio.Task] = set()
         self._failure: Exception | None = None
 
@@ -167,15 +169,12 @@ class _Half:
         if self._failure is not None:
             raise RuntimeError(f"the pool has stopped: {self._failure}") from self._failure
 
-    def look(self) -> None:
-        """See which sessions have a frame."""
-        self.ready = sum(bool(session.frames) for session in self.sessions)
-        self.tell()
-
-    def tell(self) -> None:
-        """Tell the loop whether there is a frame, and whether all sessions have one."""
-        (self._some.set if self.ready else self._some.clear)()
-        (self._all.set if self.ready == len(self.sessions) else self._all.clear)()
+    def note(self, session: "_Session") -> None:
+        """A session has a frame, or has ended."""
+        self._some.set()
+        self._missing.discard(session)
+        if not self._missing:
+            self._all.set()
 
     async def run(self) -> None:
         """Step for ever."""
@@ -196,48 +195,45 @@ class _Half:
             session.frames.clear()
 
     async def _wait_for_others(self) -> None:
-        """Return when all sessions have a frame, or the oldest frame has waited long enough."""
-        oldest = min((session.frames[0].came for session in self.sessions if session.frames), default=0.0)
-        if (left := oldest + DEADLINE - time.monotonic()) > 0:
+        """Return when no session will have a frame soon but has none, or one has waited long enough."""
+        ready = [session.frames[0].came for session in self.sessions if session.frames]
+        until, now = min(ready, default=0.0) + DEADLINE, time.monotonic()
+        self._missing = {s for s in self.sessions if not s.frames and now - DEADLINE < s.expected < until}
+        if self._missing and until > now:
+            self._all.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._all.wait(), left)
+                await asyncio.wait_for(self._all.wait(), until - now)
 
     async def _step(self) -> None:
         frames = {session.row: session.frames.popleft() for session in self.sessions if session.frames}
-        self.look()
+        if not any(session.frames for session in self.sessions):
+            self._some.clear()
         if not frames:  # their sessions have ended
             self._is_free.release()
             return
-        started = time.monotonic()
-
-        def start() -> tuple[Any, dict[Row, int]]:
-            numbers = {row: row.number for row in frames}  # of this step; rows may move after it
-            return self.batch.step({row: frame.values for row, frame in frames.items()}), numbers
-
+        started, values = time.monotonic(), {row: frame.values for row, frame in frames.items()}
         try:
-            outputs, numbers = await self._pool.start(start)
+            outputs = await self._pool.start(functools.partial(self.batch.step, values))
         except BaseException as error:
             _fail(frames.values(), error)
             raise
-        delivery = asyncio.create_task(self._deliver(outputs, numbers, frames, started))
+        delivery = asyncio.create_task(self._deliver(outputs, list(frames.values()), started))
         self._deliveries.add(delivery)
         delivery.add_done_callback(self._deliveries.discard)
 
-    async def _deliver(
-        self, outputs: Any, numbers: dict[Row, int], frames: dict[Row, _Frame], started: float
-    ) -> None:
+    async def _deliver(self, outputs: Any, frames: list[_Frame], started: float) -> None:
         try:
             values = await self._pool.fetch(outputs)
         except Exception as error:
-            _fail(frames.values(), error)
+            _fail(frames, error)
             return self.fail(error)
         finally:
             self._is_free.release()
         now = time.monotonic()
-        for row, frame in frames.items():
+        for frame, value in zip(frames, values, strict=False):
             if not frame.result.done():  # it is cancelled with the task that waits for it
-                frame.result.set_result(values[numbers[row]].copy())
-        delays = [now - frame.came for frame in frames.values()]
+                frame.result.set_result(value)
+        delays = [now - frame.came for frame in frames]
         self._on_step(Step(self._name, len(values), len(frames), now - started, delays))
 
 
@@ -250,26 +246,26 @@ def _fail(frames: Iterable[_Frame], error: BaseException) -> None:
 class _Session:
     """What both halves share: a row, its frames that wait, and its end."""
 
-    row: Row
+    row: int
 
     def __init__(self, pool: Pool, half: _Half, state: StreamState | None):
         self._pool, self._half, self._first_state = pool, half, state
         self.frames: collections.deque[_Frame] = collections.deque()
         self._is_pushing = False
+        self._last_came = self.expected = -math.inf  # when the last frame came, and when the next one may
         self._end = "the session is not open; use `async with`"
 
     async def __aenter__(self):
         self._half.check()
         self.row = await self._pool.start(functools.partial(self._half.batch.take, self._first_state))
         self._half.sessions.add(self)
-        self._half.tell()
         self._end = ""
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._end = "the session has ended"
         self._half.sessions.discard(self)
-        self._half.look()  # the others need not wait for this one
+        self._half.note(self)  # the others need not wait for this one
         await asyncio.shield(self._pool.start(functools.partial(self._half.batch.give_back, self.row)))
 
     async def detach(self) -> StreamState:
@@ -283,8 +279,8 @@ class _Session:
         if self._end:
             raise RuntimeError(self._end)
 
-    async def _submit(self, frames: np.ndarray) -> list[np.ndarray]:
-        """The results of frames [count, ...], which take part in as many steps."""
+    async def _submit(self, frames: list[np.ndarray]) -> list[np.ndarray]:
+        """The results of frames, which take part in as many steps."""
         if self._is_pushing:
             raise RuntimeError("another push of this session is not done; await it first")
         loop, self._is_pushing = asyncio.get_running_loop(), True
@@ -296,10 +292,11 @@ class _Session:
                     results.append(await waiting.popleft())
                     self._half.check()
                 waiting.append(loop.create_future())
-                self.frames.append(_Frame(values, time.monotonic(), waiting[-1]))
-                if len(self.frames) == 1:
-                    self._half.ready += 1
-                    self._half.tell()
+                now = time.monotonic()
+                self.expected = now + min(self._half.frame_seconds, now - self._last_came)
+                self._last_came = now
+                self.frames.append(_Frame(values, now, waiting[-1]))
+                self._half.note(self)
             results += [await result for result in waiting]
         except BaseException:
             self._end = self._end or "the stream broke off in the middle of a push"
@@ -349,13 +346,13 @@ class EncoderSession(_Session):
         """
         self._check()
         config = self._pool.model.config
-        array = np.asarray(audio)
-        array = audio_as_numpy(config, array if array.ndim == 1 else array[None])
-        audio = np.concatenate([self.pending, array[0]], axis=1)
-        length = audio.shape[1] // config.frame_size * config.frame_size
-        self.pending = audio[:, length:].copy()
-        frames = audio[:, :length].reshape(len(audio), -1, config.frame_size).swapaxes(0, 1)
-        return self._join(await self._submit(frames))
+        array = as_numpy("audio", audio)
+        array = audio_as_numpy(config, array if array.ndim == 1 else array[None])[0]
+        if self.pending.shape[1]:
+            array = np.concatenate([self.pending, array], axis=1)
+        length = array.shape[1] // config.frame_size * config.frame_size
+        self.pending = array[:, length:].copy()
+        return self._join(await self._submit(_in_frames(array[:, :length], config.frame_size)))
 
     async def flush(self) -> np.ndarray:
         """End the stream.
@@ -369,11 +366,17 @@ class EncoderSession(_Session):
         if not length:
             return self._join([])
         frame = np.pad(self.pending, [(0, 0), (0, size - length)], constant_values=np.nan)
-        return self._join(await self._submit(frame[None]))
+        return self._join(await self._submit([frame]))
 
     def _join(self, codes: list[np.ndarray]) -> np.ndarray:
-        whole = np.concatenate([np.zeros((self._pool.num_quantizers, 0), np.int32), *codes], axis=1)
-        return whole[: self.num_quantizers]
+        if len(codes) != 1:
+            codes = [np.concatenate([np.zeros((self._pool.num_quantizers, 0), np.int32), *codes], axis=1)]
+        return codes[0][: self.num_quantizers]
+
+
+def _in_frames(array: np.ndarray, size: int) -> list[np.ndarray]:
+    """An array [rows, frames * size], cut along its columns."""
+    return [array[:, start : start + size] for start in range(0, array.shape[1], size)]
 
 
 class DecoderSession(_Session):
@@ -401,7 +404,10 @@ class DecoderSession(_Session):
             raise ValueError(
                 f"codes must have at most {pool.num_quantizers} codebooks in this pool, got {len(array)}"
             )
-        padded = np.pad(array, [(0, missing), (0, 0)], constant_values=self._half.batch.nothing)
-        audio = await self._submit(np.moveaxis(padded, 1, 0)[..., None])
+        padded = np.full((pool.num_quantizers, array.shape[1]), self._half.batch.nothing, np.int32)
+        padded[: len(array)] = array
+        audio = await self._submit(_in_frames(padded, 1))
+        if len(audio) == 1:
+            return audio[0]
         empty = np.zeros((pool.model.config.audio_channels, 0), np.float32)
         return np.concatenate([empty, *audio], axis=1)

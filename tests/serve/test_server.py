@@ -45,9 +45,12 @@ def pcm(seed: int, samples: int) -> np.ndarray:
     return (np.random.default_rng(seed).normal(0, 0.2, samples) * 32767).clip(-32768, 32767).astype("<i2")
 
 
-def codes_alone(samples: np.ndarray) -> np.ndarray:
+def codes_alone(samples: np.ndarray, length: int | None = None) -> np.ndarray:
+    """The codes of a clip, of which only the first `length` samples count."""
     audio = samples.astype(np.float32)[None, None] / 32768
-    return np.asarray(encode(MODEL, audio).audio_codes)[0]
+    length = len(samples) if length is None else length
+    codes = encode(MODEL, audio, np.arange(len(samples))[None] < length).audio_codes
+    return np.asarray(codes)[0, :, : MODEL.encoded_length(length)]
 
 
 async def opened(socket: ClientConnection) -> dict[str, Any]:
@@ -367,7 +370,7 @@ def test_metrics_count_sessions_steps_and_ends():
 
     text = run(test())
     for line in (
-        'mimi_sessions{half="encoder"} 0.0', 'mimi_rows{half="decoder"} 8.0',
+        'mimi_sessions{half="encoder"} 0.0', 'mimi_rows{half="decoder"} 1.0',
         'mimi_frame_delay_seconds_count{half="encoder"} 4.0', 'mimi_late_frames_total{half="decoder"}',
         'mimi_sessions_ended_total{reason="done"} 1.0', 'mimi_sessions_ended_total{reason="bad"} 1.0',
         'mimi_waiting_frames{half="encoder"} 0.0',

@@ -1,0 +1,241 @@
+"""How many live streams two cores take, beside a process for each stream.
+
+    python -m benchmarks.live [--model mini] [--rows 64 256] [--seconds 20] [--only overhead pool processes]
+        [--minutes 60 --sessions N --plot FILE] [--markdown FILE]
+
+A stream is a loopback in real time: a frame of speech is due every 80 ms, from a random moment on; it is
+encoded, and its codes are decoded. It is late by the time from when it was due to when its sound is there.
+"overhead" compares a step of a pool whose rows all have a frame with a bare step. "pool" and "processes" look
+for the largest number of streams whose lateness stays below 80 ms in 99 of 100 frames: as sessions of one
+pool, and as processes with a stream each. With `--minutes`, a pool runs for long with `--sessions` streams
+instead, and its memory and lateness are drawn.
+"""
+
+import argparse
+import asyncio
+import gc
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.report import Report, add_markdown_option
+from mimi_jax import Mimi, StreamingDecoder, StreamingEncoder, load_audio
+from mimi_jax.streams.batch import Batch
+from mimi_jax.streams.pool import Pool
+
+CODEBOOKS = 8
+SPEECH = Path(__file__).parents[1] / "mimi_jax" / "samples" / "speech.flac"
+LATE = 0.08  # seconds
+
+
+def frames_of(model: Mimi) -> np.ndarray:
+    """Speech as float32 [frames, channels, frame_size]."""
+    audio, size = load_audio(SPEECH), model.config.frame_size
+    return audio[:, : audio.shape[1] // size * size].reshape(1, -1, size).swapaxes(0, 1)
+
+
+def bare_step(model: Mimi, half: str, rows: int, frames: np.ndarray) -> float:
+    """Seconds of a step of a full batch, without a pool."""
+    batch = Batch(model, half, rows, CODEBOOKS)
+    taken = [batch.take() for _ in range(rows)]
+    times = []
+    for number in range(30):
+        values = frames[number % len(frames)]
+        start = time.perf_counter()
+        np.asarray(batch.step({row: values for row in taken}))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[5:])
+
+
+def pool_step(model: Mimi, rows: int, frames: np.ndarray) -> float:
+    """Seconds from when the frames of all encoder sessions are there to when all codes are."""
+
+    async def run() -> float:
+        async with Pool(model, rows, CODEBOOKS) as pool:
+            sessions = [pool.encoder() for _ in range(rows)]
+            for session in sessions:
+                await session.__aenter__()
+            times = []
+            for number in range(30):
+                start = time.perf_counter()
+                await asyncio.gather(*(session.push(frames[number % len(frames)]) for session in sessions))
+                times.append(time.perf_counter() - start)
+            return statistics.median(times[5:])
+
+    return asyncio.run(run())
+
+
+async def live_session(pool: Pool, frames: np.ndarray, begin: float, end: float, note: Callable) -> None:
+    """A loopback in real time."""
+    rng = random.Random(begin)
+    async with pool.encoder() as encoder, pool.decoder() as decoder:
+        number, due = rng.randrange(len(frames)), begin
+        while due < end:
+            if (wait := due - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            codes = await encoder.push(frames[number % len(frames)])
+            await decoder.push(codes)
+            note(time.monotonic() - due)
+            number, due = number + 1, due + 0.08
+
+
+async def pool_lateness(
+    model: Mimi, rows: int, sessions: int, seconds: float, every: Callable
+) -> list[float]:
+    """How late the frames of a pool's sessions are. `every` is called each second with the new ones."""
+    frames, found, new = frames_of(model), [], []
+    async with Pool(model, rows, CODEBOOKS) as pool:
+        await pool.warmup()
+        gc.collect()
+        gc.freeze()
+        start = time.monotonic() + 1
+        calls = (
+            live_session(pool, frames, start + random.random(), start + seconds, new.append)
+            for _ in range(sessions)
+        )
+        running = asyncio.gather(*calls)
+        while not running.done():
+            await asyncio.sleep(1)
+            if time.monotonic() > start + 2:  # the first frames find all programs cold
+                found += new
+                every(new.copy())
+            new.clear()
+        await running
+    return found
+
+
+def process_lateness(model_name: str, count: int, seconds: float) -> list[float]:
+    """How late the frames are, where each stream has a process."""
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(count + 1), context.Queue()
+    processes = [
+        context.Process(target=_stream, args=(model_name, seed, seconds, barrier, queue))
+        for seed in range(count)
+    ]
+    for process in processes:
+        process.start()
+    barrier.wait(600)
+    found = [lateness for _ in processes for lateness in queue.get()]
+    for process in processes:
+        process.join()
+    return found
+
+
+def _stream(model_name: str, seed: int, seconds: float, barrier: Any, queue: Any) -> None:
+    model = Mimi.from_pretrained(model_name)
+    frames, rng = frames_of(model), random.Random(seed)
+    encoder, decoder = StreamingEncoder(model, 1, CODEBOOKS), StreamingDecoder(model)
+    encoder.warmup()
+    decoder.warmup(CODEBOOKS)
+    barrier.wait(600)
+    due = time.monotonic() + 1 + rng.random()
+    end, warm, found = due + seconds, due + 2, []
+    while due < end:
+        if (wait := due - time.monotonic()) > 0:
+            time.sleep(wait)
+        codes = encoder.push(frames[rng.randrange(len(frames))][None])
+        assert codes is not None
+        decoder.push(codes)
+        if due > warm:
+            found.append(time.monotonic() - due)
+        due += 0.08
+    queue.put(found)
+
+
+def p99(lateness: list[float]) -> float:
+    return float(np.percentile(lateness, 99)) if lateness else float("inf")
+
+
+def largest(measure: Callable[[int], float], first: int) -> list[tuple[int, float]]:
+    """Numbers of streams and their p99, of a search for the largest number that stays below `LATE`."""
+    tried: list[tuple[int, float]] = []
+    good, bad, count = 0, None, first
+    while bad is None or bad - good > max(1, good // 12):
+        tried.append((count, measure(count)))
+        tqdm.write(f"{count} streams: p99 {1000 * tried[-1][1]:.0f} ms")
+        if tried[-1][1] < LATE:
+            good = count
+        else:
+            bad = count
+        count = 2 * good if bad is None else (good + bad) // 2
+    return sorted(tried)
+
+
+def run_long(model: Mimi, rows: int, sessions: int, minutes: float, plot: Path | None) -> list[list[str]]:
+    """Run a pool for long. Returns rows of a table."""
+    seconds: list[tuple[float, int, float]] = []  # lateness, frames, MB
+
+    def note(new: list[float]) -> None:
+        with open("/proc/self/statm") as file:
+            memory = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        seconds.append((max(new, default=0.0), sum(x > LATE for x in new), memory))
+
+    lateness = asyncio.run(pool_lateness(model, rows, sessions, 60 * minutes, note))
+    if plot is not None:
+        import matplotlib.pyplot as plt
+
+        figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 4.5), layout="constrained")
+        time_axis = np.arange(len(seconds)) / 60
+        above.plot(time_axis, [1000 * row[0] for row in seconds], linewidth=0.7)
+        above.axhline(1000 * LATE, color="C3", linestyle=":")
+        above.set(ylabel="latest frame, ms", title=f"{sessions} live loopbacks on {os.cpu_count()} cores")
+        below.plot(time_axis, [row[2] for row in seconds])
+        below.set(ylabel="memory, MB", xlabel="minutes", ylim=(0, None))
+        figure.savefig(plot, dpi=110)
+    early, late = (statistics.median(row[2] for row in part) for part in (seconds[:60], seconds[-60:]))
+    return [[str(sessions), f"{len(lateness)}", f"{sum(row[1] for row in seconds)}",
+             f"{1000 * p99(lateness):.0f}", f"{early:.0f}", f"{late:.0f}"]]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--rows", type=int, default=256, help="of the pool")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each attempt")
+    what = ["overhead", "pool", "processes"]
+    parser.add_argument("--only", nargs="+", choices=what, default=what)
+    parser.add_argument("--minutes", type=float, help="run a pool for so long instead")
+    parser.add_argument("--sessions", type=int, default=32)
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    add_markdown_option(parser)
+    options = parser.parse_args()
+    model = Mimi.from_pretrained(options.model)
+    report = Report(jax.devices()[0].device_kind, [f"{options.model}, {CODEBOOKS} codebooks"])
+    if options.minutes:
+        report.table(["streams", "frames", "late frames", "p99, ms", "MB in the first minute", "in the last"])
+        for row in run_long(model, options.rows, options.sessions, options.minutes, options.plot):
+            report.row(row)
+        return report.save(options.markdown)
+    if "overhead" in options.only:
+        report.table(["rows", "bare encoder step, ms", "in a pool, ms", "overhead, ms"])
+        frames = frames_of(model)
+        for rows in (8, 64):
+            bare, pooled = bare_step(model, "encoder", rows, frames), pool_step(model, rows, frames)
+            report.row([str(rows), *(f"{1000 * x:.1f}" for x in (bare, pooled, pooled - bare))])
+    searches = {
+        "pool": (lambda count: p99(
+            asyncio.run(pool_lateness(model, options.rows, count, options.seconds, lambda new: None))
+        ), 16),
+        "processes": (lambda count: p99(process_lateness(options.model, count, options.seconds)), 4),
+    }  # fmt: skip
+    report.table(["streams", "as", "p99 lateness, ms"])
+    for name, (measure, first) in searches.items():
+        if name in options.only:
+            for count, value in largest(measure, first):
+                report.row([str(count), name, f"{1000 * value:.0f}"])
+    report.save(options.markdown)
+
+
+if __name__ == "__main__":
+    main()
