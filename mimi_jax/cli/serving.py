@@ -40,7 +40,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     model = Mimi.from_pretrained(arguments.model)
     config = model.config
     shown = f"[{host}]" if ":" in host else host
-    print(f"compiling the steps of 8 to {rows} streams", file=sys.stderr)
+    print(f"compiling the steps of 1{f' to {rows}' if rows > 1 else ''} streams", file=sys.stderr)
     asyncio.run(
         serve_until_signal(
             lambda port: print(f"http://{shown}:{port}/  (Ctrl-C to stop)", flush=True),

@@ -6,45 +6,29 @@
             codes = await session.flush()  # the last, partial frame
 
 Sessions come and go at any time, and share nothing but the program: each gets exactly what it would get
-alone. A step runs as soon as all sessions have a frame that will have one soon, or `DEADLINE` after the first
-of them had one. Steps follow each other without waiting for results; a session has at most `WAITING` frames
-in the pool, so one that sends faster than the pool steps waits in `push`.
+alone. A session has at most `WAITING` frames in the pool, so one that sends faster than the pool steps waits
+in `push`.
 """
 
 import asyncio
 import collections
-import concurrent.futures
-import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mimi_jax.boundary import as_numpy, check_streamable, transfers_allowed
+from mimi_jax.boundary import as_numpy, check_streamable
 from mimi_jax.model import DecoderState, EncoderState, Mimi
 from mimi_jax.streams.batch import Batch
 from mimi_jax.streams.push import audio_as_numpy, codes_as_numpy
+from mimi_jax.streams.stepping import Frame, Half, Step, Threads
 
-DEADLINE = 0.02  # seconds that a frame waits for those of other sessions
 WAITING = 8  # frames of a session
-IN_FLIGHT = 2  # steps of one half that are started and have not given their results yet
 
 StreamState = EncoderState | DecoderState
-Result = TypeVar("Result")
-
-
-class Step(NamedTuple):
-    """A step that has given its results, for those who watch a pool."""
-
-    half: str  # "encoder" or "decoder"
-    rows: int  # that were stepped, of which some may have had no frame
-    frames: int
-    seconds: float  # from the start of the step to its results
-    delays: list[float]  # seconds from when each frame came to its result
 
 
 class Pool:
@@ -74,15 +58,13 @@ class Pool:
             raise ValueError(f"rows must be a power of two, such as 64, got {rows}")
         check_streamable(model.config)
         self.model, self.num_quantizers = model, model.quantizer.resolve_count(num_quantizers)
-        # One thread starts steps and changes rows, so these never meet. Others wait for results.
-        self._starter = concurrent.futures.ThreadPoolExecutor(1, "mimi-step")
-        self._waiters = concurrent.futures.ThreadPoolExecutor(2 * IN_FLIGHT, "mimi-result")
+        self.threads = Threads()
         halves = [
             half
             for half, part in (("encoder", model.encoder), ("decoder", model.decoder))
             if part is not None
         ]
-        self._halves = {half: _Half(self, half, rows, on_step) for half in halves}
+        self._halves = {half: self._make_half(half, rows, on_step) for half in halves}
         self._loops: list[asyncio.Task] = []
 
     async def __aenter__(self) -> "Pool":
@@ -95,13 +77,12 @@ class Pool:
         await asyncio.gather(*self._loops, return_exceptions=True)
         for half in self._halves.values():
             half.fail(RuntimeError("the pool was closed"))
-        self._starter.shutdown()
-        self._waiters.shutdown()
+        self.threads.close()
 
     async def warmup(self) -> None:
         """Compile all programs, before the first session."""
         for half in self._halves.values():
-            await self.start(half.batch.warmup)
+            await self.threads.start(half.batch.warmup)
 
     def encoder(
         self, num_quantizers: int | None = None, state: StreamState | None = None
@@ -126,121 +107,14 @@ class Pool:
         """How many frames wait for a step of each half."""
         return {half: sum(len(s.frames) for s in each.sessions) for half, each in self._halves.items()}
 
-    def _half(self, half: str) -> "_Half":
+    def _make_half(self, name: str, rows: int, on_step: Callable[[Step], None]) -> Half:
+        config, batch = self.model.config, Batch(self.model, name, rows, self.num_quantizers)
+        return Half(name, batch, self.threads, config.frame_size / config.sampling_rate, on_step)
+
+    def _half(self, half: str) -> Half:
         if half not in self._halves:
             raise ValueError(f"the model was loaded without its {half}")
         return self._halves[half]
-
-    def start(self, call: Callable[[], Result]) -> "asyncio.Future[Result]":
-        """Make a call in the thread that starts steps, after the calls before it."""
-        return asyncio.get_running_loop().run_in_executor(self._starter, call)
-
-    def fetch(self, array: Any) -> "asyncio.Future[np.ndarray]":
-        """The values of an array, when they are computed."""
-
-        @transfers_allowed()
-        def fetch() -> np.ndarray:
-            return np.asarray(array)
-
-        return asyncio.get_running_loop().run_in_executor(self._waiters, fetch)
-
-
-class _Frame(NamedTuple):
-    values: np.ndarray
-    came: float  # when, in seconds of `time.monotonic`
-    result: "asyncio.Future[np.ndarray]"
-
-
-class _Half:
-    """The sessions of one half, and the loop that steps them."""
-
-    def __init__(self, pool: Pool, half: str, rows: int, on_step: Callable[[Step], None]):
-        self.batch = Batch(pool.model, half, rows, pool.num_quantizers)
-        self.frame_seconds = pool.model.config.frame_size / pool.model.config.sampling_rate
-        self.sessions: set[_Session] = set()
-        self._pool, self._name, self._on_step = pool, half, on_step
-        self._some, self._all, self._is_free = asyncio.Event(), asyncio.Event(), asyncio.Semaphore(IN_FLIGHT)
-        self._missing: set[_Session] = set()  # which have no frame yet, and soon will
-        self._deliveries: set[asyncio.Task] = set()
-        self._failure: Exception | None = None
-
-    def check(self) -> None:
-        """Refuse work after a failure."""
-        if self._failure is not None:
-            raise RuntimeError(f"the pool has stopped: {self._failure}") from self._failure
-
-    def note(self, session: "_Session") -> None:
-        """A session has a frame, or has ended."""
-        self._some.set()
-        self._missing.discard(session)
-        if not self._missing:
-            self._all.set()
-
-    async def run(self) -> None:
-        """Step for ever."""
-        try:
-            while True:
-                await self._some.wait()
-                await self._is_free.acquire()
-                await self._wait_for_others()
-                await self._step()
-        except Exception as error:  # the memory of the states was given away, so no session can go on
-            self.fail(error)
-
-    def fail(self, error: Exception) -> None:
-        """End all sessions with an error."""
-        self._failure = self._failure or error
-        for session in self.sessions:
-            _fail(session.frames, self._failure)
-            session.frames.clear()
-
-    async def _wait_for_others(self) -> None:
-        """Return when no session will have a frame soon but has none, or one has waited long enough."""
-        ready = [session.frames[0].came for session in self.sessions if session.frames]
-        until, now = min(ready, default=0.0) + DEADLINE, time.monotonic()
-        self._missing = {s for s in self.sessions if not s.frames and now - DEADLINE < s.expected < until}
-        if self._missing and until > now:
-            self._all.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._all.wait(), until - now)
-
-    async def _step(self) -> None:
-        frames = {session.row: session.frames.popleft() for session in self.sessions if session.frames}
-        if not any(session.frames for session in self.sessions):
-            self._some.clear()
-        if not frames:  # their sessions have ended
-            self._is_free.release()
-            return
-        started, values = time.monotonic(), {row: frame.values for row, frame in frames.items()}
-        try:
-            outputs = await self._pool.start(functools.partial(self.batch.step, values))
-        except BaseException as error:
-            _fail(frames.values(), error)
-            raise
-        delivery = asyncio.create_task(self._deliver(outputs, list(frames.values()), started))
-        self._deliveries.add(delivery)
-        delivery.add_done_callback(self._deliveries.discard)
-
-    async def _deliver(self, outputs: Any, frames: list[_Frame], started: float) -> None:
-        try:
-            values = await self._pool.fetch(outputs)
-        except Exception as error:
-            _fail(frames, error)
-            return self.fail(error)
-        finally:
-            self._is_free.release()
-        now = time.monotonic()
-        for frame, value in zip(frames, values, strict=False):
-            if not frame.result.done():  # it is cancelled with the task that waits for it
-                frame.result.set_result(value)
-        delays = [now - frame.came for frame in frames]
-        self._on_step(Step(self._name, len(values), len(frames), now - started, delays))
-
-
-def _fail(frames: Iterable[_Frame], error: BaseException) -> None:
-    for frame in frames:
-        if not frame.result.done():
-            frame.result.set_exception(error)
 
 
 class _Session:
@@ -248,16 +122,16 @@ class _Session:
 
     row: int
 
-    def __init__(self, pool: Pool, half: _Half, state: StreamState | None):
+    def __init__(self, pool: Pool, half: Half, state: StreamState | None):
         self._pool, self._half, self._first_state = pool, half, state
-        self.frames: collections.deque[_Frame] = collections.deque()
+        self.frames: collections.deque[Frame] = collections.deque()
         self._is_pushing = False
         self._last_came = self.expected = -math.inf  # when the last frame came, and when the next one may
         self._end = "the session is not open; use `async with`"
 
     async def __aenter__(self):
         self._half.check()
-        self.row = await self._pool.start(functools.partial(self._half.batch.take, self._first_state))
+        self.row = await self._pool.threads.start(functools.partial(self._half.batch.take, self._first_state))
         self._half.sessions.add(self)
         self._end = ""
         return self
@@ -266,13 +140,15 @@ class _Session:
         self._end = "the session has ended"
         self._half.sessions.discard(self)
         self._half.note(self)  # the others need not wait for this one
-        await asyncio.shield(self._pool.start(functools.partial(self._half.batch.give_back, self.row)))
+        await asyncio.shield(
+            self._pool.threads.start(functools.partial(self._half.batch.give_back, self.row))
+        )
 
     async def detach(self) -> StreamState:
         """End the session. Returns the state of its stream, of one row, for a session of another pool."""
         self._check()
         self._end = "the session was detached"
-        return await self._pool.start(functools.partial(self._half.batch.copy, self.row))
+        return await self._pool.threads.start(functools.partial(self._half.batch.copy, self.row))
 
     def _check(self) -> None:
         self._half.check()
@@ -295,7 +171,7 @@ class _Session:
                 now = time.monotonic()
                 self.expected = now + min(self._half.frame_seconds, now - self._last_came)
                 self._last_came = now
-                self.frames.append(_Frame(values, now, waiting[-1]))
+                self.frames.append(Frame(values, now, waiting[-1]))
                 self._half.note(self)
             results += [await result for result in waiting]
         except BaseException:
@@ -316,7 +192,7 @@ class EncoderSession(_Session):
         pending: float32 [channels, samples], what does not make a frame yet.
     """
 
-    def __init__(self, pool: Pool, half: _Half, num_quantizers: int | None, state: StreamState | None):
+    def __init__(self, pool: Pool, half: Half, num_quantizers: int | None, state: StreamState | None):
         super().__init__(pool, half, state)
         count = (
             pool.num_quantizers

@@ -146,18 +146,7 @@ class Recipe:
                 frames >= 1 and abs(frames - round(frames)) < 1e-6,
                 f"must be a multiple of a frame, {frame:g} s",
             ),
-            (
-                "discriminator.windows",
-                all(window > 0 and window % 4 == 0 for window in self.discriminator.windows)
-                and (bool(self.discriminator.windows) or not self.adversarial),
-                "must be multiples of 4",
-            ),
-            (
-                "discriminator.seconds",
-                not self.adversarial
-                or max(self.discriminator.windows, default=0) <= self.num_heard <= self.num_samples,
-                "must be 0, or at least the longest window and at most data.seconds",
-            ),
+            *self._discriminator_rules(),
             ("data.batch_size", self.data.batch_size > 0, "must be positive"),
             ("quantizer.rate", 0 <= self.quantizer.rate <= 1, "must lie in [0, 1]"),
             ("losses.mel_floor", self.losses.mel_floor > 0, "must be positive"),
@@ -190,6 +179,22 @@ class Recipe:
         broken = [f"{name} {rule}, got {_get(self, name)!r}" for name, holds, rule in rules if not holds]
         if broken:
             raise ValueError(f"the recipe is not supported: {'; '.join(broken)}")
+
+    def _discriminator_rules(self) -> list[tuple[str, bool, str]]:
+        judge, longest = self.discriminator, max(self.discriminator.windows, default=0)
+        return [
+            (
+                "discriminator.windows",
+                all(window > 0 and window % 4 == 0 for window in judge.windows)
+                and (longest > 0 or not self.adversarial),
+                "must be multiples of 4",
+            ),
+            (
+                "discriminator.seconds",
+                not self.adversarial or longest <= self.num_heard <= self.num_samples,
+                "must be 0, or at least the longest window and at most data.seconds",
+            ),
+        ]
 
     @property
     def adversarial(self) -> bool:
