@@ -182,3 +182,15 @@ assert grown < 50
 # %% [markdown]
 # [docs/streaming.md](../docs/streaming.md) has the rest: `lax.scan`, gradients through streams, saved
 # sessions, pipes.
+#
+# ## Hear yourself
+#
+# ```sh
+# pip install 'mimi_jax[serve]'
+# mimi-jax serve  # then open http://127.0.0.1:8000/ and speak
+# ```
+#
+# On your own machine, this page shows and plays what the codec makes of your voice
+# ([docs/serving.md](../docs/serving.md)):
+#
+# ![The page of live streams](../docs/serving.png)

@@ -22,7 +22,8 @@ FORBIDDEN = {"moshi", "torch", "transformers"}
 # fmt: off
 LAZY = {
     "array_record", "fsspec", "grain", "jax_triton", "matplotlib", "optax", "orbax", "prometheus_client",
-    "pyarrow", "pystoi", "qwix", "ray", "starlette", "tensorboardX", "triton", "uvicorn", "visqol", "websockets",
+    "pyarrow", "pystoi", "qwix", "ray", "starlette", "tensorboardX", "triton", "uvicorn", "visqol",
+    "websockets",
 }
 # fmt: on
 WITH_TRITON = "mimi_jax.ops.triton_kernels"  # its decorators need Triton, so importing it is slow too
