@@ -6,6 +6,7 @@ A crop that cannot be read is replaced by another one, which the number of the e
 """
 
 import io
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ class Sampler:
         leave_out: Callable[[LeftOut], None] = lambda _: None,
     ):
         self.recipe, self.config, self.with_features = recipe, config, with_features
-        self.leave_out = leave_out
+        self.leave_out, self._memory = leave_out, dict[Clip, np.ndarray]()
         self.num_samples = round(recipe.seconds * config.sampling_rate)
         speakers: dict[str, dict[str, list[Clip]]] = {}
         for clip in clips:
@@ -99,13 +100,24 @@ class Sampler:
 
     def _read(self, clip: Clip, seconds: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Read a crop, and draw its gain."""
-        audio = read_crop(clip, seconds, self.num_samples, self.config)
+        audio = self._read_audio(clip, seconds)
         gain = 10 ** (rng.uniform(*self.recipe.gain) / 20)
         audio *= min(gain, 1 / max(float(np.abs(audio).max()), 1e-9))  # never so loud that it clips
         example = {"audio": audio}
         if self.with_features:
             example["features"] = read_features(clip, seconds, self.recipe.seconds)
         return example
+
+    def _read_audio(self, clip: Clip, seconds: float) -> np.ndarray:
+        """Read a crop, or cut it out of what was read before."""
+        if not self.recipe.in_memory:
+            return read_crop(clip, seconds, self.num_samples, self.config)
+        rate = self.config.sampling_rate
+        if (whole := self._memory.get(clip)) is None:
+            length = max(round(clip.num_samples * rate / clip.sampling_rate), self.num_samples)
+            whole = self._memory[clip] = read_crop(clip, 0.0, length, self.config)
+        start = min(round(seconds * rate), whole.shape[1] - self.num_samples)
+        return whole[:, start : start + self.num_samples].copy()
 
 
 def read_features(clip: Clip, start: float, seconds: float) -> np.ndarray:
@@ -163,10 +175,14 @@ def fit_features(features: np.ndarray, frames: int) -> np.ndarray:
     return features[:, np.minimum(np.arange(wanted), found - 1)]
 
 
-def make_iterator(sampler: Sampler, seed: int, batch_size: int, num_steps: int, threads: int = 4) -> Any:
-    """A Grain iterator over batches: dicts of arrays [batch, ...]. Checkpoints hold its state."""
+def make_iterator(sampler: Sampler, seed: int, batch_size: int, num_steps: int) -> Any:
+    """A Grain iterator over batches: dicts of arrays [batch, ...]. Checkpoints hold its state.
+
+    Threads read the crops, since decoding and resampling let other threads run.
+    """
     import grain
 
+    threads = max(4, min(16, os.cpu_count() or 1))
     examples = grain.MapDataset.range(num_steps * batch_size).seed(seed).random_map(sampler)
     batches = examples.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch_size)

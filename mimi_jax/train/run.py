@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,12 @@ from mimi_jax.train.weights import start_model
 Teacher = Callable[[np.ndarray], np.ndarray]
 
 LOCK = "lock"
-MAY_CHANGE = ("steps", "log_every", "checkpoint_every")  # in the recipe of a run that is resumed
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "data.in_memory",
+)  # in the recipe of a run that is resumed
 IN_BAR = ("loss/mel", "loss/features", "loss/discriminator")
 
 
@@ -167,6 +173,19 @@ class _Run(NamedTuple):
         if first == recipe.steps:  # it may have been killed after its last checkpoint, before its model
             self._save_model(state)
 
+    def _advance(self, state: TrainState, done: int) -> tuple[TrainState, list[Any], int]:
+        """Do the next step, or several at once. Returns the state, the logs, and how many steps these are."""
+        recipe, trainer = self.trainer.recipe, self.trainer
+        phase, count = trainer.phase(done), recipe.steps_at_once
+        whole = done % count == 0 and done + count <= recipe.steps
+        if count == 1 or not whole or phase != trainer.phase(done + count - 1):
+            state, logs = trainer.step(state, self.put(self._next_batch(), by_rows=True), phase=phase)
+            return state, [logs], 1
+        batches = [self._next_batch() for _ in range(count)]
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+        state, logs = trainer.steps(state, self.put(stacked, by_rows=True, steps=True), phase=phase)
+        return state, [jax.tree.map(operator.itemgetter(i), logs) for i in range(count)], count
+
     def _validate(self, state: TrainState, done: int, is_last: bool) -> dict[str, float]:
         """Measure the model, if it is time, and keep it if it is the best. Returns what to log."""
         if self.validation is None or (done % self.trainer.recipe.validation.every and not is_last):
@@ -182,7 +201,7 @@ class _Run(NamedTuple):
         if self.teacher is not None:
             frames = self.trainer.recipe.num_samples // self.trainer.model.config.frame_size
             batch["features"] = fit_features(np.asarray(self.teacher(batch["audio"])), frames)
-        return self.put(batch, by_rows=True)
+        return batch
 
 
 def _first_line(model: Any, clips: list[Clip], devices: list[Any]) -> str:
@@ -254,13 +273,15 @@ def _alone(out: Path, fields: dict[str, Any]) -> Iterator[None]:
 
 
 def _placer(devices: list[Any], batch_size: int) -> Callable[..., Any]:
-    """A function that puts a tree of arrays on the devices: either all of it on each, or its rows shared."""
+    """A function that puts a tree of arrays on the devices: either all of it on each, or its rows shared.
+
+    The rows are on the first axis, or on the second one after an axis of steps.
+    """
     count = math.gcd(len(devices), batch_size)
     mesh = Mesh(np.array(devices[:count]), ("data",))
 
-    def put(tree: Any, by_rows: bool = False) -> Any:
-        return jax.device_put(
-            tree, NamedSharding(mesh, PartitionSpec("data") if by_rows else PartitionSpec())
-        )
+    def put(tree: Any, by_rows: bool = False, steps: bool = False) -> Any:
+        axes = [None] * steps + ["data"] * by_rows
+        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
 
     return put

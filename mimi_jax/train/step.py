@@ -63,7 +63,7 @@ class Trainer:
 
     `trainer.step(state, batch, phase=trainer.phase(number))` is compiled. It returns the next state and what
     to log: losses, their shares of the gradient, norms of gradients and perplexities. It reuses the memory of
-    the state it is given.
+    the state it is given. `trainer.steps` takes batches on a new first axis, and does a step for each.
 
     Args:
         recipe: what to train, and how.
@@ -83,6 +83,7 @@ class Trainer:
             self.teacher_proj = nnx.Linear(model.config.hidden_size, recipe.teacher_dim, rngs=rngs)
         self.optimizer, self.discriminator_optimizer = make_optimizers(recipe)
         self.step = jax.jit(self._step, static_argnames="phase", donate_argnums=0)
+        self.steps = jax.jit(self._steps, static_argnames="phase", donate_argnums=0)
 
     def init(self) -> TrainState:
         """The state before the first step, with the codebooks of the model."""
@@ -174,8 +175,12 @@ class Trainer:
         """Latents [batch, frames, hidden_size] of audio [batch, channels, samples]."""
         return with_weights(self.model, {**state.weights, **state.frozen}).encode_latents(audio)
 
+    def _steps(self, state: TrainState, batches: Batch, phase: Phase) -> tuple[TrainState, Logs]:
+        return lax.scan(functools.partial(self._step, phase=phase), state, batches)
+
     def _step(self, state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Logs]:
-        with jax.default_matmul_precision(self.recipe.precision):
+        precision = self.recipe.precision
+        with jax.default_matmul_precision("default" if precision == "bfloat16" else precision):
             return self._train(state, batch, phase)
 
     def _train(self, state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Logs]:
@@ -249,12 +254,13 @@ class Trainer:
             it. Then what has none: what the quantizer gave, and the logs.
         """
         model = with_weights(self.model, {**weights, **state.frozen})
-        latents = model.encode_latents(batch["audio"])
+        codec = model.astype(jnp.bfloat16) if self.recipe.precision == "bfloat16" else model
+        latents = codec.encode_latents(batch["audio"]).astype(jnp.float32)
         if self.recipe.mode == "decoder":
             latents = lax.stop_gradient(latents)
         with jax.default_matmul_precision("highest"):
             quantized = vq.quantize(model.quantizer, state.codebooks, latents, **drawn)
-        audio = model.decode_latents(quantized.latents)
+        audio = codec.decode_latents(quantized.latents).astype(jnp.float32)
         weights_of_losses, logs = self.recipe.losses, {}
         extra = jnp.zeros(())
         if self.recipe.mode == "full":

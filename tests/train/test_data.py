@@ -1,5 +1,6 @@
 """Examples are drawn as the recipe says, and the same seed and position give the same ones."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -37,6 +38,28 @@ def test_the_same_seed_and_position_give_the_same_examples(data: Path):
     np.testing.assert_array_equal([b["audio"] for b in resumed], batches[3:])
     other = [batch["audio"] for batch in make_iterator(sampler, 1, 2, 6)]
     assert not np.array_equal(other[0], batches[0])
+
+
+def test_clips_in_memory_give_the_same_crops(data: Path):
+    clips = find_clips(data).clips
+    files, memory = (
+        Sampler(clips, dataclasses.replace(RECIPE, in_memory=kept), CONFIG) for kept in (False, True)
+    )
+    for seed in range(12):
+        crop, cut = (sampler(0, np.random.default_rng(seed))["audio"] for sampler in (files, memory))
+        assert crop.shape == cut.shape
+        # Crops of 16 kHz begin with a sample of the file, or at most one of the model's beside it.
+        assert np.abs(crop - cut).max() < 0.5 * 2 * np.pi * 900 / 24_000
+    high = find_clips(data, "high/*").clips
+    files, memory = (
+        Sampler(high, dataclasses.replace(RECIPE, in_memory=kept), CONFIG) for kept in (False, True)
+    )
+    np.testing.assert_array_equal(
+        *(sampler(0, np.random.default_rng(1))["audio"] for sampler in (files, memory))
+    )
+    for clip in high:
+        Path(clip.path).unlink()
+    memory(0, np.random.default_rng(0))  # needs no file any more
 
 
 def test_sources_have_their_weights(data: Path):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import mimi_jax
 from mimi_jax import Mimi, checkpoint
 from mimi_jax.quality.spectrum import mel_distance
-from mimi_jax.train.recipe import Recipe
+from mimi_jax.train.recipe import DiscriminatorRecipe, Recipe
 from mimi_jax.train.step import Trainer, TrainState
 from mimi_jax.train.weight_norm import NormalizedKernel
 from mimi_jax.train.weights import start_model, weights_of
@@ -83,6 +83,54 @@ def test_two_clips_are_learned_by_heart(part: str):
     assert end < bounds["spectrum"]
     if part != "waveform":
         assert end < bounds["other clip"] and end < start / 3
+
+
+def test_phases_and_what_the_discriminator_hears():
+    recipe = tiny_recipe(
+        losses__adversarial=4.0,
+        losses__features=4.0,
+        losses__adversarial_start=2,
+        discriminator=DiscriminatorRecipe(filters=2, windows=(256, 64), seconds=0.24, head_start=3),
+    )
+    trainer = Trainer(recipe, start_model(recipe))
+    phases = [trainer.phase(step) for step in range(6)]
+    assert phases == ["reconstruction"] * 2 + ["head start"] * 3 + ["adversarial"]
+    state, audio = trainer.init(), batch_of(recipe)["audio"]
+    hear = trainer._ear(jax.random.key(0))
+    assert hear(audio).shape == (2, 1, 576)
+    gradients, _ = trainer._judge(state.discriminator, audio, 0.9 * audio, hear)
+    heard = np.flatnonzero(np.abs(gradients["adversarial"]).max(axis=(0, 1)))
+    assert heard.max() - heard.min() < 576
+    start = int(np.flatnonzero(np.asarray(audio)[0, 0] == np.asarray(hear(audio))[0, 0, 0])[0])
+    assert start <= heard.min() and heard.max() < start + 576
+    _, logs = jax.eval_shape(functools.partial(trainer.step, phase="head start"), state, {"audio": audio})
+    assert "loss/discriminator" in logs and "loss/adversarial" not in logs
+
+
+def test_steps_at_once_are_those_one_after_the_other():
+    recipe = tiny_recipe()
+    trainer = Trainer(recipe, start_model(recipe))
+    batches = [batch_of(recipe, seed=seed) for seed in range(2)]
+    state, losses = fitted(trainer, batches[0]["audio"]), []
+    for batch in batches:
+        state, logs = trainer.step(state, batch, phase="reconstruction")
+        losses.append(float(logs["loss/mel"]))
+    stacked = {"audio": jnp.stack([batch["audio"] for batch in batches])}
+    other, logs = trainer.steps(fitted(trainer, batches[0]["audio"]), stacked, phase="reconstruction")
+    np.testing.assert_allclose(logs["loss/mel"], losses, rtol=1e-4)
+    assert int(other.step) == 2
+
+
+def test_a_codec_in_bfloat16_has_about_the_same_gradients():
+    seen = []
+    for precision in ("highest", "bfloat16"):
+        recipe = tiny_recipe(precision=precision, quantizer__rate=0.0, losses__mel_floor=1e-2)
+        trainer = Trainer(recipe, start_model(recipe))
+        state, logs = trainer.step(trainer.init(), batch_of(recipe), phase="reconstruction")
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.weights)} == {jnp.dtype("float32")}
+        seen.append(np.array([logs["loss/mel"], logs["loss/waveform"], logs["gradient_norm"]]))
+    np.testing.assert_allclose(seen[1], seen[0], rtol=0.05)
+    assert (seen[0] != seen[1]).any()
 
 
 @SLOW
