@@ -37,7 +37,7 @@ notebooks: .venv/with-dev  ## run the notebooks, and the code on the pages in do
 
 # pdoc warns of names that are imported when they are first used, and finds them.
 API := mimi_jax $(addprefix mimi_jax.,config boundary model checkpoint export files nn ops quality streams \
-  tokenization tokens train)
+  tokenization tokens train serve)
 
 docs: .venv/with-dev .venv/with-docs  ## the API from its docstrings, in build/docs
 	@PYTHONWARNINGS=ignore::UserWarning $(BIN)/pdoc --docformat google --output-directory build/docs $(API)
