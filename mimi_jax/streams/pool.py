@@ -13,7 +13,6 @@ in `push`.
 import asyncio
 import collections
 import functools
-import math
 import time
 from collections.abc import Callable
 
@@ -108,8 +107,7 @@ class Pool:
         return {half: sum(len(s.frames) for s in each.sessions) for half, each in self._halves.items()}
 
     def _make_half(self, name: str, rows: int, on_step: Callable[[Step], None]) -> Half:
-        config, batch = self.model.config, Batch(self.model, name, rows, self.num_quantizers)
-        return Half(name, batch, self.threads, config.frame_size / config.sampling_rate, on_step)
+        return Half(name, Batch(self.model, name, rows, self.num_quantizers), self.threads, on_step)
 
     def _half(self, half: str) -> Half:
         if half not in self._halves:
@@ -126,7 +124,6 @@ class _Session:
         self._pool, self._half, self._first_state = pool, half, state
         self.frames: collections.deque[Frame] = collections.deque()
         self._is_pushing = False
-        self._last_came = self.expected = -math.inf  # when the last frame came, and when the next one may
         self._end = "the session is not open; use `async with`"
 
     async def __aenter__(self):
@@ -139,7 +136,6 @@ class _Session:
     async def __aexit__(self, *_: object) -> None:
         self._end = "the session has ended"
         self._half.sessions.discard(self)
-        self._half.note(self)  # the others need not wait for this one
         await asyncio.shield(
             self._pool.threads.start(functools.partial(self._half.batch.give_back, self.row))
         )
@@ -168,11 +164,8 @@ class _Session:
                     results.append(await waiting.popleft())
                     self._half.check()
                 waiting.append(loop.create_future())
-                now = time.monotonic()
-                self.expected = now + min(self._half.frame_seconds, now - self._last_came)
-                self._last_came = now
-                self.frames.append(Frame(values, now, waiting[-1]))
-                self._half.note(self)
+                self.frames.append(Frame(values, time.monotonic(), waiting[-1]))
+                self._half.wake()
             results += [await result for result in waiting]
         except BaseException:
             self._end = self._end or "the stream broke off in the middle of a push"

@@ -1,25 +1,26 @@
-"""When the streams of a pool are stepped: as soon as no other frame will come soon.
+"""When the streams of a pool are stepped: as soon as the device is free, with all frames that are there.
 
-Steps follow each other without waiting for results. One thread starts steps and changes rows, so these never
-meet; others wait for results.
+So frames gather while the device is busy, and no frame waits while it is not. To wait for frames that may
+come soon would make steps larger, and late: a step of twice as many rows takes nearly twice as long.
 """
 
 import asyncio
 import collections
 import concurrent.futures
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
+import jax
 import numpy as np
 
 from mimi_jax.boundary import transfers_allowed
 from mimi_jax.streams.batch import Batch
 
-DEADLINE = 0.02  # seconds that a frame waits for those of other sessions
-IN_FLIGHT = 2  # steps of one half that are started and have not given their results yet
+# Steps that are started and have not given their results yet. The next step of an accelerator is ready when
+# the one before it ends. On a CPU it would take the cores away from that one.
+IN_FLIGHT, IN_FLIGHT_ON_CPU = 3, 1
 
 Result = TypeVar("Result")
 
@@ -35,28 +36,37 @@ class Step(NamedTuple):
 
 
 class Threads:
-    """Threads around the compiled programs, for all halves of a pool."""
+    """Threads around the compiled programs, for all halves of a pool.
+
+    One starts steps and changes rows, so these never meet. The others wait for results.
+    """
 
     def __init__(self) -> None:
+        steps = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
+        self.slots = asyncio.Semaphore(steps)
         self._starter = concurrent.futures.ThreadPoolExecutor(1, "mimi-step")
-        self._waiters = concurrent.futures.ThreadPoolExecutor(2 * IN_FLIGHT, "mimi-result")
+        self._waiters = concurrent.futures.ThreadPoolExecutor(steps, "mimi-result") if steps > 1 else None
 
     def start(self, call: Callable[[], Result]) -> "asyncio.Future[Result]":
-        """Make a call in the thread that starts steps, after the calls before it."""
+        """Make a call after the calls before it."""
         return asyncio.get_running_loop().run_in_executor(self._starter, call)
 
-    def fetch(self, array: Any) -> "asyncio.Future[np.ndarray]":
-        """The values of an array, when they are computed."""
-
-        @transfers_allowed()
-        def fetch() -> np.ndarray:
-            return np.asarray(array)
-
-        return asyncio.get_running_loop().run_in_executor(self._waiters, fetch)
+    async def values(self, step: Callable[[], jax.Array]) -> np.ndarray:
+        """The values of the array that a call gives, when they are computed."""
+        if self._waiters is None:
+            return await self.start(lambda: _fetch(step()))
+        outputs = await self.start(step)
+        return await asyncio.get_running_loop().run_in_executor(self._waiters, _fetch, outputs)
 
     def close(self) -> None:
         self._starter.shutdown()
-        self._waiters.shutdown()
+        if self._waiters is not None:
+            self._waiters.shutdown()
+
+
+@transfers_allowed()
+def _fetch(array: jax.Array) -> np.ndarray:
+    return np.asarray(array)
 
 
 class Frame(NamedTuple):
@@ -70,7 +80,6 @@ class Session(Protocol):
 
     row: int
     frames: collections.deque[Frame]  # that wait for a step
-    expected: float  # when the next frame may come, as `time.monotonic`
 
 
 class Half:
@@ -80,24 +89,15 @@ class Half:
         name: "encoder" or "decoder".
         batch: the rows of the sessions.
         threads: which start steps and wait for them.
-        frame_seconds: how long a frame lasts.
         on_step: is called after each step.
     """
 
-    def __init__(
-        self,
-        name: str,
-        batch: Batch,
-        threads: Threads,
-        frame_seconds: float,
-        on_step: Callable[[Step], None],
-    ):
-        self.batch, self.frame_seconds = batch, frame_seconds
+    def __init__(self, name: str, batch: Batch, threads: Threads, on_step: Callable[[Step], None]):
+        self.batch = batch
         self.sessions: set[Session] = set()
         self._threads, self._name, self._on_step = threads, name, on_step
-        self._some, self._all, self._is_free = asyncio.Event(), asyncio.Event(), asyncio.Semaphore(IN_FLIGHT)
-        self._missing: set[Session] = set()  # which have no frame yet, and soon will
-        self._deliveries: set[asyncio.Task] = set()
+        self._has_frame = asyncio.Event()
+        self._steps: set[asyncio.Task] = set()
         self._failure: Exception | None = None
 
     def check(self) -> None:
@@ -105,23 +105,21 @@ class Half:
         if self._failure is not None:
             raise RuntimeError(f"the pool has stopped: {self._failure}") from self._failure
 
-    def note(self, session: Session) -> None:
-        """A session has a frame, or has ended."""
-        self._some.set()
-        self._missing.discard(session)
-        if not self._missing:
-            self._all.set()
+    def wake(self) -> None:
+        """Say that a session has a frame."""
+        self._has_frame.set()
 
     async def run(self) -> None:
         """Step for ever."""
-        try:
-            while True:
-                await self._some.wait()
-                await self._is_free.acquire()
-                await self._wait_for_others()
-                await self._step()
-        except Exception as error:  # the memory of the states was given away, so no session can go on
-            self.fail(error)
+        while True:
+            await self._has_frame.wait()
+            await self._threads.slots.acquire()
+            frames = {session.row: session.frames.popleft() for session in self.sessions if session.frames}
+            if not any(session.frames for session in self.sessions):
+                self._has_frame.clear()
+            step = asyncio.create_task(self._step(frames))
+            self._steps.add(step)
+            step.add_done_callback(self._steps.discard)
 
     def fail(self, error: Exception) -> None:
         """End all sessions with an error."""
@@ -130,46 +128,22 @@ class Half:
             fail_frames(session.frames, self._failure)
             session.frames.clear()
 
-    async def _wait_for_others(self) -> None:
-        """Return when no session will have a frame soon but has none, or one has waited long enough."""
-        ready = [session.frames[0].came for session in self.sessions if session.frames]
-        until, now = min(ready, default=0.0) + DEADLINE, time.monotonic()
-        self._missing = {s for s in self.sessions if not s.frames and now - DEADLINE < s.expected < until}
-        if self._missing and until > now:
-            self._all.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._all.wait(), until - now)
-
-    async def _step(self) -> None:
-        frames = {session.row: session.frames.popleft() for session in self.sessions if session.frames}
-        if not any(session.frames for session in self.sessions):
-            self._some.clear()
-        if not frames:  # their sessions have ended
-            self._is_free.release()
-            return
-        started, values = time.monotonic(), {row: frame.values for row, frame in frames.items()}
+    async def _step(self, frames: dict[int, Frame]) -> None:
+        started, inputs = time.monotonic(), {row: frame.values for row, frame in frames.items()}
         try:
-            outputs = await self._threads.start(functools.partial(self.batch.step, values))
-        except BaseException as error:
+            if not frames:  # their sessions have ended
+                return
+            values = await self._threads.values(functools.partial(self.batch.step, inputs))
+        except Exception as error:  # the memory of the states was given away, so no session can go on
             fail_frames(frames.values(), error)
-            raise
-        delivery = asyncio.create_task(self._deliver(outputs, list(frames.values()), started))
-        self._deliveries.add(delivery)
-        delivery.add_done_callback(self._deliveries.discard)
-
-    async def _deliver(self, outputs: Any, frames: list[Frame], started: float) -> None:
-        try:
-            values = await self._threads.fetch(outputs)
-        except Exception as error:
-            fail_frames(frames, error)
             return self.fail(error)
         finally:
-            self._is_free.release()
+            self._threads.slots.release()
         now = time.monotonic()
-        for frame, value in zip(frames, values, strict=False):
+        for frame, value in zip(frames.values(), values, strict=False):
             if not frame.result.done():  # it is cancelled with the task that waits for it
                 frame.result.set_result(value)
-        delays = [now - frame.came for frame in frames]
+        delays = [now - frame.came for frame in frames.values()]
         self._on_step(Step(self._name, len(values), len(frames), now - started, delays))
 
 
