@@ -167,28 +167,31 @@ class Recipe:
                 "must be 0 in mode decoder, which does not train the encoder",
             ),
             ("steps", self.steps > 0, "must be positive"),
-            (
-                "steps_at_once",
-                self.steps_at_once > 0 and self.log_every % self.steps_at_once == 0,
-                f"must be positive and divide log_every={self.log_every}",
-            ),
-            (
-                "checkpoint_every",
-                self.log_every > 0
-                and self.checkpoint_every > 0
-                and self.checkpoint_every % self.log_every == 0,
-                f"must be a positive multiple of log_every={self.log_every}",
-            ),
-            (
-                "validation.every",
-                not self.validation.include
-                or (self.validation.every > 0 and self.validation.every % self.checkpoint_every == 0),
-                f"must be a positive multiple of checkpoint_every={self.checkpoint_every}",
-            ),
+            *self._rhythm_rules(),
         ]
         broken = [f"{name} {rule}, got {_get(self, name)!r}" for name, holds, rule in rules if not holds]
         if broken:
             raise ValueError(f"the recipe is not supported: {'; '.join(broken)}")
+
+    def _rhythm_rules(self) -> list[tuple[str, bool, str]]:
+        log, checkpoint, validation = self.log_every, self.checkpoint_every, self.validation
+        return [
+            (
+                "steps_at_once",
+                self.steps_at_once > 0 and log % self.steps_at_once == 0,
+                f"must be positive and divide log_every={log}",
+            ),
+            (
+                "checkpoint_every",
+                log > 0 and checkpoint > 0 and checkpoint % log == 0,
+                f"must be a positive multiple of log_every={log}",
+            ),
+            (
+                "validation.every",
+                not validation.include or (validation.every > 0 and validation.every % checkpoint == 0),
+                f"must be a positive multiple of checkpoint_every={checkpoint}",
+            ),
+        ]
 
     def _discriminator_rules(self) -> list[tuple[str, bool, str]]:
         judge, longest = self.discriminator, max(self.discriminator.windows, default=0)
