@@ -118,7 +118,7 @@ def process_lateness(model_name: str, count: int, seconds: float) -> list[float]
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(count + 1), context.Queue()
     processes = [
-        context.Process(target=_stream, args=(model_name, seed, seconds, barrier, queue))
+        context.Process(target=_stream, args=(model_name, seed, seconds, barrier, queue), daemon=True)
         for seed in range(count)
     ]
     for process in processes:

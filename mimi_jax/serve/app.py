@@ -5,6 +5,7 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from socket import AF_INET, AF_INET6, create_server
 from typing import Any
 
 from mimi_jax.serve.limits import Access, Limits
@@ -129,7 +130,7 @@ class Server:
             if kind in KINDS:
                 return KINDS[kind](socket, self._pool, query)
             assert self._key is not None
-            data = await socket.receive()
+            data = await socket.receive(self._limits.moved_bytes)
             if not isinstance(data, bytes):
                 raise ValueError("the first message must be what /detach gave")
             moved = from_bytes(data, self._pool.model, self._key)
@@ -194,12 +195,17 @@ async def serving(
     async with make_pool(on_step=metrics.count_step) as pool:
         await pool.warmup()
         server = Server(pool, metrics, limits, access, key)
+        # A message up to this size is read, so that its session ends with a reason.
+        longest = 2 * (limits.message_bytes if key is None else max(limits.message_bytes, limits.moved_bytes))
         config = uvicorn.Config(
-            server.app(), host, port, ws_max_size=2 * limits.message_bytes + (1 << 24 if key else 0),
-            log_level="warning", lifespan="off", timeout_graceful_shutdown=5,
-        )  # fmt: skip
+            server.app(),
+            ws_max_size=longest,
+            log_level="warning",
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+        )
         web = Web(config)
-        listener = _listen(host, port)
+        listener = create_server((host, port), family=AF_INET6 if ":" in host else AF_INET)
         running = asyncio.create_task(web.serve(sockets=[listener]))
         while not web.started and not running.done():
             await asyncio.sleep(0.01)
@@ -209,13 +215,6 @@ async def serving(
             await server.stop()
             web.should_exit = True
             await running
-
-
-def _listen(host: str, port: int) -> Any:
-    import socket
-
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
 
 
 async def serve_until_signal(announce: Callable[[int], None], **options: Any) -> None:

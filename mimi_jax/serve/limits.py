@@ -13,6 +13,7 @@ class Limits:
     """What a session may use before it ends with a reason."""
 
     message_bytes: int = 1 << 20  # of one message: 22 s of 16-bit audio
+    moved_bytes: int = 1 << 26  # of a session from another server: 17 MB for the published model
     idle_seconds: float = 60.0  # without a message
     total_seconds: float = 3600.0
     send_seconds: float = 5.0  # until a message is taken; a reader that is slower is dropped

@@ -13,6 +13,7 @@ A client ends its stream with {"end": true} or with an empty message. Then the l
 server closes the connection with status 1000.
 """
 
+import abc
 import asyncio
 import contextlib
 import dataclasses
@@ -30,11 +31,10 @@ from mimi_jax.serve.moving import Moved
 from mimi_jax.serve.socket import BAD_DATA, BROKEN, NORMAL, TRY_LATER, EndError, Socket
 from mimi_jax.streams.batch import PoolFullError
 from mimi_jax.streams.pool import DecoderSession, EncoderSession, Pool
-from mimi_jax.streams.sniff import check_floats
-from mimi_jax.streams.wire import PCM_FORMATS, CodeStreamParser, CodeStreamWriter, to_pcm
+from mimi_jax.streams.wire import PCM_FORMATS, CodeStreamParser, CodeStreamWriter, from_pcm, to_pcm
 
 
-class Session:
+class Session(abc.ABC):
     """A stream of a client, from its first message to its end.
 
     Args:
@@ -97,10 +97,11 @@ class Session:
             "max_quantizers": self._pool.num_quantizers,
         }
 
+    @abc.abstractmethod
     async def _serve(self) -> None:
-        raise NotImplementedError
+        """Serve the client until its stream ends, or until the session leaves."""
 
-    async def _leave(self, states: dict[str, Any], pending: np.ndarray, codes: bytes = b"") -> None:
+    def _leave(self, states: dict[str, Any], pending: np.ndarray, codes: bytes = b"") -> None:
         assert self._leaving is not None
         self._leaving.set_result(Moved(self.kind, self._options, states, pending, codes))
 
@@ -109,17 +110,14 @@ class Session:
 
     async def _audio(self) -> AsyncIterator[np.ndarray]:
         """Audio [channels, samples] as it comes. Objects go to `_change`."""
-        channels, dtype = self._pool.model.config.audio_channels, PCM_FORMATS[self._format]
+        channels = self._pool.model.config.audio_channels
         while (message := await self._socket.receive()) is not None:
             if isinstance(message, dict):
                 self._change(message)
                 continue
-            if len(message) % (dtype.itemsize * channels):
+            if len(message) % (PCM_FORMATS[self._format].itemsize * channels):
                 raise EndError(BAD_DATA, "a message of audio must have whole samples", "bad")
-            samples = np.frombuffer(message, dtype).reshape(-1, channels).T
-            if dtype.kind == "f":
-                check_floats(samples)
-            yield samples / np.float32(32768) if dtype.kind == "i" else samples.astype(np.float32)
+            yield from_pcm(message, self._format, channels)
 
     def _change(self, fields: dict[str, Any]) -> None:
         raise EndError(BAD_DATA, f"there is nothing to change: {', '.join(fields)}", "bad")
@@ -150,7 +148,7 @@ class Encode(Session):
                 await self._write(writer, codes, codes.shape[1] * config.frame_size, out)
             await self._send(out)
         if self._leaving is not None:
-            return await self._leave(await self._detach(encoder), encoder.pending)
+            return self._leave(await self._detach(encoder), encoder.pending)
         length = encoder.pending.shape[1]
         codes = await encoder.flush()
         if codes.shape[1]:
@@ -224,7 +222,7 @@ class Decode(Session):
             if parser.spec is not None:
                 self._options["spec"] = json.dumps(dataclasses.asdict(parser.spec))
             none = np.zeros((self._pool.model.config.audio_channels, 0), np.float32)
-            await self._leave({"decoder": await decoder.detach()}, none, parser.rest)
+            self._leave({"decoder": await decoder.detach()}, none, parser.rest)
 
     async def _decode(
         self, decoder: DecoderSession, parser: CodeStreamParser, codes: np.ndarray, length: int

@@ -46,10 +46,13 @@ class Socket:
         if not self._interrupted.done():
             self._interrupted.set_result(None)
 
-    async def receive(self) -> bytes | dict[str, Any] | None:
+    async def receive(self, most: int | None = None) -> bytes | dict[str, Any] | None:
         """The next message: bytes, or an object in JSON; None at the end.
 
         The stream ends with `{"end": true}` or an empty message of bytes, or with `interrupt`.
+
+        Args:
+            most: bytes of the message; None for those of the limits.
 
         Raises:
             EndError: the client went away, sent something else, or the session is over its limits.
@@ -61,8 +64,9 @@ class Socket:
         if message["type"] == "websocket.disconnect":
             raise EndError(GOING_AWAY, "the client went away", "gone")
         if (data := message.get("bytes")) is not None:
-            if len(data) > self._limits.message_bytes:
-                raise EndError(TOO_BIG, f"a message has at most {self._limits.message_bytes} bytes", "big")
+            most = self._limits.message_bytes if most is None else most
+            if len(data) > most:
+                raise EndError(TOO_BIG, f"a message has at most {most} bytes", "big")
             return data or None
         fields: Any = None
         with contextlib.suppress(json.JSONDecodeError, RecursionError):

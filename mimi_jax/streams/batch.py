@@ -19,6 +19,8 @@ from mimi_jax.streams.push import fresh_state, half_of, join_rings, split_rings
 
 SIZES = (1, 8)  # of the smallest steps; then powers of two
 
+StreamState = EncoderState | DecoderState
+
 
 class PoolFullError(Exception):
     """All rows are taken."""
@@ -40,9 +42,9 @@ class Batch:
         self.sizes = sorted({min(size, rows) for size in SIZES} | {2**n for n in range(4, rows.bit_length())})
         self.nothing = config.codebook_size  # as a code: this codebook adds nothing to the audio
         is_encoder = half == "encoder"
-        self._init_state = getattr(model, f"init_{half}_state")
-        self._fresh = split_rings(fresh_state(self._init_state, 1))
-        self._state = split_rings(fresh_state(self._init_state, rows))
+        init_state = getattr(model, f"init_{half}_state")
+        self._fresh = split_rings(fresh_state(init_state, 1))
+        self._state = split_rings(fresh_state(init_state, rows))
         model = half_of(model, half)
         if not is_encoder:
             _add_nothing(model)
@@ -52,7 +54,7 @@ class Batch:
         shape = (config.audio_channels, config.frame_size) if is_encoder else (num_quantizers, 1)
         self._blank = np.full(shape, *((np.nan, np.float32) if is_encoder else (-1, np.int32)))
 
-    def take(self, state: EncoderState | DecoderState | None = None) -> int:
+    def take(self, state: StreamState | None = None) -> int:
         """Take a row for a fresh stream, or for one whose state `copy` gave.
 
         Raises:
@@ -72,7 +74,7 @@ class Batch:
         self._free.append(row)
 
     @transfers_allowed()
-    def copy(self, row: int) -> EncoderState | DecoderState:
+    def copy(self, row: int) -> StreamState:
         """The state of a row, in the memory of the host."""
         return jax.tree.map(np.asarray, join_rings(*_take(*self._state, np.array([row], np.int32))))
 

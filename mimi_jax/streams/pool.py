@@ -20,14 +20,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mimi_jax.boundary import as_numpy, check_streamable
-from mimi_jax.model import DecoderState, EncoderState, Mimi
-from mimi_jax.streams.batch import Batch
+from mimi_jax.model import Mimi
+from mimi_jax.streams.batch import Batch, StreamState
 from mimi_jax.streams.push import audio_as_numpy, codes_as_numpy
 from mimi_jax.streams.stepping import Frame, Half, Step, Threads
 
 WAITING = 8  # frames of a session
-
-StreamState = EncoderState | DecoderState
 
 
 class Pool:
@@ -128,7 +126,12 @@ class _Session:
 
     async def __aenter__(self):
         self._half.check()
-        self.row = await self._pool.threads.start(functools.partial(self._half.batch.take, self._first_state))
+        taking = self._pool.threads.start(functools.partial(self._half.batch.take, self._first_state))
+        try:
+            self.row = await asyncio.shield(taking)
+        except asyncio.CancelledError:  # the row is taken all the same
+            taking.add_done_callback(self._give_back_unused)
+            raise
         self._half.sessions.add(self)
         self._end = ""
         return self
@@ -136,9 +139,14 @@ class _Session:
     async def __aexit__(self, *_: object) -> None:
         self._end = "the session has ended"
         self._half.sessions.discard(self)
-        await asyncio.shield(
-            self._pool.threads.start(functools.partial(self._half.batch.give_back, self.row))
-        )
+        await asyncio.shield(self._give_back(self.row))
+
+    def _give_back(self, row: int) -> "asyncio.Future[None]":
+        return self._pool.threads.start(functools.partial(self._half.batch.give_back, row))
+
+    def _give_back_unused(self, taking: "asyncio.Future[int]") -> None:
+        if taking.exception() is None:
+            self._give_back(taking.result())
 
     async def detach(self) -> StreamState:
         """End the session. Returns the state of its stream, of one row, for a session of another pool."""

@@ -9,7 +9,7 @@ import collections
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple, Protocol, TypeVar
 
 import jax
@@ -51,12 +51,14 @@ class Threads:
         """Make a call after the calls before it."""
         return asyncio.get_running_loop().run_in_executor(self._starter, call)
 
-    async def values(self, step: Callable[[], jax.Array]) -> np.ndarray:
-        """The values of the array that a call gives, when they are computed."""
+    def values(self, step: Callable[[], jax.Array]) -> Awaitable[np.ndarray]:
+        """The values of the array that a call gives, when they are computed. It is made as in `start`."""
         if self._waiters is None:
-            return await self.start(lambda: _fetch(step()))
-        outputs = await self.start(step)
-        return await asyncio.get_running_loop().run_in_executor(self._waiters, _fetch, outputs)
+            return self.start(lambda: _fetch(step()))
+        return self._fetched(self.start(step))
+
+    async def _fetched(self, outputs: Awaitable[jax.Array]) -> np.ndarray:
+        return await asyncio.get_running_loop().run_in_executor(self._waiters, _fetch, await outputs)
 
     def close(self) -> None:
         self._starter.shutdown()
@@ -117,7 +119,14 @@ class Half:
             frames = {session.row: session.frames.popleft() for session in self.sessions if session.frames}
             if not any(session.frames for session in self.sessions):
                 self._has_frame.clear()
-            step = asyncio.create_task(self._step(frames))
+            if not frames:  # their sessions have ended
+                self._threads.slots.release()
+                continue
+            # It is started here and not in the task: if one of its sessions ends before the task runs, its
+            # row must not be another session's already.
+            inputs = {row: frame.values for row, frame in frames.items()}
+            values = self._threads.values(functools.partial(self.batch.step, inputs))
+            step = asyncio.create_task(self._deliver(values, list(frames.values())))
             self._steps.add(step)
             step.add_done_callback(self._steps.discard)
 
@@ -128,22 +137,20 @@ class Half:
             fail_frames(session.frames, self._failure)
             session.frames.clear()
 
-    async def _step(self, frames: dict[int, Frame]) -> None:
-        started, inputs = time.monotonic(), {row: frame.values for row, frame in frames.items()}
+    async def _deliver(self, results: Awaitable[np.ndarray], frames: list[Frame]) -> None:
+        started = time.monotonic()
         try:
-            if not frames:  # their sessions have ended
-                return
-            values = await self._threads.values(functools.partial(self.batch.step, inputs))
+            values = await results
         except Exception as error:  # the memory of the states was given away, so no session can go on
-            fail_frames(frames.values(), error)
+            fail_frames(frames, error)
             return self.fail(error)
         finally:
             self._threads.slots.release()
         now = time.monotonic()
-        for frame, value in zip(frames.values(), values, strict=False):
+        for frame, value in zip(frames, values, strict=False):
             if not frame.result.done():  # it is cancelled with the task that waits for it
                 frame.result.set_result(value)
-        delays = [now - frame.came for frame in frames.values()]
+        delays = [now - frame.came for frame in frames]
         self._on_step(Step(self._name, len(values), len(frames), now - started, delays))
 
 

@@ -79,14 +79,25 @@ def read_pcm(
     check_is_pcm(data[:frame], pcm_format)
     while True:
         whole = len(data) // size * size
-        samples = np.frombuffer(data[:whole], dtype).reshape(-1, channels).T
-        if dtype.kind == "f":
-            check_floats(samples)
         if whole:
-            yield samples / np.float32(32768) if dtype.kind == "i" else samples.astype(np.float32)
+            yield from_pcm(data[:whole], pcm_format or "s16le", channels)
         if not (more := read(most)):
             return
         data = data[whole:] + more
+
+
+def from_pcm(data: bytes, pcm_format: str, channels: int) -> np.ndarray:
+    """Convert raw PCM of whole samples to float32 [channels, samples].
+
+    Raises:
+        ValueError: samples in floats are NaN, infinite or huge.
+    """
+    dtype = PCM_FORMATS[pcm_format]
+    samples = np.frombuffer(data, dtype).reshape(-1, channels).T
+    if dtype.kind == "i":
+        return samples / np.float32(32768)
+    check_floats(samples)
+    return samples.astype(np.float32)
 
 
 def to_pcm(audio: np.ndarray, pcm_format: str) -> bytes:

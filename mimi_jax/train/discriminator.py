@@ -54,7 +54,7 @@ class ScaleDiscriminator(nnx.Module):
                 kernel_dilation=(dilation, 1),
                 padding=((time, time), (frequency, frequency)),
                 conv_general_dilated=conv_general_dilated,
-                # Activations of speech have a variance of about 1. With smaller kernels, such as PyTorch's,
+                # Activations of speech have a variance of about 1. With smaller kernels, such as Flax's own,
                 # logits begin at 0.01, and learn their scale for long before they learn anything else.
                 kernel_init=nnx.initializers.variance_scaling(
                     2 / (1 + SLOPE**2) / level**2, "fan_in", "normal"

@@ -34,12 +34,7 @@ from mimi_jax.train.weights import start_model
 Teacher = Callable[[np.ndarray], np.ndarray]
 
 LOCK = "lock"
-MAY_CHANGE = (
-    "steps",
-    "log_every",
-    "checkpoint_every",
-    "data.in_memory",
-)  # in the recipe of a run that is resumed
+MAY_CHANGE = ("steps", "log_every", "checkpoint_every")  # in the recipe of a run that is resumed
 IN_BAR = ("loss/mel", "loss/features", "loss/discriminator")
 
 
@@ -151,14 +146,16 @@ class _Run(NamedTuple):
 
     def loop(self, state: TrainState, log: Log) -> None:
         """Do the remaining steps, and write the log, the states and the model."""
-        recipe, trainer = self.trainer.recipe, self.trainer
+        recipe = self.trainer.recipe
         first, since_log = int(state.step), []
         with tqdm(initial=first, total=recipe.steps, desc="training", disable=None, smoothing=0.05) as bar:
-            for step in range(first, recipe.steps):
-                state, logs = trainer.step(state, self._next_batch(), phase=trainer.phase(step))
-                since_log.append(logs)
-                bar.update()
-                done, is_last = step + 1, step + 1 == recipe.steps
+            done = first
+            while done < recipe.steps:
+                state, logs = self._advance(state, done)
+                since_log += logs
+                bar.update(len(logs))
+                done += len(logs)
+                is_last = done == recipe.steps
                 if done % recipe.log_every == 0 or is_last:
                     means, since_log = finite_means(since_log, done), []
                     means |= self._validate(state, done, is_last)
@@ -173,18 +170,18 @@ class _Run(NamedTuple):
         if first == recipe.steps:  # it may have been killed after its last checkpoint, before its model
             self._save_model(state)
 
-    def _advance(self, state: TrainState, done: int) -> tuple[TrainState, list[Any], int]:
-        """Do the next step, or several at once. Returns the state, the logs, and how many steps these are."""
+    def _advance(self, state: TrainState, done: int) -> tuple[TrainState, list[Any]]:
+        """Do the next step, or several at once. Returns the state, and the logs of each step."""
         recipe, trainer = self.trainer.recipe, self.trainer
         phase, count = trainer.phase(done), recipe.steps_at_once
         whole = done % count == 0 and done + count <= recipe.steps
         if count == 1 or not whole or phase != trainer.phase(done + count - 1):
             state, logs = trainer.step(state, self.put(self._next_batch(), by_rows=True), phase=phase)
-            return state, [logs], 1
+            return state, [logs]
         batches = [self._next_batch() for _ in range(count)]
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
         state, logs = trainer.steps(state, self.put(stacked, by_rows=True, steps=True), phase=phase)
-        return state, [jax.tree.map(operator.itemgetter(i), logs) for i in range(count)], count
+        return state, [jax.tree.map(operator.itemgetter(i), logs) for i in range(count)]
 
     def _validate(self, state: TrainState, done: int, is_last: bool) -> dict[str, float]:
         """Measure the model, if it is time, and keep it if it is the best. Returns what to log."""

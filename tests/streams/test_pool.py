@@ -139,6 +139,28 @@ def test_rows_are_taken_and_given_back():
     run(test())
 
 
+def test_a_session_that_is_cancelled_leaves_no_trace_in_the_next_one():
+    audio = clip(4)[: 4 * FRAME]
+
+    async def test() -> None:
+        async with Pool(MODEL, rows=1) as pool:
+            for turns in range(
+                6
+            ):  # of the loop until it is cancelled: before it has a row, in a step, after it
+                opening = asyncio.create_task(encode_in_pieces(pool, clip(8), random.Random(turns), 2))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                opening.cancel()
+                await asyncio.gather(opening, return_exceptions=True)
+                await pool.threads.start(lambda: None)  # what it has begun is done
+                await asyncio.sleep(0)
+                await pool.threads.start(lambda: None)
+                async with pool.encoder() as session:
+                    np.testing.assert_array_equal(await session.push(audio), codes_alone(audio))
+
+    run(test())
+
+
 def test_what_is_wrong_costs_one_session_nothing():
     async def test() -> None:
         async with Pool(MODEL, rows=8, num_quantizers=3) as pool:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import mimi_jax.train.run as run_module
 from mimi_jax import Mimi, cli, save_audio
 from mimi_jax.files.atomic import file_lock
 from mimi_jax.files.corpus import find_clips
@@ -159,6 +160,35 @@ def test_tensorboard_has_every_loss(whole: Path):
     events = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
     for name in trace(whole)[0].keys() - {"step"}:
         assert events.count(name.encode()) == 10, name
+
+
+def test_a_run_of_several_steps_at_once_has_the_same_losses(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    counts = []
+    advance = run_module._Run._advance
+
+    def counted(self, state, done):
+        state, logs = advance(self, state, done)
+        counts.append(len(logs))
+        return state, logs
+
+    monkeypatch.setattr(run_module._Run, "_advance", counted)
+    recipe = dataclasses.replace(RECIPE, steps=5, steps_at_once=2, log_every=2, checkpoint_every=4)
+    train(recipe, data, tmp_path / "out", devices=ONE)
+    assert counts == [2, 2, 1]
+    lines = trace(tmp_path / "out")
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    expected = np.mean([line["loss/mel"] for line in trace(whole)[:2]])
+    assert lines[0]["loss/mel"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_of_a_batch_are_shared_with_and_without_steps():
+    put, count = run_module._placer(jax.devices(), 8), len(jax.devices())
+    batch = put({"audio": np.zeros((8, 1, 6), np.float32)}, by_rows=True)["audio"]
+    steps = put({"audio": np.zeros((3, 8, 1, 6), np.float32)}, by_rows=True, steps=True)["audio"]
+    assert batch.addressable_shards[0].data.shape == (8 // count, 1, 6)
+    assert steps.addressable_shards[0].data.shape == (3, 8 // count, 1, 6)
 
 
 @SLOW
