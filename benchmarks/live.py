@@ -226,8 +226,8 @@ def main() -> None:
     searches = {
         "pool": (lambda count: p99(
             asyncio.run(pool_lateness(model, options.rows, count, options.seconds, lambda new: None))
-        ), 16),
-        "processes": (lambda count: p99(process_lateness(options.model, count, options.seconds)), 4),
+        ), 24),
+        "processes": (lambda count: p99(process_lateness(options.model, count, options.seconds)), 12),
     }  # fmt: skip
     report.table(["streams", "as", "p99 lateness, ms"])
     for name, (measure, first) in searches.items():

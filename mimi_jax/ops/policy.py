@@ -224,9 +224,7 @@ def _call(operation: str, choice: Choice, *arrays: jax.Array, **options: Any) ->
 
 
 def _dispatch(implementations: Implementations, *arrays: Any, **options: Any) -> Any:
-    calls = {
-        platform: functools.partial(function, **options) for platform, function in implementations.items()
-    }
+    calls = {name: functools.partial(function, **options) for name, function in implementations.items()}
     return calls["default"](*arrays) if len(calls) == 1 else lax.platform_dependent(*arrays, **calls)
 
 
@@ -242,6 +240,8 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
             choice["cpu"] = "windows"
         elif taps % stride == 0 and dilation == 1:
             choice["cpu"] = "strides"
+    elif size_in == 1:  # Eigen convolves a waveform at a tenth of the speed of fused multiply-adds
+        choice["cpu"] = "multiply_adds"
     if _positions(x) in STEP_POSITIONS:
         choice = _on_gpus("windows", choice)
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)

@@ -87,7 +87,7 @@ class Batch:
             Codes [size, codebooks, 1], or audio [size, channels, frame_size], in the order of `frames`, of
             which there may be fewer. They may still be computed.
         """
-        size = next(size for size in self.sizes if size >= len(frames))
+        size = self._size(len(frames))
         inputs = np.empty((size, *self._blank.shape), self._blank.dtype)
         rows = np.full(size, self._rows, np.int32)  # beyond the last row, where nothing is
         inputs[len(frames) :] = self._blank
@@ -95,6 +95,20 @@ class Batch:
             rows[place], inputs[place] = row, frame
         self._state, outputs = self._advance(self._structure, self._parameters, *self._state, rows, inputs)
         return outputs
+
+    def frames_of_a_step(self, waiting: int) -> int:
+        """How many of the frames that wait the next step should take.
+
+        Empty rows take as long as others. So if they would be more than a quarter of a step, some frames are
+        left to the step after it.
+        """
+        size = self._size(waiting)
+        smaller = max((each for each in self.sizes if each < size), default=size)
+        return waiting if 4 * waiting >= 3 * size or size <= SIZES[-1] else smaller
+
+    def _size(self, frames: int) -> int:
+        """The smallest step that takes so many frames."""
+        return next(size for size in self.sizes if size >= frames)
 
     def warmup(self) -> None:
         """Compile all programs. No row may be taken."""

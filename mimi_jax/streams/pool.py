@@ -23,7 +23,7 @@ from mimi_jax.boundary import as_numpy, check_streamable
 from mimi_jax.model import Mimi
 from mimi_jax.streams.batch import Batch, StreamState
 from mimi_jax.streams.push import audio_as_numpy, codes_as_numpy
-from mimi_jax.streams.stepping import Frame, Half, Step, Threads
+from mimi_jax.streams.stepping import Frame, Half, Step, Stepper, Threads
 
 WAITING = 8  # frames of a session
 
@@ -55,23 +55,23 @@ class Pool:
             raise ValueError(f"rows must be a power of two, such as 64, got {rows}")
         check_streamable(model.config)
         self.model, self.num_quantizers = model, model.quantizer.resolve_count(num_quantizers)
-        self.threads = Threads()
-        halves = [
-            half
+        self._halves = {
+            half: Half(half, Batch(model, half, rows, self.num_quantizers))
             for half, part in (("encoder", model.encoder), ("decoder", model.decoder))
             if part is not None
-        ]
-        self._halves = {half: self._make_half(half, rows, on_step) for half in halves}
-        self._loops: list[asyncio.Task] = []
+        }
+        self.threads = Threads()
+        self.stepper = Stepper(self._halves.values(), self.threads, on_step)
+        self._running: asyncio.Task | None = None
 
     async def __aenter__(self) -> "Pool":
-        self._loops = [asyncio.create_task(half.run()) for half in self._halves.values()]
+        self._running = asyncio.create_task(self.stepper.run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        assert self._running is not None
+        self._running.cancel()
+        await asyncio.wait([self._running])
         for half in self._halves.values():
             half.fail(RuntimeError("the pool was closed"))
         self.threads.close()
@@ -103,9 +103,6 @@ class Pool:
     def num_waiting(self) -> dict[str, int]:
         """How many frames wait for a step of each half."""
         return {half: sum(len(s.frames) for s in each.sessions) for half, each in self._halves.items()}
-
-    def _make_half(self, name: str, rows: int, on_step: Callable[[Step], None]) -> Half:
-        return Half(name, Batch(self.model, name, rows, self.num_quantizers), self.threads, on_step)
 
     def _half(self, half: str) -> Half:
         if half not in self._halves:
@@ -173,7 +170,7 @@ class _Session:
                     self._half.check()
                 waiting.append(loop.create_future())
                 self.frames.append(Frame(values, time.monotonic(), waiting[-1]))
-                self._half.wake()
+                self._pool.stepper.wake()
             results += [await result for result in waiting]
         except BaseException:
             self._end = self._end or "the stream broke off in the middle of a push"

@@ -1,7 +1,8 @@
 """When the streams of a pool are stepped: as soon as the device is free, with all frames that are there.
 
 So frames gather while the device is busy, and no frame waits while it is not. To wait for frames that may
-come soon would make steps larger, and late: a step of twice as many rows takes nearly twice as long.
+come soon would make steps larger, and late: a step of twice as many rows takes nearly twice as long. The
+halves take turns, so audio that goes through both waits for at most one step of each before each of its own.
 """
 
 import asyncio
@@ -85,27 +86,50 @@ class Session(Protocol):
 
 
 class Half:
-    """The sessions of one half, and the loop that steps them.
+    """The sessions of one half of a model.
 
     Args:
         name: "encoder" or "decoder".
         batch: the rows of the sessions.
-        threads: which start steps and wait for them.
-        on_step: is called after each step.
     """
 
-    def __init__(self, name: str, batch: Batch, threads: Threads, on_step: Callable[[Step], None]):
-        self.batch = batch
+    def __init__(self, name: str, batch: Batch):
+        self.name, self.batch = name, batch
         self.sessions: set[Session] = set()
-        self._threads, self._name, self._on_step = threads, name, on_step
-        self._has_frame = asyncio.Event()
-        self._steps: set[asyncio.Task] = set()
         self._failure: Exception | None = None
 
     def check(self) -> None:
         """Refuse work after a failure."""
         if self._failure is not None:
             raise RuntimeError(f"the pool has stopped: {self._failure}") from self._failure
+
+    def fail(self, error: Exception) -> None:
+        """End all sessions with an error."""
+        self._failure = self._failure or error
+        for session in self.sessions:
+            fail_frames(session.frames, self._failure)
+            session.frames.clear()
+
+    def next_frames(self) -> dict[int, Frame]:
+        """Take the frames of a step, one of a session, those that came first. Returns them by row."""
+        waiting = sorted((s for s in self.sessions if s.frames), key=lambda session: session.frames[0].came)
+        count = self.batch.frames_of_a_step(len(waiting))
+        return {session.row: session.frames.popleft() for session in waiting[:count]}
+
+
+class Stepper:
+    """Steps halves: those that have frames, in turn.
+
+    Args:
+        halves: of one model.
+        threads: which start steps and wait for them.
+        on_step: is called after each step.
+    """
+
+    def __init__(self, halves: Iterable[Half], threads: Threads, on_step: Callable[[Step], None]):
+        self._turns, self._threads, self._on_step = collections.deque(halves), threads, on_step
+        self._has_frame = asyncio.Event()
+        self._steps: set[asyncio.Task] = set()
 
     def wake(self) -> None:
         """Say that a session has a frame."""
@@ -116,42 +140,46 @@ class Half:
         while True:
             await self._has_frame.wait()
             await self._threads.slots.acquire()
-            frames = {session.row: session.frames.popleft() for session in self.sessions if session.frames}
-            if not any(session.frames for session in self.sessions):
+            half, frames = self._next()
+            if half is None:
                 self._has_frame.clear()
-            if not frames:  # their sessions have ended
                 self._threads.slots.release()
                 continue
             # It is started here and not in the task: if one of its sessions ends before the task runs, its
             # row must not be another session's already.
             inputs = {row: frame.values for row, frame in frames.items()}
-            values = self._threads.values(functools.partial(self.batch.step, inputs))
-            step = asyncio.create_task(self._deliver(values, list(frames.values())))
+            values = self._threads.values(functools.partial(half.batch.step, inputs))
+            step = asyncio.create_task(self._deliver(half, values, list(frames.values())))
             self._steps.add(step)
             step.add_done_callback(self._steps.discard)
 
-    def fail(self, error: Exception) -> None:
-        """End all sessions with an error."""
-        self._failure = self._failure or error
-        for session in self.sessions:
-            fail_frames(session.frames, self._failure)
-            session.frames.clear()
+    def _next(self) -> tuple[Half | None, dict[int, Frame]]:
+        """The frames of the half whose turn it is. Its next turn comes after all others."""
+        for half in list(self._turns):
+            if frames := half.next_frames():
+                self._turns.remove(half)
+                self._turns.append(half)
+                return half, frames
+        return None, {}
 
-    async def _deliver(self, results: Awaitable[np.ndarray], frames: list[Frame]) -> None:
+    async def _deliver(self, half: Half, results: Awaitable[np.ndarray], frames: list[Frame]) -> None:
         started = time.monotonic()
         try:
             values = await results
         except Exception as error:  # the memory of the states was given away, so no session can go on
             fail_frames(frames, error)
-            return self.fail(error)
+            half.fail(error)
+        else:
+            now = time.monotonic()
+            for frame, value in zip(frames, values, strict=False):
+                if not frame.result.done():  # it is cancelled with the task that waits for it
+                    frame.result.set_result(value)
+            delays = [now - frame.came for frame in frames]
+            self._on_step(Step(half.name, len(values), len(frames), now - started, delays))
+            # Sessions that decode these codes push them now, so the other half has them in its next turn.
+            await asyncio.sleep(0)
         finally:
             self._threads.slots.release()
-        now = time.monotonic()
-        for frame, value in zip(frames, values, strict=False):
-            if not frame.result.done():  # it is cancelled with the task that waits for it
-                frame.result.set_result(value)
-        delays = [now - frame.came for frame in frames]
-        self._on_step(Step(self._name, len(values), len(frames), now - started, delays))
 
 
 def fail_frames(frames: Iterable[Frame], error: BaseException) -> None:

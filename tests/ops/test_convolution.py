@@ -25,12 +25,15 @@ def test_a_convolution_by_strides_is_the_plain_one(taps: int, stride: int):
 def test_a_convolution_by_multiply_adds_is_the_plain_one(
     taps: int, stride: int, dilation: int, size_in: int, size_out: int
 ):
-    x, kernel, how = noise(2, 41, size_in), noise(taps, size_in, size_out, seed=1), (stride, dilation)
-    plain, multiply_adds = (
-        jax.jit(functools.partial(CONVOLUTIONS[name], stride=how[0], dilation=how[1]))(x, kernel)
-        for name in ("plain", "multiply_adds")
-    )
-    assert relative_error(multiply_adds, plain) < 1e-6
+    x, kernel = noise(2, 41, size_in), noise(taps, size_in, size_out, seed=1)
+
+    def results(name: str) -> list[jax.Array]:
+        convolution = functools.partial(CONVOLUTIONS[name], stride=stride, dilation=dilation)
+        out, pull_back = jax.jit(lambda x, kernel: jax.vjp(convolution, x, kernel))(x, kernel)
+        return [out, *pull_back(jnp.sin(out))]
+
+    for multiply_adds, plain in zip(results("multiply_adds"), results("plain"), strict=True):
+        assert relative_error(multiply_adds, plain) < 1e-6
 
 
 def test_a_join_by_sum_is_a_concatenation():

@@ -324,7 +324,10 @@ def test_convolutions_and_products_are_chosen_for_cpus_by_dtype_and_size(choices
         *((few, 4, 2, 1), (few, 7, 2, 1), (few, 3, 1, 2)),
     ):
         policy.convolution(x, jnp.zeros((taps, 3, 5), x.dtype), stride=stride, dilation=dilation)
-    assert [choice.get("cpu") for choice in choices] == [None] * 2 + ["strides", None, None] + ["windows"] * 3
+    policy.convolution(full[..., :1], jnp.zeros((7, 1, 5)))  # of a waveform
+    assert [choice.get("cpu") for choice in choices] == [
+        *(None, None), *("strides", None, None), *["windows"] * 3, "multiply_adds"
+    ]  # fmt: skip
     choices.clear()
     for x in (full, full[:, :2], full[:, :3], half):
         policy.product(x, jnp.zeros((3, 5), x.dtype), None)
