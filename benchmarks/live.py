@@ -1,7 +1,7 @@
 """How many live streams two cores take, beside a process for each stream.
 
-    python -m benchmarks.live [--model mini] [--rows 64 256] [--seconds 20] [--only overhead pool processes]
-        [--minutes 60 --sessions N --plot FILE] [--markdown FILE]
+    python -m benchmarks.live [--model mini] [--rows 64] [--first 12] [--seconds 15]
+        [--only overhead pool processes] [--minutes 60 --sessions N --plot FILE] [--markdown FILE]
 
 A stream is a loopback in real time: a frame of speech is due every 80 ms, from a random moment on; it is
 encoded, and its codes are decoded. It is late by the time from when it was due to when its sound is there.
@@ -13,11 +13,13 @@ instead, and its memory and lateness are drawn.
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,35 +45,24 @@ def frames_of(model: Mimi) -> np.ndarray:
     return audio[:, : audio.shape[1] // size * size].reshape(1, -1, size).swapaxes(0, 1)
 
 
-def bare_step(model: Mimi, half: str, rows: int, frames: np.ndarray) -> float:
-    """Seconds of a step of a full batch, without a pool."""
-    batch = Batch(model, half, rows, CODEBOOKS)
+async def step_times(model: Mimi, rows: int, repeats: int = 60) -> tuple[float, float, float]:
+    """Median seconds of encoder steps of a full batch, and of the same in a pool: from when the frames of all
+    sessions are there to when all codes are. And of what the pool adds, since both are measured in turn.
+    """
+    batch, frames = Batch(model, "encoder", rows, CODEBOOKS), frames_of(model)
     taken = [batch.take() for _ in range(rows)]
-    times = []
-    for number in range(30):
-        values = frames[number % len(frames)]
-        start = time.perf_counter()
-        np.asarray(batch.step({row: values for row in taken}))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[5:])
-
-
-def pool_step(model: Mimi, rows: int, frames: np.ndarray) -> float:
-    """Seconds from when the frames of all encoder sessions are there to when all codes are."""
-
-    async def run() -> float:
-        async with Pool(model, rows, CODEBOOKS) as pool:
-            sessions = [pool.encoder() for _ in range(rows)]
-            for session in sessions:
-                await session.__aenter__()
-            times = []
-            for number in range(30):
-                start = time.perf_counter()
-                await asyncio.gather(*(session.push(frames[number % len(frames)]) for session in sessions))
-                times.append(time.perf_counter() - start)
-            return statistics.median(times[5:])
-
-    return asyncio.run(run())
+    async with Pool(model, rows, CODEBOOKS) as pool, contextlib.AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(pool.encoder()) for _ in range(rows)]
+        times = []
+        for number in range(repeats):
+            frame = frames[number % len(frames)]
+            start = time.perf_counter()
+            np.asarray(batch.step({row: frame for row in taken}))
+            middle = time.perf_counter()
+            await asyncio.gather(*(session.push(frame) for session in sessions))
+            times.append((middle - start, time.perf_counter() - middle))
+    bare, pooled = np.array(times[5:]).T
+    return float(np.median(bare)), float(np.median(pooled)), float(np.median(pooled - bare))
 
 
 async def live_session(pool: Pool, frames: np.ndarray, begin: float, end: float, note: Callable) -> None:
@@ -114,7 +105,7 @@ async def pool_lateness(
 
 
 def process_lateness(model_name: str, count: int, seconds: float) -> list[float]:
-    """How late the frames are, where each stream has a process."""
+    """How late the frames are, where each stream has a process. They find their programs compiled."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(count + 1), context.Queue()
     processes = [
@@ -155,12 +146,12 @@ def p99(lateness: list[float]) -> float:
     return float(np.percentile(lateness, 99)) if lateness else float("inf")
 
 
-def largest(measure: Callable[[int], float], first: int) -> list[tuple[int, float]]:
+def largest(measure: Callable[[int], list[float]], first: int) -> list[tuple[int, float]]:
     """Numbers of streams and their p99, of a search for the largest number that stays below `LATE`."""
     tried: list[tuple[int, float]] = []
     good, bad, count = 0, None, first
     while bad is None or bad - good > max(1, good // 12):
-        tried.append((count, measure(count)))
+        tried.append((count, p99(measure(count))))
         tqdm.write(f"{count} streams: p99 {1000 * tried[-1][1]:.0f} ms")
         if tried[-1][1] < LATE:
             good = count
@@ -201,7 +192,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--rows", type=int, default=256, help="of the pool")
+    parser.add_argument("--rows", type=int, default=64, help="of the pool")
+    parser.add_argument("--first", type=int, default=12, help="number of streams to try first")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each attempt")
     what = ["overhead", "pool", "processes"]
     parser.add_argument("--only", nargs="+", choices=what, default=what)
@@ -219,21 +211,26 @@ def main() -> None:
         return report.save(options.markdown)
     if "overhead" in options.only:
         report.table(["rows", "bare encoder step, ms", "in a pool, ms", "overhead, ms"])
-        frames = frames_of(model)
         for rows in (8, 64):
-            bare, pooled = bare_step(model, "encoder", rows, frames), pool_step(model, rows, frames)
-            report.row([str(rows), *(f"{1000 * x:.1f}" for x in (bare, pooled, pooled - bare))])
+            report.row([str(rows), *(f"{1000 * x:.1f}" for x in asyncio.run(step_times(model, rows)))])
     searches = {
-        "pool": (lambda count: p99(
-            asyncio.run(pool_lateness(model, options.rows, count, options.seconds, lambda new: None))
-        ), 24),
-        "processes": (lambda count: p99(process_lateness(options.model, count, options.seconds)), 12),
-    }  # fmt: skip
+        "pool": lambda count: asyncio.run(
+            pool_lateness(model, options.rows, count, options.seconds, lambda new: None)
+        ),
+        "processes": lambda count: process_lateness(options.model, count, options.seconds),
+    }
     report.table(["streams", "as", "p99 lateness, ms"])
-    for name, (measure, first) in searches.items():
-        if name in options.only:
-            for count, value in largest(measure, first):
-                report.row([str(count), name, f"{1000 * value:.0f}"])
+    with tempfile.TemporaryDirectory() as programs:
+        os.environ |= {
+            "JAX_COMPILATION_CACHE_DIR": programs,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        if "processes" in options.only:
+            process_lateness(options.model, 1, 1)
+        for name, measure in searches.items():
+            if name in options.only:
+                for count, value in largest(measure, options.first):
+                    report.row([str(count), name, f"{1000 * value:.0f}"])
     report.save(options.markdown)
 
 

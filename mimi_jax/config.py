@@ -8,6 +8,7 @@ A codec has three clocks, and this package calls each by one word:
 """
 
 import dataclasses
+import functools
 import json
 import math
 import operator
@@ -181,17 +182,17 @@ class MimiConfig:
             ("attention_dropout", self.attention_dropout == 0, "must be 0, since dropout is not implemented"),
         ]
 
-    @property
+    @functools.cached_property
     def encodec_frame_rate(self) -> int:
         """Steps per second, rounded up: the rate of the Transformers' inputs."""
         return math.ceil(self.sampling_rate / math.prod(self.upsampling_ratios))
 
-    @property
+    @functools.cached_property
     def latent_stride(self) -> int:
         """Steps per frame: the stride of the downsampling before the quantizer."""
         return int(self.encodec_frame_rate / (self.frame_rate or math.inf))
 
-    @property
+    @functools.cached_property
     def frame_size(self) -> int:
         """Samples per frame of codes: 1920, that is 80 ms, by default."""
         return math.prod(self.upsampling_ratios) * self.latent_stride

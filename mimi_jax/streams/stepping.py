@@ -1,8 +1,10 @@
-"""When the streams of a pool are stepped: as soon as the device is free, with all frames that are there.
+"""When the streams of a pool are stepped: as soon as the device is free, with the frames that are there.
 
 So frames gather while the device is busy, and no frame waits while it is not. To wait for frames that may
-come soon would make steps larger, and late: a step of twice as many rows takes nearly twice as long. The
-halves take turns, so audio that goes through both waits for at most one step of each before each of its own.
+come soon would make steps larger, and late: a step of twice as many rows takes nearly twice as long.
+
+The halves take turns. Then a frame of audio waits for at most two steps before its own, and its codes are in
+the next step of the decoder.
 """
 
 import asyncio

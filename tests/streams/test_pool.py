@@ -1,6 +1,7 @@
 """Sessions of a pool: each gets what its clip alone gives, whatever the others do."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Coroutine
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from mimi_jax.model import decode, encode
-from mimi_jax.streams.batch import PoolFullError
+from mimi_jax.streams.batch import Batch, PoolFullError
 from mimi_jax.streams.pool import Pool, Step
 from tests.models import check_ties, load_fixture, relative_error
 
@@ -99,6 +100,48 @@ def test_decoders_with_different_numbers_of_codebooks_share_steps():
         expected = np.asarray(decode(MODEL, codes[None, :count]).audio_values)[0]
         assert decoded.shape == expected.shape
         assert relative_error(decoded, expected) < 1e-5
+
+
+def test_codes_are_decoded_before_the_next_audio_is_encoded():
+    steps: list[str] = []
+
+    async def talk(pool: Pool, number: int) -> None:
+        async with pool.encoder() as encoder, pool.decoder() as decoder:
+            for _ in range(4):
+                await decoder.push(await encoder.push(SPEECH[number : number + FRAME]))
+
+    async def test() -> None:
+        async with Pool(MODEL, rows=8, on_step=lambda step: steps.append(step.half)) as pool:
+            await pool.warmup()
+            await asyncio.gather(*(talk(pool, number) for number in range(5)))
+
+    run(test())
+    # Sessions begin one after the other, so they are not all in one step.
+    assert steps == ["encoder", "decoder"] * (len(steps) // 2)
+    assert len(steps) > 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("waiting", "taken"), [(1, 1), (2, 2), (9, 8), (11, 8), (12, 12), (23, 16), (24, 24), (47, 32), (64, 64)]
+)
+def test_a_large_step_is_filled_to_three_quarters(waiting: int, taken: int):
+    assert Batch(MODEL, "decoder", 64, CODEBOOKS).frames_of_a_step(waiting) == taken
+
+
+def test_frames_that_are_left_out_of_a_step_are_in_the_next_one():
+    steps: list[int] = []
+
+    async def test() -> None:
+        audio = [SPEECH[start : start + FRAME] for start in range(18)]
+        pool = Pool(MODEL, rows=32, on_step=lambda step: steps.append(step.frames))
+        async with pool, contextlib.AsyncExitStack() as stack:
+            sessions = [await stack.enter_async_context(pool.encoder()) for _ in audio]
+            codes = await asyncio.gather(*(s.push(a) for s, a in zip(sessions, audio, strict=True)))
+        for one, alone in zip(codes, audio, strict=True):
+            check_codes(one, alone)
+
+    run(test())
+    assert steps == [16, 2]
 
 
 def test_a_session_goes_on_in_another_pool():
