@@ -45,18 +45,15 @@ def convolution_by_strides(
     return total.astype(x.dtype)
 
 
-def _with_plain_gradients(convolution: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The same function, whose gradients are those of plain convolutions: their kernels' are faster."""
+def _plain_in_gradients(convolution: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The same function, but gradients go through `plain_convolution`: that of its kernel is faster."""
 
-    @functools.wraps(convolution)
-    def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
-        sizes = {"stride": stride, "dilation": dilation}
+    def convolve(x: jax.Array, kernel: jax.Array, **sizes: int) -> jax.Array:
         call = jax.custom_jvp(functools.partial(convolution, **sizes))
 
         @call.defjvp
         def differentiate(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-            _, tangent = jax.jvp(functools.partial(plain_convolution, **sizes), primals, tangents)
-            return call(*primals), tangent
+            return jax.jvp(functools.partial(plain_convolution, **sizes), primals, tangents)
 
         return call(x, kernel)
 
@@ -67,7 +64,7 @@ CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_convolution,
     "strides": convolution_by_strides,
     "tensor_cores": convolution_by_shifts,
-    "multiply_adds": _with_plain_gradients(convolution_by_multiply_adds),
+    "multiply_adds": _plain_in_gradients(convolution_by_multiply_adds),
 }
 
 
