@@ -12,6 +12,7 @@ instead, and its memory and lateness are drawn.
 """
 
 import argparse
+import array
 import asyncio
 import contextlib
 import gc
@@ -83,7 +84,7 @@ async def pool_lateness(
     model: Mimi, rows: int, sessions: int, seconds: float, every: Callable
 ) -> list[float]:
     """How late the frames of a pool's sessions are. `every` is called each second with the new ones."""
-    frames, found, new = frames_of(model), [], []
+    frames, found, new = frames_of(model), array.array("d"), []  # a list would be as large as a leak
     async with Pool(model, rows, CODEBOOKS) as pool:
         await pool.warmup()
         gc.collect()
@@ -97,11 +98,11 @@ async def pool_lateness(
         while not running.done():
             await asyncio.sleep(1)
             if time.monotonic() > start + 2:  # the first frames find all programs cold
-                found += new
+                found.extend(new)
                 every(new.copy())
             new.clear()
         await running
-    return found
+    return found.tolist()
 
 
 def process_lateness(model_name: str, count: int, seconds: float) -> list[float]:
@@ -180,7 +181,7 @@ def run_long(model: Mimi, rows: int, sessions: int, minutes: float, plot: Path |
         above.axhline(1000 * LATE, color="C3", linestyle=":")
         above.set(ylabel="latest frame, ms", title=f"{sessions} live loopbacks on {os.cpu_count()} cores")
         below.plot(time_axis, [row[2] for row in seconds])
-        below.set(ylabel="memory, MB", xlabel="minutes", ylim=(0, None))
+        below.set(ylabel="memory, MB", xlabel="minutes", ylim=(0, 1.2 * max(row[2] for row in seconds)))
         figure.savefig(plot, dpi=110)
     early, late = (statistics.median(row[2] for row in part) for part in (seconds[:60], seconds[-60:]))
     return [[str(sessions), f"{len(lateness)}", f"{sum(row[1] for row in seconds)}",
