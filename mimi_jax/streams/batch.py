@@ -99,12 +99,13 @@ class Batch:
     def frames_of_a_step(self, waiting: int) -> int:
         """How many of the frames that wait the next step should take.
 
-        Empty rows take as long as others. So if they would be more than a quarter of a step, some frames are
-        left to the step after it.
+        Empty rows take as long as others. So if they would be more than a quarter of a large step, it fills
+        the next smaller one, and some frames are left to the step after it.
         """
         size = self._size(waiting)
-        smaller = max((each for each in self.sizes if each < size), default=size)
-        return waiting if 4 * waiting >= 3 * size or size <= SIZES[-1] else smaller
+        if size <= SIZES[-1] or 4 * waiting >= 3 * size:
+            return waiting
+        return self.sizes[self.sizes.index(size) - 1]
 
     def _size(self, frames: int) -> int:
         """The smallest step that takes so many frames."""

@@ -3,8 +3,8 @@
 So frames gather while the device is busy, and no frame waits while it is not. To wait for frames that may
 come soon would make steps larger, and late: a step of twice as many rows takes nearly twice as long.
 
-The halves take turns. Then a frame of audio waits for at most two steps before its own, and its codes are in
-the next step of the decoder.
+The halves take turns. Then a frame of audio waits for at most two steps before its own, if that is not too
+full for it, and its codes are in the next step of the decoder.
 """
 
 import asyncio
