@@ -169,4 +169,5 @@ def test_streams_give_the_numbers_of_whole_clips(name: str):
     for start in range(0, x.shape[1], size):
         state, y = step_fused(part, state, x[:, start : start + size])
         parts.append(np.asarray(y))
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), np.asarray(expected))
+    # A row stands elsewhere in its tile. On some CPUs, NumPy's product of a row depends on where it stands.
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=TOLERANCE, atol=TOLERANCE)
