@@ -1,7 +1,7 @@
 """How many live streams two cores take, beside a process for each stream.
 
-    python -m benchmarks.live [--model mini] [--rows 64] [--first 12] [--seconds 15]
-        [--only overhead pool processes] [--minutes 60 --sessions N --plot FILE] [--markdown FILE]
+    python -m benchmarks.live [--model mini] [--first 12] [--seconds 15] [--only overhead pool processes]
+        [--minutes 60 --sessions N --plot FILE] [--markdown FILE]
 
 A stream is a loopback in real time: a frame of speech is due every 80 ms, from a random moment on; it is
 encoded, and its codes are decoded. It is late by the time from when it was due to when its sound is there.
@@ -81,10 +81,11 @@ async def live_session(pool: Pool, frames: np.ndarray, begin: float, end: float,
 
 
 async def pool_lateness(
-    model: Mimi, rows: int, sessions: int, seconds: float, every: Callable
+    model: Mimi, sessions: int, seconds: float, every: Callable[[list[float]], None]
 ) -> list[float]:
     """How late the frames of a pool's sessions are. `every` is called each second with the new ones."""
     frames, found, new = frames_of(model), array.array("d"), []  # a list would look like a leak
+    rows = 1 << (sessions - 1).bit_length()
     async with Pool(model, rows, CODEBOOKS) as pool:
         await pool.warmup()
         gc.collect()
@@ -162,7 +163,7 @@ def largest(measure: Callable[[int], list[float]], first: int) -> list[tuple[int
     return sorted(tried)
 
 
-def run_long(model: Mimi, rows: int, sessions: int, minutes: float, plot: Path | None) -> list[list[str]]:
+def run_long(model: Mimi, sessions: int, minutes: float, plot: Path | None) -> list[list[str]]:
     """Run a pool for long. Returns rows of a table."""
     seconds: list[tuple[float, int, float]] = []  # lateness, frames, MB
 
@@ -171,7 +172,7 @@ def run_long(model: Mimi, rows: int, sessions: int, minutes: float, plot: Path |
             memory = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         seconds.append((max(new, default=0.0), sum(x > LATE for x in new), memory))
 
-    lateness = asyncio.run(pool_lateness(model, rows, sessions, 60 * minutes, note))
+    lateness = asyncio.run(pool_lateness(model, sessions, 60 * minutes, note))
     if plot is not None:
         import matplotlib.pyplot as plt
 
@@ -193,7 +194,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--rows", type=int, default=64, help="of the pool")
     parser.add_argument("--first", type=int, default=12, help="number of streams to try first")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each attempt")
     what = ["overhead", "pool", "processes"]
@@ -207,7 +207,7 @@ def main() -> None:
     report = Report(jax.devices()[0].device_kind, [f"{options.model}, {CODEBOOKS} codebooks"])
     if options.minutes:
         report.table(["streams", "frames", "late frames", "p99, ms", "MB in the first minute", "in the last"])
-        for row in run_long(model, options.rows, options.sessions, options.minutes, options.plot):
+        for row in run_long(model, options.sessions, options.minutes, options.plot):
             report.row(row)
         return report.save(options.markdown)
     if "overhead" in options.only:
@@ -215,9 +215,7 @@ def main() -> None:
         for rows in (8, 64):
             report.row([str(rows), *(f"{1000 * x:.1f}" for x in asyncio.run(step_times(model, rows)))])
     searches = {
-        "pool": lambda count: asyncio.run(
-            pool_lateness(model, options.rows, count, options.seconds, lambda new: None)
-        ),
+        "pool": lambda count: asyncio.run(pool_lateness(model, count, options.seconds, lambda new: None)),
         "processes": lambda count: process_lateness(options.model, count, options.seconds),
     }
     if options.only != ["overhead"]:

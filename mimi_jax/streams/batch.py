@@ -71,6 +71,7 @@ class Batch:
         return row
 
     def give_back(self, row: int) -> None:
+        """Let others take a row, after the steps that are started. Any thread may call this."""
         self._free.append(row)
 
     @transfers_allowed()

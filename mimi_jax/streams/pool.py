@@ -127,7 +127,7 @@ class _Session:
         try:
             self.row = await asyncio.shield(taking)
         except asyncio.CancelledError:  # the row is taken all the same
-            taking.add_done_callback(self._give_back_unused)
+            taking.add_done_callback(self._give_back)
             raise
         self._half.sessions.add(self)
         self._end = ""
@@ -136,14 +136,11 @@ class _Session:
     async def __aexit__(self, *_: object) -> None:
         self._end = "the session has ended"
         self._half.sessions.discard(self)
-        await asyncio.shield(self._give_back(self.row))
+        self._half.batch.give_back(self.row)
 
-    def _give_back(self, row: int) -> "asyncio.Future[None]":
-        return self._pool.threads.start(functools.partial(self._half.batch.give_back, row))
-
-    def _give_back_unused(self, taking: "asyncio.Future[int]") -> None:
+    def _give_back(self, taking: "asyncio.Future[int]") -> None:
         if taking.exception() is None:
-            self._give_back(taking.result())
+            self._half.batch.give_back(taking.result())
 
     async def detach(self) -> StreamState:
         """End the session. Returns the state of its stream, of one row, for a session of another pool."""

@@ -248,6 +248,21 @@ def test_a_step_that_fails_ends_all_sessions(monkeypatch: pytest.MonkeyPatch):
     run(test())
 
 
+def test_sessions_end_with_their_pool():
+    async def test() -> None:
+        async with Pool(MODEL, rows=2) as pool:
+            session = await pool.encoder().__aenter__()
+            pushing = asyncio.create_task(session.push(clip(1)))
+            await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="the pool was closed"):
+            await pushing
+        with pytest.raises(RuntimeError, match="the pool has stopped: the pool was closed"):
+            await session.push(clip(1))
+        await session.__aexit__()
+
+    run(test())
+
+
 def test_a_pool_needs_a_power_of_two_and_its_half():
     with pytest.raises(ValueError, match="power of two"):
         Pool(MODEL, rows=12)
