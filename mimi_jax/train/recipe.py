@@ -16,7 +16,7 @@ CHOICES = {
     "mode": ("full", "decoder"),
     "precision": ("highest", "default", "bfloat16"),
     "optimizer.schedule": ("constant", "cosine"),
-    "validation.measure": ("mel", "stoi"),
+    "validation.measure": ("mel", "stoi", "newest"),
 }
 PUBLISHED_QUANTIZERS = 8  # in training; the released model has 32
 
@@ -92,7 +92,9 @@ class ValidationRecipe:
     include: str = ""  # a pattern of the clips that are held out; empty: none are
     every: int = 1000  # steps between two validations, a multiple of `checkpoint_every`
     num_quantizers: int = 8  # codebooks that the clips are decoded from
-    measure: str = "mel"  # the smallest mel distance decides, or with "stoi" the largest STOI
+    # The smallest mel distance decides, or with "stoi" the largest STOI. With "newest", the last model is
+    # kept: what a discriminator teaches can make both worse.
+    measure: str = "mel"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,14 +46,19 @@ class Validation:
         measured = {"valid/mel": quality.mel_distance, "valid/stoi": quality.stoi}
         best = self._best()
         # A run that was killed does some steps again, and may have kept one of them already.
-        if best is None or step == best["step"] or self._loss(measured) < self._loss(best):
+        if best is None or step == best["step"] or self._is_better(measured, best):
             model.save_pretrained(self._out / "model")
             with atomic_path(self._out / BEST) as file:
                 file.write_text(json.dumps({"step": step, **measured}) + "\n")
         return measured
 
-    def _loss(self, measured: dict[str, float]) -> float:
-        return -measured["valid/stoi"] if self._recipe.measure == "stoi" else measured["valid/mel"]
+    def _is_better(self, new: dict[str, float], old: dict[str, float]) -> bool:
+        match self._recipe.measure:
+            case "mel":
+                return new["valid/mel"] < old["valid/mel"]
+            case "stoi":
+                return new["valid/stoi"] > old["valid/stoi"]
+        return True
 
     def _best(self) -> dict[str, float] | None:
         file = self._out / BEST

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from mimi_jax import Mimi, cli, save_audio
 from mimi_jax.files.atomic import file_lock
 from mimi_jax.files.corpus import find_clips
 from mimi_jax.quality.evaluation import evaluate
-from mimi_jax.train import NotFiniteError, train
+from mimi_jax.train import NotFiniteError, train, validation
 from mimi_jax.train.log import Log
 from mimi_jax.train.recipe import ValidationRecipe
 from tests.train.recipes import TINY, tiny_recipe
@@ -130,6 +132,21 @@ def test_the_model_of_a_run_is_the_best_one(data: Path, tmp_path: Path, monkeypa
     assert trace(tmp_path / "killed") == trace(tmp_path / "run")
     for name in ("best.json", "model/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("measure", "kept"), [("mel", 4), ("stoi", 2), ("newest", 6)])
+def test_a_measure_decides_which_model_is_kept(
+    measure: str, kept: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    looks = {2: (6.0, 0.9), 4: (5.0, 0.8), 6: (5.5, 0.7)}
+    for step, (mel, stoi) in looks.items():
+        found = SimpleNamespace(qualities=[SimpleNamespace(mel_distance=mel, stoi=stoi)])
+        monkeypatch.setattr(validation, "evaluate", lambda *_, found=found, **__: found)
+        recipe = dataclasses.replace(VALIDATED.validation, measure=measure)
+        look: Any = validation.Validation(recipe, data, [], tmp_path)
+        measured = look(SimpleNamespace(save_pretrained=lambda _: None), step)
+        assert measured == {"valid/mel": mel, "valid/stoi": stoi}
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == kept
 
 
 def test_clips_are_for_training_or_for_validation(data: Path, tmp_path: Path):
