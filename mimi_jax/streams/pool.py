@@ -23,7 +23,7 @@ from mimi_jax.boundary import as_numpy, check_streamable
 from mimi_jax.model import Mimi
 from mimi_jax.streams.batch import Batch, StreamState
 from mimi_jax.streams.push import audio_as_numpy, codes_as_numpy
-from mimi_jax.streams.stepping import Frame, Half, Step, Stepper, Threads
+from mimi_jax.streams.stepping import Frame, Half, Step
 
 WAITING = 8  # frames of a session
 
@@ -56,30 +56,28 @@ class Pool:
         check_streamable(model.config)
         self.model, self.num_quantizers = model, model.quantizer.resolve_count(num_quantizers)
         self._halves = {
-            half: Half(half, Batch(model, half, rows, self.num_quantizers))
+            half: Half(half, Batch(model, half, rows, self.num_quantizers), on_step)
             for half, part in (("encoder", model.encoder), ("decoder", model.decoder))
             if part is not None
         }
-        self.threads = Threads()
-        self.stepper = Stepper(self._halves.values(), self.threads, on_step)
-        self._running: asyncio.Task | None = None
+        self._running: list[asyncio.Task] = []
 
     async def __aenter__(self) -> "Pool":
-        self._running = asyncio.create_task(self.stepper.run())
+        self._running = [asyncio.create_task(half.run()) for half in self._halves.values()]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._running is not None
-        self._running.cancel()
-        await asyncio.wait([self._running])
+        for task in self._running:
+            task.cancel()
+        await asyncio.wait(self._running)
         for half in self._halves.values():
             half.fail(RuntimeError("the pool was closed"))
-        self.threads.close()
+            half.threads.close()
 
     async def warmup(self) -> None:
         """Compile all programs, before the first session."""
         for half in self._halves.values():
-            await self.threads.start(half.batch.warmup)
+            await half.threads.start(half.batch.warmup)
 
     def encoder(
         self, num_quantizers: int | None = None, state: StreamState | None = None
@@ -123,7 +121,7 @@ class _Session:
 
     async def __aenter__(self):
         self._half.check()
-        taking = self._pool.threads.start(functools.partial(self._half.batch.take, self._first_state))
+        taking = self._half.threads.start(functools.partial(self._half.batch.take, self._first_state))
         try:
             self.row = await asyncio.shield(taking)
         except asyncio.CancelledError:  # the row is taken all the same
@@ -146,7 +144,7 @@ class _Session:
         """End the session. Returns the state of its stream, of one row, for a session of another pool."""
         self._check()
         self._end = "the session was detached"
-        return await self._pool.threads.start(functools.partial(self._half.batch.copy, self.row))
+        return await self._half.threads.start(functools.partial(self._half.batch.copy, self.row))
 
     def _check(self) -> None:
         self._half.check()
@@ -167,7 +165,7 @@ class _Session:
                     self._half.check()
                 waiting.append(loop.create_future())
                 self.frames.append(Frame(values, time.monotonic(), waiting[-1]))
-                self._pool.stepper.wake()
+                self._half.wake()
             results += [await result for result in waiting]
         except BaseException:
             self._end = self._end or "the stream broke off in the middle of a push"

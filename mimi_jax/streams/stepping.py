@@ -3,8 +3,8 @@
 So frames gather while the device is busy, and no frame waits while it is not. To wait for frames that may
 come soon would make steps larger, and late: a step of twice as many rows takes nearly twice as long.
 
-The halves take turns. Then a frame of audio waits for at most two steps before its own, if that is not too
-full for it, and its codes are in the next step of the decoder.
+Each half has steps of its own, beside those of the other one. On a CPU two steps at a time are faster than
+one after the other, because much of a step is too small for all cores.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ import numpy as np
 from mimi_jax.boundary import transfers_allowed
 from mimi_jax.streams.batch import Batch
 
-# Steps that are started and have not given their results yet. The next step of an accelerator is ready when
-# the one before it ends. On a CPU it would take the cores away from that one.
-IN_FLIGHT, IN_FLIGHT_ON_CPU = 3, 1
+# Steps of a half that are started and have not given their results yet. The next step of an accelerator is
+# ready when the one before it ends. On a CPU it would take the cores away from that one.
+IN_FLIGHT, IN_FLIGHT_ON_CPU = 2, 1
 
 Result = TypeVar("Result")
 
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Threads:
-    """Threads around the compiled programs, for all halves of a pool.
+    """Threads around the compiled programs of a half.
 
     One starts steps and changes rows, so these never meet. The others wait for results.
     """
@@ -88,16 +88,21 @@ class Session(Protocol):
 
 
 class Half:
-    """The sessions of one half of a model.
+    """The sessions of one half of a model, and their steps.
 
     Args:
         name: "encoder" or "decoder".
         batch: the rows of the sessions.
+        on_step: is called after each step.
     """
 
-    def __init__(self, name: str, batch: Batch):
+    def __init__(self, name: str, batch: Batch, on_step: Callable[[Step], None]):
         self.name, self.batch = name, batch
         self.sessions: set[Session] = set()
+        self.threads = Threads()
+        self._on_step = on_step
+        self._has_frame = asyncio.Event()
+        self._steps: set[asyncio.Task] = set()
         self._failure: Exception | None = None
 
     def check(self) -> None:
@@ -112,27 +117,6 @@ class Half:
             fail_frames(session.frames, self._failure)
             session.frames.clear()
 
-    def next_frames(self) -> dict[int, Frame]:
-        """Take the frames of a step, one of a session, those that came first. Returns them by row."""
-        waiting = sorted((s for s in self.sessions if s.frames), key=lambda session: session.frames[0].came)
-        count = self.batch.frames_of_a_step(len(waiting))
-        return {session.row: session.frames.popleft() for session in waiting[:count]}
-
-
-class Stepper:
-    """Steps halves: those that have frames, in turn.
-
-    Args:
-        halves: of one model.
-        threads: which start steps and wait for them.
-        on_step: is called after each step.
-    """
-
-    def __init__(self, halves: Iterable[Half], threads: Threads, on_step: Callable[[Step], None]):
-        self._turns, self._threads, self._on_step = collections.deque(halves), threads, on_step
-        self._has_frame = asyncio.Event()
-        self._steps: set[asyncio.Task] = set()
-
     def wake(self) -> None:
         """Say that a session has a frame."""
         self._has_frame.set()
@@ -141,47 +125,45 @@ class Stepper:
         """Step for ever."""
         while True:
             await self._has_frame.wait()
-            await self._threads.slots.acquire()
-            half, frames = self._next()
-            if half is None:
+            await self.threads.slots.acquire()
+            frames = self._next_frames()
+            if not frames:
                 self._has_frame.clear()
-                self._threads.slots.release()
+                self.threads.slots.release()
                 continue
             # It is started here and not in the task: if one of its sessions ends before the task runs, its
             # row must not be another session's already.
             inputs = {row: frame.values for row, frame in frames.items()}
-            values = self._threads.values(functools.partial(half.batch.step, inputs))
-            step = asyncio.create_task(self._deliver(half, values, list(frames.values())))
+            values = self.threads.values(functools.partial(self.batch.step, inputs))
+            step = asyncio.create_task(self._deliver(values, list(frames.values())))
             self._steps.add(step)
             step.add_done_callback(self._steps.discard)
 
-    def _next(self) -> tuple[Half | None, dict[int, Frame]]:
-        """The frames of the half whose turn it is. Its next turn comes after all others."""
-        for half in list(self._turns):
-            if frames := half.next_frames():
-                self._turns.remove(half)
-                self._turns.append(half)
-                return half, frames
-        return None, {}
+    def _next_frames(self) -> dict[int, Frame]:
+        """Take the frames of a step, one of a session, those that came first. Returns them by row."""
+        waiting = sorted((s for s in self.sessions if s.frames), key=lambda session: session.frames[0].came)
+        count = self.batch.frames_of_a_step(len(waiting))
+        return {session.row: session.frames.popleft() for session in waiting[:count]}
 
-    async def _deliver(self, half: Half, results: Awaitable[np.ndarray], frames: list[Frame]) -> None:
+    async def _deliver(self, results: Awaitable[np.ndarray], frames: list[Frame]) -> None:
         started = time.monotonic()
         try:
             values = await results
         except Exception as error:  # the memory of the states was given away, so no session can go on
             fail_frames(frames, error)
-            half.fail(error)
+            self.fail(error)
         else:
             now = time.monotonic()
             for frame, value in zip(frames, values, strict=False):
                 if not frame.result.done():  # it is cancelled with the task that waits for it
                     frame.result.set_result(value)
             delays = [now - frame.came for frame in frames]
-            self._on_step(Step(half.name, len(values), len(frames), now - started, delays))
-            # Sessions that decode these codes push them now, so the other half has them in its next turn.
+            self._on_step(Step(self.name, len(values), len(frames), now - started, delays))
+            # Sessions that decode these codes push them now, before the device gets the next step of this
+            # half.
             await asyncio.sleep(0)
         finally:
-            self._threads.slots.release()
+            self.threads.slots.release()
 
 
 def fail_frames(frames: Iterable[Frame], error: BaseException) -> None:
