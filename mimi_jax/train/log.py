@@ -38,7 +38,8 @@ def finite_means(logs: list[dict[str, jax.Array]], done: int) -> dict[str, float
                 f"step {step}: {', '.join(broken)} not finite; every checkpoint is from before that step."
                 " Start a new run with a lower optimizer.learning_rate, or set optimizer.max_norm"
             )
-    return {name: float(np.mean([by_name[name] for by_name in values])) for name in values[-1]}
+    names = dict.fromkeys(name for by_name in values for name in by_name)  # a phase may have begun in between
+    return {name: float(np.mean([x[name] for x in values if name in x])) for name in names}
 
 
 class Log:

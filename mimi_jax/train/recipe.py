@@ -72,7 +72,8 @@ class DiscriminatorRecipe:
     windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)  # samples; each has a sub-discriminator
     seconds: float = 0.0  # of each crop that it hears, at a random place in each step; 0: all of the crop
     learning_rate: float = 0.0  # before warmup and schedule; 0: that of the model
-    head_start: int = 0  # steps that it learns before the model learns from it
+    head_start: int = 0  # steps that it learns while the model waits
+    init: str = ""  # the folder of a run whose discriminator it begins as; empty: random parameters
 
 
 @dataclasses.dataclass(frozen=True)

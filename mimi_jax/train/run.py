@@ -25,7 +25,7 @@ from mimi_jax.files.corpus import Clip, find_clips
 from mimi_jax.train.data import Sampler, fit_features, make_iterator
 from mimi_jax.train.log import LeftOutLog, Log, finite_means, say
 from mimi_jax.train.recipe import Recipe
-from mimi_jax.train.states import open_states, restore_state, save_state
+from mimi_jax.train.states import open_states, read_discriminator, restore_state, save_state
 from mimi_jax.train.step import Trainer, TrainState
 from mimi_jax.train.validation import Validation
 from mimi_jax.train.weights import start_model
@@ -123,6 +123,9 @@ class _Run(NamedTuple):
             raise ValueError(f"the run is at step {step} already, beyond steps={recipe.steps}; raise steps")
         if step is not None:
             return restore_state(self.states, step, state, self.batches)
+        if recipe.adversarial and recipe.discriminator.init:
+            judge = read_discriminator(recipe.discriminator.init, state.discriminator)
+            state = self.put(state._replace(discriminator=judge))
         if recipe.init:
             return state
         latents = self._first_latents(state)

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mimi_jax.train.step import TrainState
+from mimi_jax.train.weight_norm import NormalizedKernel
+from mimi_jax.train.weights import Weights
 
 KEPT = 2  # states
 
@@ -47,3 +50,30 @@ def restore_state(manager: Any, step: int, like: TrainState, batches: Any) -> Tr
     restored = manager.restore(step, args=items)
     batches.set_state(restored["data"])
     return restored["state"]
+
+
+def read_discriminator(run: str | Path, like: Weights) -> Weights:
+    """The discriminator of the newest state of a run.
+
+    Args:
+        run: its folder.
+        like: a discriminator with the same shapes.
+
+    Raises:
+        ValueError: the folder has no state with a discriminator, or its shapes differ.
+    """
+    import orbax.checkpoint as ocp
+
+    folder, found = Path(run) / "checkpoints", {}
+    if folder.is_dir():
+        with open_states(folder) as manager:
+            if (step := manager.latest_step()) is not None:
+                items = ocp.args.Composite(state=ocp.args.StandardRestore())
+                found = manager.restore(step, args=items)["state"]["discriminator"]
+    if not found:
+        raise ValueError(f"discriminator.init: {run} holds no run with a discriminator and a checkpoint")
+    weights = {name: NormalizedKernel(**w) if isinstance(w, dict) else w for name, w in found.items()}
+    shapes, own = jax.tree.map(jnp.shape, (weights, like))
+    if shapes != own:
+        raise ValueError(f"discriminator.init: the discriminator of {run} has other windows or filters")
+    return weights

@@ -32,7 +32,7 @@ Batch = dict[
 ]  # "audio" [batch, channels, samples]; "features" [batch, vectors, dim] to distill
 Logs = dict[str, jax.Array]  # scalars by name
 Ear = Callable[[jax.Array], jax.Array]
-# Of a run: without a discriminator, with one that learns alone, and with one that the model learns from.
+# Of a run: the model learns alone, the discriminator learns alone, or both learn.
 Phase = Literal["reconstruction", "head start", "adversarial"]
 
 
@@ -191,16 +191,18 @@ class Trainer:
         generate = functools.partial(
             self._generate, state, batch, num_quantizers=num_quantizers, is_quantized=is_quantized, key=key
         )
+        if phase == "head start":
+            (fake_audio, _), _ = generate(state.weights)
+            state, logs = self._train_discriminator(state, hear(audio), hear(fake_audio))
+            return state._replace(step=state.step + 1), logs
         fake, pull_back, (quantized, logs) = jax.vjp(generate, state.weights, has_aux=True)
         fake_audio, extra = fake
 
-        judge, judge_optimizer = state.discriminator, state.discriminator_optimizer
-        if phase != "reconstruction":
-            judge, judge_optimizer, judge_logs = self._train_discriminator(
-                state, hear(audio), hear(fake_audio)
-            )
-            logs |= judge_logs
         is_judged = phase == "adversarial"
+        if is_judged:
+            state, judge_logs = self._train_discriminator(state, hear(audio), hear(fake_audio))
+            logs |= judge_logs
+        judge = state.discriminator
         gradients, values = self._judge(judge, audio, fake_audio, hear if is_judged else None)
         balancer, gradient, shares = balance(state.balancer, gradients, self.balanced(is_judged))
         weight_gradients = pull_back((gradient, jnp.ones_like(extra)))[0]
@@ -220,8 +222,6 @@ class Trainer:
             codebooks=codebooks,
             optimizer=optimizer,
             average=self._average(state.average, weights, codebooks),
-            discriminator=judge,
-            discriminator_optimizer=judge_optimizer,
             balancer=balancer,
         )
         return new, logs
@@ -277,7 +277,7 @@ class Trainer:
 
     def _train_discriminator(
         self, state: TrainState, real: jax.Array, fake: jax.Array
-    ) -> tuple[Weights, Any, Logs]:
+    ) -> tuple[TrainState, Logs]:
         def loss(weights: Weights) -> jax.Array:
             judge = with_weights(self.discriminator, weights)
             return losses.discriminator_loss(judge(real).logits, judge(fake).logits)
@@ -286,7 +286,8 @@ class Trainer:
         weights, optimizer, norm = update(
             self.discriminator_optimizer, gradients, state.discriminator_optimizer, state.discriminator
         )
-        return weights, optimizer, {"loss/discriminator": value, "discriminator_gradient_norm": norm}
+        state = state._replace(discriminator=weights, discriminator_optimizer=optimizer)
+        return state, {"loss/discriminator": value, "discriminator_gradient_norm": norm}
 
     def _judge(
         self, judge_weights: Weights, real: jax.Array, fake: jax.Array, hear: Ear | None

@@ -22,9 +22,10 @@ from mimi_jax import Mimi, cli, save_audio
 from mimi_jax.files.atomic import file_lock
 from mimi_jax.files.corpus import find_clips
 from mimi_jax.quality.evaluation import evaluate
-from mimi_jax.train import NotFiniteError, train, validation
+from mimi_jax.train import NotFiniteError, Trainer, start_model, train, validation
 from mimi_jax.train.log import Log
-from mimi_jax.train.recipe import ValidationRecipe
+from mimi_jax.train.recipe import DiscriminatorRecipe, ValidationRecipe
+from mimi_jax.train.states import read_discriminator
 from tests.train.recipes import TINY, tiny_recipe
 from tests.train.test_step import speechlike
 
@@ -272,6 +273,34 @@ def broken_data(data: Path, folder: Path) -> Path:
     (folder / "1.flac").unlink()
     (folder / "1.wav").write_bytes((folder / "1.wav").read_bytes()[:5000])
     return folder
+
+
+def test_a_discriminator_can_be_that_of_another_run(data: Path, tmp_path: Path, whole: Path):
+    judge = DiscriminatorRecipe(filters=2, windows=(64,), head_start=3)
+    recipe = tiny_recipe(
+        steps=5, losses__adversarial=4.0, losses__features=4.0, discriminator=judge, log_every=5
+    )
+    train(recipe, data, tmp_path / "first", devices=ONE)
+    (line,) = trace(tmp_path / "first")
+    assert "loss/mel" in line and "loss/discriminator" in line  # two phases between two lines of the log
+
+    recipe = dataclasses.replace(
+        recipe, discriminator=dataclasses.replace(judge, init=str(tmp_path / "first"), head_start=0)
+    )
+    random_judge = Trainer(recipe, start_model(recipe)).init().discriminator
+    found = read_discriminator(tmp_path / "first", random_judge)
+    changed = jax.tree.map(lambda x, y: bool((x != y).any()), found, random_judge)
+    assert all(jax.tree.leaves(changed))
+    train(recipe, data, tmp_path / "second", devices=ONE)
+
+    for run, filters, error in (
+        (tmp_path / "first", 3, "has other windows or filters"),
+        (whole, 2, "holds no run with a discriminator and a checkpoint"),
+        (tmp_path / "nowhere", 2, "nowhere holds no run with a discriminator"),
+    ):
+        judge = dataclasses.replace(judge, init=str(run), filters=filters)
+        with pytest.raises(ValueError, match=error):
+            train(dataclasses.replace(recipe, discriminator=judge), data, tmp_path / error, devices=ONE)
 
 
 def test_clips_that_cannot_be_read_are_left_out_and_named(
