@@ -114,11 +114,11 @@ class Network(Chain):
         self, limits: PieceBytes, state: tuple, x: Float[Array, "batch time in"], lengths: Lengths
     ) -> StepResult:
         """`step`, in pieces of time whose widest activations take no more than `limits`."""
-        frame = self.config.frame_size // self.samples_per_step  # a frame is not cut: pieces take time too
         step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
 
         def sizes(max_bytes: int, inputs_per_step: int) -> dict[str, int]:
-            steps = max(max_bytes // max(step_bytes, 1), frame)
+            # To cut a frame of a large batch would take longer than the memory does.
+            steps = max(max_bytes // max(step_bytes, 1), self.config.frame_size // self.samples_per_step)
             return {"largest": steps * inputs_per_step, "unit": inputs_per_step}
 
         def step_groups(state: tuple, x: Float[Array, "batch time in"], lengths: Lengths) -> StepResult:
