@@ -19,6 +19,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from mimi_jax.files.atomic import atomic_path
+
 RATE = 16_000
 SECONDS = 10  # that prompts are joined to
 SOURCES = {
@@ -66,7 +68,8 @@ def main() -> None:
             soundfile.write(options.speech / path, audio, RATE)
             fields = {"path": path, "source": source, "speaker": source, "sampling_rate": RATE}
             lines.append(fields | {"seconds": round(len(audio) / RATE, 2)})
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with atomic_path(manifest) as file:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for source in SOURCES:
         added = [line["seconds"] for line in lines if line["source"] == source]
         print(f"{source}: {len(added)} clips, {sum(added) / 60:.0f} minutes")

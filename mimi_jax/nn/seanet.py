@@ -117,7 +117,7 @@ class Network(Chain):
         step_bytes = x.shape[0] * self.samples_per_step * self.config.num_filters * x.dtype.itemsize
 
         def sizes(max_bytes: int, inputs_per_step: int) -> dict[str, int]:
-            # To cut a frame of a large batch would take longer than the memory does.
+            # A frame stays whole, also in a large batch: to cut it costs more than it saves.
             steps = max(max_bytes // max(step_bytes, 1), self.config.frame_size // self.samples_per_step)
             return {"largest": steps * inputs_per_step, "unit": inputs_per_step}
 
