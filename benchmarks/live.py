@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.report import Report, add_markdown_option
 from mimi_jax import Mimi, StreamingDecoder, StreamingEncoder, load_audio
 from mimi_jax.streams.batch import Batch
-from mimi_jax.streams.pool import Pool
+from mimi_jax.streams.pool import EncoderSession, Pool
 
 CODEBOOKS = 8
 SPEECH = Path(__file__).parents[1] / "mimi_jax" / "samples" / "speech.flac"
@@ -46,23 +46,28 @@ def frames_of(model: Mimi) -> np.ndarray:
     return audio[:, : audio.shape[1] // size * size].reshape(1, -1, size).swapaxes(0, 1)
 
 
-async def step_times(model: Mimi, rows: int, repeats: int = 60) -> tuple[float, float, float]:
-    """Median seconds of encoder steps of a full batch, and of the same in a pool: from when the frames of all
-    sessions are there to when all codes are. And of what the pool adds, since both are measured in turn.
+async def step_times(model: Mimi, rows: int, rounds: int = 20, steps: int = 10) -> tuple[float, float, float]:
+    """Median seconds of encoder steps of a full batch, and of the same in a pool, where each session pushes
+    its next frame as soon as it has its codes. And of what the pool adds: both are measured by turns.
     """
     batch, frames = Batch(model, "encoder", rows, CODEBOOKS), frames_of(model)
     taken = [batch.take() for _ in range(rows)]
+
+    async def push_all(session: EncoderSession) -> None:
+        for number in range(steps):
+            await session.push(frames[number])
+
     async with Pool(model, rows, CODEBOOKS) as pool, contextlib.AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(pool.encoder()) for _ in range(rows)]
         times = []
-        for number in range(repeats):
-            frame = frames[number % len(frames)]
+        for _ in range(rounds):
             start = time.perf_counter()
-            np.asarray(batch.step({row: frame for row in taken}))
+            for number in range(steps):
+                np.asarray(batch.step(dict.fromkeys(taken, frames[number])))
             middle = time.perf_counter()
-            await asyncio.gather(*(session.push(frame) for session in sessions))
+            await asyncio.gather(*map(push_all, sessions))
             times.append((middle - start, time.perf_counter() - middle))
-    bare, pooled = np.array(times[5:]).T
+    bare, pooled = np.array(times[2:]).T / steps
     return float(np.median(bare)), float(np.median(pooled)), float(np.median(pooled - bare))
 
 

@@ -71,9 +71,7 @@ class Conv1d(StreamingLayer):
     ):
         padding = (kernel_size - 1) * dilation + 1 - stride
         if padding < 0:
-            raise ValueError(
-                f"kernel_size={kernel_size} must be at least stride={stride}, or the convolution skips inputs"
-            )
+            raise ValueError(f"{kernel_size=} must be at least {stride=}, or the convolution skips inputs")
         self.in_channels, self.stride, self.dilation = in_channels, stride, dilation
         self.activation, self.pad_mode = activation, pad_mode
         self.lookahead = 0 if causal else padding // 2

@@ -32,9 +32,7 @@ def convolution_by_strides(
     """
     taps, size_in, size_out = kernel.shape
     if taps % stride or dilation > 1:
-        raise ValueError(
-            f"taps={taps} must be a multiple of stride={stride}, and dilation={dilation} must be 1"
-        )
+        raise ValueError(f"{taps=} must be a multiple of {stride=}, and {dilation=} must be 1")
     batch, time, _ = x.shape
     parts, steps = taps // stride, (time - taps) // stride + 1
     kernel = kernel.reshape(parts, stride * size_in, size_out)
@@ -60,14 +58,6 @@ def _plain_in_gradients(convolution: Callable[..., jax.Array]) -> Callable[..., 
     return convolve
 
 
-CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
-    "plain": plain_convolution,
-    "strides": convolution_by_strides,
-    "tensor_cores": convolution_by_shifts,
-    "multiply_adds": _plain_in_gradients(convolution_by_multiply_adds),
-}
-
-
 JOINS: dict[str, Callable[..., jax.Array]] = {
     "plain": lambda past, x: jnp.concatenate([past, x], axis=1),
     "sum": join_by_sum,
@@ -83,11 +73,19 @@ def product_with_float32_sums(x: jax.Array, kernel: jax.Array, dimension_numbers
     return lax.dot_general(x, kernel, dimension_numbers, **options).astype(x.dtype)
 
 
-def product_as_convolution(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
+def product_as_convolution(x: jax.Array, kernel: jax.Array, dimension_numbers=None, **options) -> jax.Array:
     """Call the product a convolution of one tap, which XLA:CPU gives to another library."""
     y = plain_convolution(x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]), kernel[None])
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
+
+CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
+    "plain": plain_convolution,
+    "strides": convolution_by_strides,
+    "tensor_cores": on_tensor_cores(convolution_by_shifts),
+    "multiply_adds": _plain_in_gradients(convolution_by_multiply_adds),
+    "shifts": _plain_in_gradients(functools.partial(convolution_by_shifts, product=product_as_convolution)),
+}
 
 PRODUCTS: dict[str, Callable[..., jax.Array]] = {
     "plain": lax.dot_general,

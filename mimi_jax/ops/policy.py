@@ -44,9 +44,12 @@ HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 # tap. It gives those to Eigen, and products to YNNPACK, which is better with more rows.
 NARROW = range(3, 33)
 
-# With so few outputs in half precision, XLA:CPU copies the kernel for each stride of it in more time than it
+# With so few outputs, most of Eigen's time goes into moving inputs, and one product for all taps moves fewer.
+FEW_OUTPUTS = range(1, 9)
+
+# With so few strides in half precision, XLA:CPU copies the kernel for each stride of it in more time than it
 # would copy the inputs of a single product.
-FEW_OUTPUTS = range(1, 2**7 + 1)
+FEW_STRIDES = range(1, 2**7 + 1)
 
 # Steps have as few positions and frames, in all rows, and a step should be one CUDA graph. It can hold
 # neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
@@ -59,9 +62,8 @@ SHORT_STEP = range(1, 2**9)
 # What the float32 units of an H100 compute while its memory moves a byte: 67 TFLOP/s by 3.35 TB/s. With fewer
 # operations a byte, memory is the limit of a product, and tensor cores do not help.
 FLOPS_PER_BYTE = 20
-# A convolution as a product writes out a result for each stride of its kernel. This pays if each result is a
-# sum of many numbers: of 135 by data sheets of the H100. This number leaves room for products that reach half
-# of that speed. It has not been measured.
+# A convolution as a product writes out a result for each stride of its kernel. This pays if each is a sum of
+# many numbers: of 135 by data sheets of the H100. This number leaves room for slow products. It is a guess.
 MIN_SUMMANDS = 512
 
 EXACT = ("highest", "float32")  # the precision of float32 products in JAX's words, and an alias
@@ -93,11 +95,7 @@ OPERATIONS: dict[str, Implementations] = {
 STAGES: Implementations = {"layers": layer_by_layer, "rows": in_rows, "triton": in_triton}
 ENDS = STAGES | {"few_passes": in_few_passes, "pallas": in_pallas}
 PARTS: dict[str, Implementations] = {
-    "network": {
-        "layers": layer_by_layer,
-        "small_pieces": in_small_pieces,
-        "large_pieces": in_large_pieces,
-    },
+    "network": {"layers": layer_by_layer, "small_pieces": in_small_pieces, "large_pieces": in_large_pieces},
     "encoder_front": ENDS,
     "encoder_stage": STAGES,
     "decoder_stage": STAGES,
@@ -236,12 +234,14 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: i
     if taps % stride == 0 and 1 in (stride, dilation) and stride * size_in >= MIN_SUMMANDS:
         choice = _exact_choice(x, stride * size_in, taps // stride * size_out)
     if x.dtype in HALF_PRECISION:  # XLA:CPU has no such convolutions
-        if _positions(x) // stride in FEW_OUTPUTS:
+        if _positions(x) // stride in FEW_STRIDES:
             choice["cpu"] = "windows"
         elif taps % stride == 0 and dilation == 1:
             choice["cpu"] = "strides"
     elif size_in == 1:  # Eigen convolves a waveform at a tenth of the speed of fused multiply-adds
         choice["cpu"] = "multiply_adds"
+    elif stride == 1 and size_out in FEW_OUTPUTS:
+        choice["cpu"] = "shifts"
     if _positions(x) in STEP_POSITIONS:
         choice = _on_gpus("windows", choice)
     return _call("convolution", choice, x, kernel, stride=stride, dilation=dilation)

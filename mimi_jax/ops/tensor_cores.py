@@ -20,6 +20,8 @@ import numpy as np
 
 ALGORITHM = "TF32_TF32_F32_X3"
 
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
 # GPUs whose tensor cores compute three TF32 products faster than float32 units compute one. The numbers are
 # ten times their compute capability: A100 (52 and 19.5 TFLOP/s in data sheets), H100 and H200 (165 and 67),
 # B200 and B300 (about 370 and 78). On others they take longer: 1.5 times as long on A10, L4 and L40S, 3 times
@@ -42,27 +44,26 @@ def on_tensor_cores(function: Callable) -> Callable:
     return wrapped
 
 
-@on_tensor_cores
 def convolution_by_shifts(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1, product: Product = jnp.matmul
 ) -> jax.Array:
     """Compute one product for all strides of the kernel, and add up its parts, each shifted in time.
 
     So x is read once and never copied. Taps must be a multiple of the stride, and a dilated kernel must have
     a stride of 1.
+
+    Args:
+        product: multiplies [batch, time, in] with [in, out].
     """
     taps, size_in, size_out = kernel.shape
     batch, time, _ = x.shape
-    parts = taps // stride
-    shifts = [part * dilation for part in range(parts)]
-    strides = time // stride
-    steps = strides - shifts[-1]
+    parts, strides = taps // stride, time // stride
     x = x[:, : strides * stride].reshape(batch, strides, stride * size_in)
-    products = jnp.einsum("btc,pco->btpo", x, kernel.reshape(parts, stride * size_in, size_out))
-    return sum(
-        (products[:, shift : shift + steps, part] for part, shift in enumerate(shifts[1:], 1)),
-        start=products[:, :steps, 0],
-    )
+    kernel = jnp.swapaxes(kernel.reshape(parts, stride * size_in, size_out), 0, 1)
+    products = jnp.split(product(x, kernel.reshape(stride * size_in, parts * size_out)), parts, axis=2)
+    steps = strides - (parts - 1) * dilation
+    shifted = [each[:, part * dilation :][:, :steps] for part, each in enumerate(products)]
+    return functools.reduce(jnp.add, shifted)
 
 
 def capability_of(device: Any) -> int | None:

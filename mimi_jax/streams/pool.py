@@ -155,26 +155,25 @@ class _Session:
         """The results of frames, which take part in as many steps."""
         if self._is_pushing:
             raise RuntimeError("another push of this session is not done; await it first")
-        loop, self._is_pushing = asyncio.get_running_loop(), True
-        waiting: collections.deque[asyncio.Future[np.ndarray]] = collections.deque()
-        results = []
+        self._is_pushing = True
+        loop, results = asyncio.get_running_loop(), []
         try:
-            for values in frames:
-                if len(waiting) == WAITING:
-                    results.append(await waiting.popleft())
+            for number, frame in enumerate(frames):
+                if number >= WAITING:
+                    await results[number - WAITING]
                     self._half.check()
-                waiting.append(loop.create_future())
-                self.frames.append(Frame(values, time.monotonic(), waiting[-1]))
+                results.append(loop.create_future())
+                self.frames.append(Frame(frame, time.monotonic(), results[-1]))
                 self._half.wake()
-            results += [await result for result in waiting]
+            values = [await result for result in results]
         except BaseException:
             self._end = self._end or "the stream broke off in the middle of a push"
-            for result in waiting:
+            for result in results:
                 if not result.cancel() and not result.cancelled():
                     result.exception()  # asyncio reports errors that nobody has looked at
             raise
         self._is_pushing = False
-        return results
+        return values
 
 
 class EncoderSession(_Session):
@@ -219,9 +218,9 @@ class EncoderSession(_Session):
         array = audio_as_numpy(config, array if array.ndim == 1 else array[None])[0]
         if self.pending.shape[1]:
             array = np.concatenate([self.pending, array], axis=1)
-        length = array.shape[1] // config.frame_size * config.frame_size
-        self.pending = array[:, length:].copy()
-        return self._join(await self._submit(_in_frames(array[:, :length], config.frame_size)))
+        frames = _in_frames(array, config.frame_size)
+        self.pending = array[:, len(frames) * config.frame_size :].copy()
+        return self._join(await self._submit(frames))
 
     async def flush(self) -> np.ndarray:
         """End the stream.
@@ -244,8 +243,8 @@ class EncoderSession(_Session):
 
 
 def _in_frames(array: np.ndarray, size: int) -> list[np.ndarray]:
-    """An array [rows, frames * size], cut along its columns."""
-    return [array[:, start : start + size] for start in range(0, array.shape[1], size)]
+    """The whole frames of an array [rows, at least frames * size]."""
+    return [array[:, start : start + size] for start in range(0, array.shape[1] - size + 1, size)]
 
 
 class DecoderSession(_Session):

@@ -9,6 +9,7 @@ waits for their results, which is the only time that it waits for the device.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Generic
 
@@ -227,9 +228,11 @@ def audio_as_numpy(config: MimiConfig, audio: ArrayLike, batch_size: int = 1) ->
         short = " or [samples]" if batch_size == channels == 1 else ""
         expected = f"[batch={batch_size}, channels={channels}, samples]{short}"
         raise ValueError(f"audio must be {expected}, got {list(array.shape)}")
-    check_is_floating(array)
-    array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
+    if array.dtype != np.float32:
+        check_is_floating(array)
+        array = array.astype(np.float32)
+    # The sum of squares is computed faster. It may also be too large for a float32, so it is not enough.
+    if not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
         raise ValueError(
             "audio has samples that are NaN or infinite, which would spoil the state of the stream"
         )

@@ -141,9 +141,11 @@ class Half:
 
     def _next_frames(self) -> dict[int, Frame]:
         """Take the frames of a step, one of a session, those that came first. Returns them by row."""
-        waiting = sorted((s for s in self.sessions if s.frames), key=lambda session: session.frames[0].came)
+        waiting = [session for session in self.sessions if session.frames]
         count = self.batch.frames_of_a_step(len(waiting))
-        return {session.row: session.frames.popleft() for session in waiting[:count]}
+        if count < len(waiting):
+            waiting = sorted(waiting, key=lambda session: session.frames[0].came)[:count]
+        return {session.row: session.frames.popleft() for session in waiting}
 
     async def _deliver(self, results: Awaitable[np.ndarray], frames: list[Frame]) -> None:
         started = time.monotonic()

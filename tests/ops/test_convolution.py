@@ -20,20 +20,36 @@ def test_a_convolution_by_strides_is_the_plain_one(taps: int, stride: int):
     assert relative_error(strides, plain) < 1e-6
 
 
+def results(name: str, x: np.ndarray, kernel: np.ndarray, **how: int) -> list[jax.Array]:
+    """What a convolution gives, and its gradients."""
+    convolution = functools.partial(CONVOLUTIONS[name], **how)
+    out, pull_back = jax.jit(lambda x, kernel: jax.vjp(convolution, x, kernel))(x, kernel)
+    return [out, *pull_back(jnp.sin(out))]
+
+
 @pytest.mark.parametrize(("taps", "stride", "dilation"), [(7, 1, 1), (3, 1, 2), (8, 4, 1), (1, 2, 1)])
 @pytest.mark.parametrize(("size_in", "size_out"), [(1, 5), (2, 5), (6, 1)])
 def test_a_convolution_by_multiply_adds_is_the_plain_one(
     taps: int, stride: int, dilation: int, size_in: int, size_out: int
 ):
     x, kernel = noise(2, 41, size_in), noise(taps, size_in, size_out, seed=1)
-
-    def results(name: str) -> list[jax.Array]:
-        convolution = functools.partial(CONVOLUTIONS[name], stride=stride, dilation=dilation)
-        out, pull_back = jax.jit(lambda x, kernel: jax.vjp(convolution, x, kernel))(x, kernel)
-        return [out, *pull_back(jnp.sin(out))]
-
-    for multiply_adds, plain in zip(results("multiply_adds"), results("plain"), strict=True):
+    how = {"stride": stride, "dilation": dilation}
+    pairs = zip(results("multiply_adds", x, kernel, **how), results("plain", x, kernel, **how), strict=True)
+    for multiply_adds, plain in pairs:
         assert relative_error(multiply_adds, plain) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("taps", "stride", "dilation"), [(1, 1, 1), (3, 1, 1), (3, 1, 4), (7, 1, 2), (8, 4, 1), (10, 5, 1)]
+)
+@pytest.mark.parametrize("size_out", [1, 5])
+def test_a_convolution_by_shifts_is_the_plain_one(taps: int, stride: int, dilation: int, size_out: int):
+    x, kernel = noise(2, 43, 6), noise(taps, 6, size_out, seed=1)
+    how = {"stride": stride, "dilation": dilation}
+    for shifts, plain in zip(
+        results("shifts", x, kernel, **how), results("plain", x, kernel, **how), strict=True
+    ):
+        assert relative_error(shifts, plain) < 1e-6
 
 
 def test_a_join_by_sum_is_a_concatenation():

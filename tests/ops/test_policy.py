@@ -325,8 +325,11 @@ def test_convolutions_and_products_are_chosen_for_cpus_by_dtype_and_size(choices
     ):
         policy.convolution(x, jnp.zeros((taps, 3, 5), x.dtype), stride=stride, dilation=dilation)
     policy.convolution(full[..., :1], jnp.zeros((7, 1, 5)))  # of a waveform
+    for outputs, stride, dilation in ((1, 1, 1), (8, 1, 2), (9, 1, 1), (8, 2, 1)):
+        policy.convolution(full, jnp.zeros((4, 3, outputs)), stride=stride, dilation=dilation)
     assert [choice.get("cpu") for choice in choices] == [
-        *(None, None), *("strides", None, None), *["windows"] * 3, "multiply_adds"
+        *(None, None), *("strides", None, None), *["windows"] * 3, "multiply_adds",
+        *("shifts", "shifts", None, None),
     ]  # fmt: skip
     choices.clear()
     for x in (full, full[:, :2], full[:, :3], half):
