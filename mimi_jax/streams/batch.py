@@ -18,6 +18,9 @@ from mimi_jax.nn.quantizer import Codebook
 from mimi_jax.streams.push import fresh_state, half_of, join_rings, split_rings
 
 SIZES = (1, 8)  # of the smallest steps; then powers of two
+# With 128 rows, `mini` needs more memory for a step than the C library keeps, and a row takes 1.5 times as
+# long.
+LARGEST_ON_CPU = 64
 
 StreamState = EncoderState | DecoderState
 
@@ -39,7 +42,9 @@ class Batch:
     def __init__(self, model: Mimi, half: str, rows: int, num_quantizers: int):
         config = model.config
         self._rows, self._free = rows, list(reversed(range(rows)))
-        self.sizes = sorted({min(size, rows) for size in SIZES} | {2**n for n in range(4, rows.bit_length())})
+        largest = min(rows, LARGEST_ON_CPU) if jax.default_backend() == "cpu" else rows
+        powers = {2**n for n in range(4, largest.bit_length())}
+        self.sizes = sorted({min(size, rows) for size in SIZES} | powers)
         self.nothing = config.codebook_size  # as a code: this codebook adds nothing to the audio
         is_encoder = half == "encoder"
         init_state = getattr(model, f"init_{half}_state")
@@ -82,7 +87,7 @@ class Batch:
     @transfers_allowed()
     def step(self, frames: Mapping[int, np.ndarray]) -> jax.Array:
         """Step the rows that have a frame: audio [channels, frame_size] with NaN after its end, or codes
-        [codebooks, 1].
+        [codebooks, 1]. There are at most as many as `frames_of_a_step` gives.
 
         Returns:
             Codes [size, codebooks, 1], or audio [size, channels, frame_size], in the order of `frames`, of
@@ -103,6 +108,7 @@ class Batch:
         Empty rows take as long as others. So if they would be more than a quarter of a large step, it fills
         the next smaller one, and some frames are left to the step after it.
         """
+        waiting = min(waiting, self.sizes[-1])
         size = self._size(waiting)
         if size <= SIZES[-1] or 4 * waiting >= 3 * size:
             return waiting

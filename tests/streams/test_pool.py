@@ -133,6 +133,13 @@ def test_a_large_step_is_filled_to_three_quarters(waiting: int, taken: int):
     assert Batch(MODEL, "decoder", 64, CODEBOOKS).frames_of_a_step(waiting) == taken
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators take larger steps")
+def test_a_step_on_a_cpu_takes_no_more_rows_than_pay():
+    batch = Batch(MODEL, "decoder", 128, CODEBOOKS)
+    assert batch.sizes == [1, 8, 16, 32, 64]
+    assert [batch.frames_of_a_step(waiting) for waiting in (48, 65, 128)] == [48, 64, 64]
+
+
 def test_frames_that_are_left_out_of_a_step_are_in_the_next_one():
     steps: list[int] = []
 
