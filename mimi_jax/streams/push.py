@@ -231,7 +231,7 @@ def audio_as_numpy(config: MimiConfig, audio: ArrayLike, batch_size: int = 1) ->
     if array.dtype != np.float32:
         check_is_floating(array)
         array = array.astype(np.float32)
-    # The sum of squares is computed faster. It may also be too large for a float32, so it is not enough.
+    # If a sample is not finite, the sum of squares is not either. It is faster to compute, but may overflow.
     if not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
         raise ValueError(
             "audio has samples that are NaN or infinite, which would spoil the state of the stream"
