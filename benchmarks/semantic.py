@@ -14,6 +14,7 @@ import functools
 import io
 import itertools
 import random
+import shutil
 import subprocess
 from collections.abc import Callable
 
@@ -101,6 +102,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=6000)
     add_markdown_option(parser)
     options = parser.parse_args()
+    if shutil.which("espeak-ng") is None:
+        parser.error("espeak-ng says the words, and it is not installed; try apt-get install espeak-ng")
     words = sorted({word for group in WORDS for word in group.split()})
     report = Report(jax.devices()[0].device_kind, [f"{options.trials} trials, {len(words)} words"])
     report.table(["model", "first codebook, % wrong", "second"])

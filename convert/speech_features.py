@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mimi_jax.files.atomic import atomic_path
 from mimi_jax.files.audio import load_audio
 
 RATE, CHUNK = 16_000, 1280  # Hz; samples of 80 ms
@@ -38,31 +39,36 @@ def features_of(network: Any, audio: np.ndarray) -> np.ndarray:
     return np.concatenate(vectors)[LAG : LAG + frames]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compute a teacher's features for a folder of speech.")
-    parser.add_argument("speech", type=Path, help="a folder with manifest.jsonl and its clips")
-    parser.add_argument("features", type=Path, help="a folder to write")
-    options = parser.parse_args()
-    from pyopen_wakeword import OpenWakeWordFeatures
-
-    network = OpenWakeWordFeatures.from_builtin()
-    lines = [json.loads(line) for line in (options.speech / "manifest.jsonl").read_text().splitlines()]
+def write(network: Any, speech: Path, folder: Path) -> None:
+    """Make a folder with the features of all clips, links to the clips, and a manifest of both."""
+    lines = [json.loads(line) for line in (speech / "manifest.jsonl").read_text().splitlines()]
     found = [
-        features_of(network, load_audio(options.speech / line["path"], RATE)[0])
-        for line in tqdm(lines, disable=None)
+        features_of(network, load_audio(speech / line["path"], RATE)[0]) for line in tqdm(lines, disable=None)
     ]
     pairs = zip(found, lines, strict=True)
     train = np.concatenate([x for x, line in pairs if line["path"].startswith("train/")])
     mean, deviation = train.mean(axis=0), train.std(axis=0)
-    options.features.mkdir(parents=True)
-    for folder in sorted({Path(line["path"]).parts[0] for line in lines}):
-        (options.features / folder).symlink_to((options.speech / folder).resolve())
+    folder.mkdir()
+    for name in sorted({Path(line["path"]).parts[0] for line in lines}):
+        (folder / name).symlink_to((speech / name).resolve())
     for number, (line, x) in enumerate(zip(lines, found, strict=True)):
         line["features"] = f"{number}.npy"
-        np.save(options.features / line["features"], ((x - mean) / deviation).astype(np.float32))
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (options.features / "manifest.jsonl").write_text(text)
+        np.save(folder / line["features"], ((x - mean) / deviation).astype(np.float32))
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(lines)} clips, {len(np.concatenate(found))} vectors of {DIM} numbers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compute a teacher's features for a folder of speech.")
+    parser.add_argument("speech", type=Path, help="a folder with manifest.jsonl and its clips")
+    parser.add_argument("features", type=Path, help="a new folder to write")
+    options = parser.parse_args()
+    if options.features.exists():
+        parser.error(f"{options.features} is there already; name a new folder")
+    from pyopen_wakeword import OpenWakeWordFeatures
+
+    with atomic_path(options.features) as folder:
+        write(OpenWakeWordFeatures.from_builtin(), options.speech, folder)
 
 
 if __name__ == "__main__":

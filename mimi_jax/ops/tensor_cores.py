@@ -49,8 +49,8 @@ def convolution_by_shifts(
 ) -> jax.Array:
     """Compute one product for all strides of the kernel, and add up its parts, each shifted in time.
 
-    So x is read once and never copied. Taps must be a multiple of the stride, and a dilated kernel must have
-    a stride of 1.
+    So x is read once and never copied, which helps CPUs too where outputs are few. Taps must be a multiple of
+    the stride, and a dilated kernel must have a stride of 1.
 
     Args:
         product: multiplies [batch, time, in] with [in, out].

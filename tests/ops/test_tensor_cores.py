@@ -150,7 +150,7 @@ def test_codes_are_the_nearest_ones_up_to_rounding():
     ("taps", "stride", "dilation"), [(1, 1, 1), (3, 1, 1), (3, 1, 4), (7, 1, 2), (8, 4, 1), (10, 5, 1)]
 )
 @pytest.mark.usefixtures("plain_on_cpu")
-def test_a_convolution_by_shifts_is_the_plain_one(taps: int, stride: int, dilation: int):
+def test_a_convolution_on_tensor_cores_is_the_plain_one(taps: int, stride: int, dilation: int):
     x, kernel = jnp.asarray(noise(2, 43, 6)), jnp.asarray(noise(taps, 6, 5, seed=1))
     how = {"stride": stride, "dilation": dilation}
     shifts, plain = CONVOLUTIONS["tensor_cores"](x, kernel, **how), plain_convolution(x, kernel, **how)
