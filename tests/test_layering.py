@@ -22,7 +22,7 @@ FORBIDDEN = {"moshi", "torch", "transformers"}
 # fmt: off
 LAZY = {
     "array_record", "fsspec", "grain", "jax_triton", "matplotlib", "optax", "orbax", "prometheus_client",
-    "pyarrow", "pystoi", "qwix", "ray", "starlette", "tensorboardX", "triton", "uvicorn", "visqol",
+    "pyarrow", "pystoi", "qwix", "ray", "starlette", "tensorboardX", "triton", "uvicorn", "uvloop", "visqol",
     "websockets",
 }
 # fmt: on

@@ -12,7 +12,7 @@ FEWEST_KEY_BYTES = 16
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
-    check_installed("serve", "prometheus_client", "starlette", "uvicorn", "websockets")
+    check_installed("serve", "prometheus_client", "starlette", "uvicorn", "uvloop", "websockets")
     rows = arguments.rows
     if rows & (rows - 1):
         raise UsageError(f"--rows must be a power of two, such as 64, got {rows}")
@@ -23,8 +23,9 @@ def run_serve(arguments: argparse.Namespace) -> None:
             f"{arguments.key_file}: a key must have at least {FEWEST_KEY_BYTES} bytes, got {len(key)}"
         )
 
-    import asyncio
     import functools
+
+    import uvloop
 
     from mimi_jax.model import Mimi
     from mimi_jax.serve.app import serve_until_signal
@@ -41,7 +42,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     config = model.config
     shown = f"[{host}]" if ":" in host else host
     print(f"compiling the steps of 1{f' to {rows}' if rows > 1 else ''} streams", file=sys.stderr)
-    asyncio.run(
+    uvloop.run(
         serve_until_signal(
             lambda port: print(f"http://{shown}:{port}/  (Ctrl-C to stop)", flush=True),
             make_pool=functools.partial(Pool, model, rows, arguments.num_quantizers),

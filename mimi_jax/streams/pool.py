@@ -60,16 +60,11 @@ class Pool:
             for half, part in (("encoder", model.encoder), ("decoder", model.decoder))
             if part is not None
         }
-        self._running: list[asyncio.Task] = []
 
     async def __aenter__(self) -> "Pool":
-        self._running = [asyncio.create_task(half.run()) for half in self._halves.values()]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._running:
-            task.cancel()
-        await asyncio.wait(self._running)
         for half in self._halves.values():
             half.fail(RuntimeError("the pool was closed"))
             half.threads.close()
@@ -216,8 +211,9 @@ class EncoderSession(_Session):
         config = self._pool.model.config
         array = as_numpy("audio", audio)
         array = audio_as_numpy(config, array if array.ndim == 1 else array[None])[0]
-        if self.pending.shape[1]:
-            array = np.concatenate([self.pending, array], axis=1)
+        if not self.pending.shape[1] and array.shape[1] == config.frame_size:  # as most sessions push
+            return self._join(await self._submit([array]))
+        array = np.concatenate([self.pending, array], axis=1)
         frames = _in_frames(array, config.frame_size)
         self.pending = array[:, len(frames) * config.frame_size :].copy()
         return self._join(await self._submit(frames))

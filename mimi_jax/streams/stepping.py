@@ -12,7 +12,7 @@ import collections
 import concurrent.futures
 import functools
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, TypeVar
 
 import jax
@@ -45,23 +45,32 @@ class Threads:
     """
 
     def __init__(self) -> None:
-        steps = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
-        self.slots = asyncio.Semaphore(steps)
+        self.steps = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
         self._starter = concurrent.futures.ThreadPoolExecutor(1, "mimi-step")
-        self._waiters = concurrent.futures.ThreadPoolExecutor(steps, "mimi-result") if steps > 1 else None
+        waiters = concurrent.futures.ThreadPoolExecutor(self.steps, "mimi-result")
+        self._waiters = waiters if self.steps > 1 else None
 
     def start(self, call: Callable[[], Result]) -> "asyncio.Future[Result]":
         """Make a call after the calls before it."""
         return asyncio.get_running_loop().run_in_executor(self._starter, call)
 
-    def values(self, step: Callable[[], jax.Array]) -> Awaitable[np.ndarray]:
-        """The values of the array that a call gives, when they are computed. It is made as in `start`."""
-        if self._waiters is None:
-            return self.start(lambda: _fetch(step()))
-        return self._fetched(self.start(step))
+    def step(self, call: Callable[[], jax.Array], deliver: Callable[[np.ndarray | Exception], None]) -> None:
+        """Make a call as in `start`. When its array is computed, the event loop calls `deliver` with the
+        values, or with what went wrong.
+        """
+        give = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, deliver)
+        self._starter.submit(self._step, call, give)
 
-    async def _fetched(self, outputs: Awaitable[jax.Array]) -> np.ndarray:
-        return await asyncio.get_running_loop().run_in_executor(self._waiters, _fetch, await outputs)
+    def _step(self, call: Callable[[], jax.Array], give: Callable) -> None:
+        try:
+            outputs = call()
+        except Exception as error:
+            give(error)
+        else:
+            if self._waiters is None:
+                _fetch(outputs, give)
+            else:
+                self._waiters.submit(_fetch, outputs, give)
 
     def close(self) -> None:
         self._starter.shutdown()
@@ -70,8 +79,13 @@ class Threads:
 
 
 @transfers_allowed()
-def _fetch(array: jax.Array) -> np.ndarray:
-    return np.asarray(array)
+def _fetch(outputs: jax.Array, give: Callable) -> None:
+    try:
+        values = np.asarray(outputs)
+    except Exception as error:
+        give(error)
+    else:
+        give(values)
 
 
 class Frame(NamedTuple):
@@ -101,8 +115,8 @@ class Half:
         self.sessions: set[Session] = set()
         self.threads = Threads()
         self._on_step = on_step
-        self._has_frame = asyncio.Event()
-        self._steps: set[asyncio.Task] = set()
+        self._free_slots = self.threads.steps
+        self._is_awake = False
         self._failure: Exception | None = None
 
     def check(self) -> None:
@@ -118,26 +132,24 @@ class Half:
             session.frames.clear()
 
     def wake(self) -> None:
-        """Say that a session has a frame."""
-        self._has_frame.set()
+        """Say that a session may have a frame.
 
-    async def run(self) -> None:
-        """Step for ever."""
-        while True:
-            await self._has_frame.wait()
-            await self.threads.slots.acquire()
-            frames = self._next_frames()
-            if not frames:
-                self._has_frame.clear()
-                self.threads.slots.release()
-                continue
-            # It is started here and not in the task: if one of its sessions ends before the task runs, its
-            # row must not be another session's already.
-            inputs = {row: frame.values for row, frame in frames.items()}
-            values = self.threads.values(functools.partial(self.batch.step, inputs))
-            step = asyncio.create_task(self._deliver(values, list(frames.values())))
-            self._steps.add(step)
-            step.add_done_callback(self._steps.discard)
+        The step starts after all callbacks that the event loop has now. So sessions that decode what the
+        last step gave push it before the device gets the next step.
+        """
+        if self._free_slots and not self._is_awake:
+            self._is_awake = True
+            asyncio.get_running_loop().call_soon(self._start_step)
+
+    def _start_step(self) -> None:
+        self._is_awake = False
+        if not (frames := self._next_frames()):
+            return
+        self._free_slots -= 1
+        inputs = {row: frame.values for row, frame in frames.items()}
+        deliver = functools.partial(self._deliver, list(frames.values()), time.monotonic())
+        self.threads.step(functools.partial(self.batch.step, inputs), deliver)
+        self.wake()
 
     def _next_frames(self) -> dict[int, Frame]:
         """Take the frames of a step, one of a session, those that came first. Returns them by row."""
@@ -147,25 +159,18 @@ class Half:
             waiting = sorted(waiting, key=lambda session: session.frames[0].came)[:count]
         return {session.row: session.frames.popleft() for session in waiting}
 
-    async def _deliver(self, results: Awaitable[np.ndarray], frames: list[Frame]) -> None:
-        started = time.monotonic()
-        try:
-            values = await results
-        except Exception as error:  # the memory of the states was given away, so no session can go on
-            fail_frames(frames, error)
-            self.fail(error)
-        else:
-            now = time.monotonic()
-            for frame, value in zip(frames, values, strict=False):
-                if not frame.result.done():  # it is cancelled with the task that waits for it
-                    frame.result.set_result(value)
-            delays = [now - frame.came for frame in frames]
-            self._on_step(Step(self.name, len(values), len(frames), now - started, delays))
-            # Sessions that decode these codes push them now, before the device gets the next step of this
-            # half.
-            await asyncio.sleep(0)
-        finally:
-            self.threads.slots.release()
+    def _deliver(self, frames: list[Frame], started: float, result: np.ndarray | Exception) -> None:
+        self._free_slots += 1
+        if isinstance(result, Exception):  # the memory of the states was given away, so no session can go on
+            fail_frames(frames, result)
+            return self.fail(result)
+        now = time.monotonic()
+        for frame, value in zip(frames, result, strict=False):
+            if not frame.result.done():  # it is cancelled with the task that waits for it
+                frame.result.set_result(value)
+        self.wake()
+        delays = [now - frame.came for frame in frames]
+        self._on_step(Step(self.name, len(result), len(frames), now - started, delays))
 
 
 def fail_frames(frames: Iterable[Frame], error: BaseException) -> None:
