@@ -13,7 +13,7 @@ import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -59,18 +59,11 @@ class Threads:
         values, or with what went wrong.
         """
         give = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, deliver)
-        self._starter.submit(self._step, call, give)
-
-    def _step(self, call: Callable[[], jax.Array], give: Callable) -> None:
-        try:
-            outputs = call()
-        except Exception as error:
-            give(error)
+        if self._waiters is None:
+            self._starter.submit(_give, give, lambda: _fetch(call()))
         else:
-            if self._waiters is None:
-                _fetch(outputs, give)
-            else:
-                self._waiters.submit(_fetch, outputs, give)
+            started = self._starter.submit(call)
+            self._waiters.submit(_give, give, lambda: _fetch(started.result()))
 
     def close(self) -> None:
         self._starter.shutdown()
@@ -78,14 +71,18 @@ class Threads:
             self._waiters.shutdown()
 
 
-@transfers_allowed()
-def _fetch(outputs: jax.Array, give: Callable) -> None:
+def _give(give: Callable[[Any], object], call: Callable[[], np.ndarray]) -> None:
     try:
-        values = np.asarray(outputs)
+        result = call()
     except Exception as error:
         give(error)
     else:
-        give(values)
+        give(result)
+
+
+@transfers_allowed()
+def _fetch(array: jax.Array) -> np.ndarray:
+    return np.asarray(array)
 
 
 class Frame(NamedTuple):
@@ -146,6 +143,7 @@ class Half:
         if not (frames := self._next_frames()):
             return
         self._free_slots -= 1
+        # It is handed over at once: a row that is given back from here on is another session's only after it.
         inputs = {row: frame.values for row, frame in frames.items()}
         deliver = functools.partial(self._deliver, list(frames.values()), time.monotonic())
         self.threads.step(functools.partial(self.batch.step, inputs), deliver)
