@@ -6,14 +6,12 @@
             codes = await session.flush()  # the last, partial frame
 
 Sessions come and go at any time, and share nothing but the program: each gets exactly what it would get
-alone. A session has at most `WAITING` frames in the pool, so one that sends faster than the pool steps waits
-in `push`.
+alone. Each has one push in the pool at a time, so one that sends faster than the pool steps waits for itself
+alone.
 """
 
 import asyncio
-import collections
 import functools
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -22,10 +20,8 @@ from numpy.typing import ArrayLike
 from mimi_jax.boundary import as_numpy, check_streamable
 from mimi_jax.model import Mimi
 from mimi_jax.streams.batch import Batch, StreamState
-from mimi_jax.streams.push import audio_as_numpy, codes_as_numpy
-from mimi_jax.streams.stepping import Frame, Half, Step
-
-WAITING = 8  # frames of a session
+from mimi_jax.streams.push import codes_as_numpy, samples_as_float32
+from mimi_jax.streams.stepping import Half, Step, Stream
 
 
 class Pool:
@@ -91,11 +87,11 @@ class Pool:
 
     def num_sessions(self) -> dict[str, int]:
         """How many sessions each half has."""
-        return {half: len(each.sessions) for half, each in self._halves.items()}
+        return {half: len(each.streams) for half, each in self._halves.items()}
 
     def num_waiting(self) -> dict[str, int]:
         """How many frames wait for a step of each half."""
-        return {half: sum(len(s.frames) for s in each.sessions) for half, each in self._halves.items()}
+        return {half: sum(len(s.frames) for s in each.streams) for half, each in self._halves.items()}
 
     def _half(self, half: str) -> Half:
         if half not in self._halves:
@@ -104,32 +100,30 @@ class Pool:
 
 
 class _Session:
-    """What both halves share: a row, its frames that wait, and its end."""
+    """What both halves share: a stream in a row, and its end."""
 
-    row: int
+    _stream: Stream
 
     def __init__(self, pool: Pool, half: Half, state: StreamState | None):
         self._pool, self._half, self._first_state = pool, half, state
-        self.frames: collections.deque[Frame] = collections.deque()
-        self._is_pushing = False
         self._end = "the session is not open; use `async with`"
 
     async def __aenter__(self):
         self._half.check()
         taking = self._half.threads.start(functools.partial(self._half.batch.take, self._first_state))
         try:
-            self.row = await asyncio.shield(taking)
+            self._stream = Stream(await asyncio.shield(taking))
         except asyncio.CancelledError:  # the row is taken all the same
             taking.add_done_callback(self._give_back)
             raise
-        self._half.sessions.add(self)
+        self._half.streams.add(self._stream)
         self._end = ""
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._end = "the session has ended"
-        self._half.sessions.discard(self)
-        self._half.batch.give_back(self.row)
+        self._half.streams.discard(self._stream)
+        self._half.batch.give_back(self._stream.row)
 
     def _give_back(self, taking: "asyncio.Future[int]") -> None:
         if taking.exception() is None:
@@ -139,7 +133,7 @@ class _Session:
         """End the session. Returns the state of its stream, of one row, for a session of another pool."""
         self._check()
         self._end = "the session was detached"
-        return await self._half.threads.start(functools.partial(self._half.batch.copy, self.row))
+        return await self._half.threads.start(functools.partial(self._half.batch.copy, self._stream.row))
 
     def _check(self) -> None:
         self._half.check()
@@ -148,27 +142,16 @@ class _Session:
 
     async def _submit(self, frames: list[np.ndarray]) -> list[np.ndarray]:
         """The results of frames, which take part in as many steps."""
-        if self._is_pushing:
-            raise RuntimeError("another push of this session is not done; await it first")
-        self._is_pushing = True
-        loop, results = asyncio.get_running_loop(), []
+        if not frames:
+            return []
+        results = self._stream.push(frames)
+        self._half.wake()
         try:
-            for number, frame in enumerate(frames):
-                if number >= WAITING:
-                    await results[number - WAITING]
-                    self._half.check()
-                results.append(loop.create_future())
-                self.frames.append(Frame(frame, time.monotonic(), results[-1]))
-                self._half.wake()
-            values = [await result for result in results]
+            return await results
         except BaseException:
             self._end = self._end or "the stream broke off in the middle of a push"
-            for result in results:
-                if not result.cancel() and not result.cancelled():
-                    result.exception()  # asyncio reports errors that nobody has looked at
+            self._stream.frames.clear()
             raise
-        self._is_pushing = False
-        return values
 
 
 class EncoderSession(_Session):
@@ -208,14 +191,19 @@ class EncoderSession(_Session):
             RuntimeError: the session or the pool has ended.
         """
         self._check()
-        config = self._pool.model.config
-        array = as_numpy("audio", audio)
-        array = audio_as_numpy(config, array if array.ndim == 1 else array[None])[0]
-        if not self.pending.shape[1] and array.shape[1] == config.frame_size:  # as most sessions push
+        config, array = self._pool.model.config, as_numpy("audio", audio)
+        channels, size = config.audio_channels, config.frame_size
+        if array.ndim == 1 and channels == 1:
+            array = array[None]
+        if array.ndim != 2 or len(array) != channels:
+            expected = f"[channels={channels}, samples]{' or [samples]' if channels == 1 else ''}"
+            raise ValueError(f"audio must be {expected}, got {list(array.shape)}")
+        array = samples_as_float32(array)
+        if not self.pending.shape[1] and array.shape[1] == size:  # as most sessions push
             return self._join(await self._submit([array]))
         array = np.concatenate([self.pending, array], axis=1)
-        frames = _in_frames(array, config.frame_size)
-        self.pending = array[:, len(frames) * config.frame_size :].copy()
+        frames = _in_frames(array, size)
+        self.pending = array[:, len(frames) * size :].copy()
         return self._join(await self._submit(frames))
 
     async def flush(self) -> np.ndarray:

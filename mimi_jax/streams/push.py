@@ -228,15 +228,21 @@ def audio_as_numpy(config: MimiConfig, audio: ArrayLike, batch_size: int = 1) ->
         short = " or [samples]" if batch_size == channels == 1 else ""
         expected = f"[batch={batch_size}, channels={channels}, samples]{short}"
         raise ValueError(f"audio must be {expected}, got {list(array.shape)}")
-    if array.dtype != np.float32:
-        check_is_floating(array)
-        array = array.astype(np.float32)
+    return samples_as_float32(array)
+
+
+def samples_as_float32(audio: np.ndarray) -> np.ndarray:
+    """Audio of any shape as float32. Refuses integers and what is not finite."""
+    if audio.dtype != np.float32:
+        check_is_floating(audio)
+        audio = audio.astype(np.float32)
     # If a sample is not finite, the sum of squares is not either. It is faster to compute, but may overflow.
-    if not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
+    samples = audio.ravel()
+    if not math.isfinite(samples.dot(samples)) and not np.isfinite(samples).all():
         raise ValueError(
             "audio has samples that are NaN or infinite, which would spoil the state of the stream"
         )
-    return array
+    return audio
 
 
 def codes_as_numpy(model: Mimi, audio_codes: ArrayLike, batch_size: int = 1) -> np.ndarray:

@@ -12,8 +12,8 @@ import collections
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     rows: int  # that were stepped, of which some may have had no frame
     frames: int
     seconds: float  # from the start of the step to its results
-    delays: list[float]  # seconds from when each frame came to its result
+    delays: list[float]  # seconds that each frame waited, and was stepped
 
 
 class Threads:
@@ -85,31 +85,63 @@ def _fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-class Frame(NamedTuple):
-    values: np.ndarray
-    came: float  # when, in seconds of `time.monotonic`
-    result: "asyncio.Future[np.ndarray]"
+class Stream:
+    """A row of a batch, and what is pushed to it. Each frame takes part in a step, one after the other.
 
+    Attributes:
+        row: of the batch.
+        frames: those that wait for a step.
+        since: when the first of them began to wait, in seconds of `time.monotonic`. A frame that came with
+            others begins when the one before it is taken.
+    """
 
-class Session(Protocol):
-    """What the loop knows of a session."""
+    def __init__(self, row: int):
+        self.row, self.since = row, 0.0
+        self.frames: collections.deque[np.ndarray] = collections.deque()
+        self._results: list[np.ndarray] = []
+        self._num_pushed = 0
+        self._done: asyncio.Future[list[np.ndarray]] | None = None
 
-    row: int
-    frames: collections.deque[Frame]  # that wait for a step
+    def push(self, frames: list[np.ndarray]) -> "asyncio.Future[list[np.ndarray]]":
+        """Returns the results of frames, of which there is at least one, when all of them are there."""
+        if self._done is not None and not self._done.done():
+            raise RuntimeError("another push of this session is not done; await it first")
+        self.frames.extend(frames)
+        self._results, self._num_pushed, self.since = [], len(frames), time.monotonic()
+        self._done = asyncio.get_running_loop().create_future()
+        return self._done
+
+    def take(self, now: float) -> np.ndarray:
+        """The first frame that waits, which a step takes now."""
+        self.since = now
+        return self.frames.popleft()
+
+    def give(self, result: np.ndarray) -> None:
+        """The result of the frame that was taken first among those without one."""
+        self._results.append(result)
+        # A push that is done already was cancelled with its task.
+        if len(self._results) == self._num_pushed and self._done is not None and not self._done.done():
+            self._done.set_result(self._results)
+
+    def fail(self, error: Exception) -> None:
+        """End the push that is not done, if there is one."""
+        self.frames.clear()
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(error)
 
 
 class Half:
-    """The sessions of one half of a model, and their steps.
+    """The streams of one half of a model, and their steps.
 
     Args:
         name: "encoder" or "decoder".
-        batch: the rows of the sessions.
+        batch: the rows of the streams.
         on_step: is called after each step.
     """
 
     def __init__(self, name: str, batch: Batch, on_step: Callable[[Step], None]):
         self.name, self.batch = name, batch
-        self.sessions: set[Session] = set()
+        self.streams: set[Stream] = set()
         self.threads = Threads()
         self._on_step = on_step
         self._free_slots = self.threads.steps
@@ -122,14 +154,13 @@ class Half:
             raise RuntimeError(f"the pool has stopped: {self._failure}") from self._failure
 
     def fail(self, error: Exception) -> None:
-        """End all sessions with an error."""
+        """End all streams with an error."""
         self._failure = self._failure or error
-        for session in self.sessions:
-            fail_frames(session.frames, self._failure)
-            session.frames.clear()
+        for stream in self.streams:
+            stream.fail(self._failure)
 
     def wake(self) -> None:
-        """Say that a session may have a frame.
+        """Say that a stream may have a frame.
 
         The step starts after all callbacks that the event loop has now. So sessions that decode what the
         last step gave push it before the device gets the next step.
@@ -140,38 +171,33 @@ class Half:
 
     def _start_step(self) -> None:
         self._is_awake = False
-        if not (frames := self._next_frames()):
+        if not (streams := self._next_streams()):
             return
         self._free_slots -= 1
-        # It is handed over at once: a row that is given back from here on is another session's only after it.
-        inputs = {row: frame.values for row, frame in frames.items()}
-        deliver = functools.partial(self._deliver, list(frames.values()), time.monotonic())
-        self.threads.step(functools.partial(self.batch.step, inputs), deliver)
+        now, since = time.monotonic(), [stream.since for stream in streams]
+        # It is handed over at once: a row that is given back from here on is another stream's only after it.
+        frames = {stream.row: stream.take(now) for stream in streams}
+        deliver = functools.partial(self._deliver, streams, since, now)
+        self.threads.step(functools.partial(self.batch.step, frames), deliver)
         self.wake()
 
-    def _next_frames(self) -> dict[int, Frame]:
-        """Take the frames of a step, one of a session, those that came first. Returns them by row."""
-        waiting = [session for session in self.sessions if session.frames]
+    def _next_streams(self) -> list[Stream]:
+        """The streams that the next step takes a frame of: those that have waited longest."""
+        waiting = [stream for stream in self.streams if stream.frames]
         count = self.batch.frames_of_a_step(len(waiting))
         if count < len(waiting):
-            waiting = sorted(waiting, key=lambda session: session.frames[0].came)[:count]
-        return {session.row: session.frames.popleft() for session in waiting}
+            waiting = sorted(waiting, key=lambda stream: stream.since)[:count]
+        return waiting
 
-    def _deliver(self, frames: list[Frame], started: float, result: np.ndarray | Exception) -> None:
+    def _deliver(
+        self, streams: list[Stream], since: list[float], started: float, result: np.ndarray | Exception
+    ) -> None:
         self._free_slots += 1
-        if isinstance(result, Exception):  # the memory of the states was given away, so no session can go on
-            fail_frames(frames, result)
+        if isinstance(result, Exception):  # the memory of the states was given away, so no stream can go on
             return self.fail(result)
-        now = time.monotonic()
-        for frame, value in zip(frames, result, strict=False):
-            if not frame.result.done():  # it is cancelled with the task that waits for it
-                frame.result.set_result(value)
+        for stream, value in zip(streams, result, strict=False):
+            stream.give(value)
         self.wake()
-        delays = [now - frame.came for frame in frames]
-        self._on_step(Step(self.name, len(result), len(frames), now - started, delays))
-
-
-def fail_frames(frames: Iterable[Frame], error: BaseException) -> None:
-    for frame in frames:
-        if not frame.result.done():
-            frame.result.set_exception(error)
+        now = time.monotonic()
+        delays = [now - begin for begin in since]
+        self._on_step(Step(self.name, len(result), len(streams), now - started, delays))

@@ -226,6 +226,8 @@ def test_what_is_wrong_costs_one_session_nothing():
                     await session.push(np.full(5, np.nan, np.float32))
                 with pytest.raises(ValueError, match="must be floating point"):
                     await session.push(np.zeros(5, np.int16))
+                with pytest.raises(ValueError, match=r"\[channels=1, samples\] or \[samples\], got \[2, 5\]"):
+                    await session.push(np.zeros((2, 5), np.float32))
                 np.testing.assert_array_equal(await session.push(audio[FRAME:]), codes_alone(audio)[:3, 1:])
                 with pytest.raises(ValueError, match="at most 3 codebooks"):
                     await decoder.push(np.zeros((4, 1), int))
