@@ -1,8 +1,12 @@
-"""2-D convolutions with strides, as convolutions without them: their gradients are fast on CPUs.
+"""2-D convolutions of more channels and no strides, with the results of others: faster on CPUs.
 
 XLA writes the gradient at the input of a strided convolution as a convolution whose input has holes, which on
 CPUs is a naive loop. Columns that lie a whole number of strides apart meet the same taps of the kernel. If
 each such phase is a channel of its own, the stride is gone, and so are the holes.
+
+The products of a convolution of a spectrogram, which has two channels, are too small to be fast. So it gives
+two columns at once, as channels. Their kernels are the same one at two places, with zeros beside. This takes
+half the time, and the gradient at the spectrogram takes a quarter.
 """
 
 from typing import Any
@@ -12,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from mimi_jax.config import ceil_div
+
+FEW_CHANNELS = 4  # those of the spectrogram of stereo
 
 
 def conv_general_dilated(
@@ -28,12 +34,19 @@ def conv_general_dilated(
         options: as in `lax`.
     """
     batch, height, width, channels = x.shape
-    (rows, (before, after)), (_, stride) = padding, strides
-    taps = ceil_div(kernel.shape[1], stride)  # of each phase; the last may be a zero
-    steps = (width + before + after - kernel.shape[1]) // stride + taps
-    end = steps * stride - width - before  # columns after the last that is met are cut
+    (rows, (before, after)), (_, stride), (_, length, _, filters) = padding, strides, kernel.shape
+    columns = (width + before + after - length) // stride + 1  # of the result
+    together = 2 if channels * stride <= FEW_CHANNELS else 1
+    phases = stride * together
+    taps = ceil_div(phases - stride + length, phases)  # of each phase; some may be zeros
+    steps = ceil_div(columns, together) - 1 + taps
+    end = steps * phases - width - before  # columns after the last that is met are cut
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), (before, end, 0), (0, 0, 0)])
-    x = x.reshape(batch, height, steps, stride * channels)
-    kernel = jnp.pad(kernel, [(0, 0), (0, taps * stride - kernel.shape[1]), (0, 0), (0, 0)])
-    kernel = kernel.reshape(kernel.shape[0], taps, stride * channels, kernel.shape[3])
-    return lax.conv_general_dilated(x, kernel, (1, 1), [rows, (0, 0)], rhs_dilation=rhs_dilation, **options)
+    x = x.reshape(batch, height, steps, phases * channels)
+    shifted = [
+        jnp.pad(kernel, [(0, 0), (shift, taps * phases - shift - length), (0, 0), (0, 0)])
+        for shift in range(0, phases, stride)
+    ]
+    kernel = jnp.stack(shifted, axis=3).reshape(-1, taps, phases * channels, together * filters)
+    y = lax.conv_general_dilated(x, kernel, (1, 1), [rows, (0, 0)], rhs_dilation=rhs_dilation, **options)
+    return y.reshape(batch, y.shape[1], -1, filters)[:, :, :columns]

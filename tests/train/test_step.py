@@ -69,7 +69,7 @@ def test_two_clips_are_learned_by_heart(part: str):
     options = {"quantizer__dropout": False, "optimizer__max_norm": 1.0, "optimizer__learning_rate": 1e-2}
     recipe = tiny_recipe(**WITHOUT[part], **options)
     batch = batch_of(recipe)
-    trainer, state, _ = run(recipe, 600)
+    trainer, state, _ = run(recipe, 400)
     start = distance(trainer.export(fitted(trainer, batch["audio"])), batch["audio"])
     end = distance(trainer.export(state), batch["audio"])
     audio = np.asarray(batch["audio"])
