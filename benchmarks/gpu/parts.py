@@ -78,7 +78,7 @@ def training(folders: Folders, small: bool) -> list[str]:
         file = folders.models / "small.toml"
         file.write_text(SMALL_RECIPE)
         recipe, steps = str(file), "1"
-    return ["-m", "benchmarks.training", recipe, "--steps", steps, "--dtypes", "bfloat16", "float32"]
+    return ["-m", "benchmarks.training", recipe, "--steps", steps, "--precisions", "bfloat16", "highest"]
 
 
 def compare(folders: Folders, small: bool) -> list[str]:

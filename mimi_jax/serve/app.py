@@ -11,7 +11,7 @@ from typing import Any
 from mimi_jax.serve.limits import Access, Limits
 from mimi_jax.serve.metrics import Metrics
 from mimi_jax.serve.moving import from_bytes, to_bytes
-from mimi_jax.serve.sessions import KINDS, Session
+from mimi_jax.serve.sessions import KINDS, OPTIONS, Session
 from mimi_jax.serve.socket import BAD_DATA, BROKEN, GOING_AWAY, REFUSED, EndError, Socket
 from mimi_jax.streams.pool import Pool
 
@@ -99,7 +99,8 @@ class Server:
         except asyncio.CancelledError:
             return PlainTextResponse("the session ended before it could be detached", 409)
         assert self._key is not None
-        return Response(to_bytes(moved, self._pool.model, self._key), media_type="application/octet-stream")
+        data = to_bytes(moved, self._pool.model, self._pool.num_quantizers, self._key)
+        return Response(data, media_type="application/octet-stream")
 
     async def _open(self, websocket: Any) -> None:
         query = dict(websocket.query_params)
@@ -128,12 +129,13 @@ class Server:
     async def _make(self, kind: str, socket: Socket, query: dict[str, str]) -> Session:
         try:
             if kind in KINDS:
-                return KINDS[kind](socket, self._pool, query)
+                options = {name: query[name] for name in OPTIONS if name in query}  # not the token
+                return KINDS[kind](socket, self._pool, options)
             assert self._key is not None
             data = await socket.receive(self._limits.moved_bytes)
             if not isinstance(data, bytes):
                 raise ValueError("the first message must be what /detach gave")
-            moved = from_bytes(data, self._pool.model, self._key)
+            moved = from_bytes(data, self._pool.model, self._pool.num_quantizers, self._key)
             return KINDS[moved.kind](socket, self._pool, moved.options, moved)
         except ValueError as error:
             raise EndError(BAD_DATA, str(error), "bad") from error
@@ -220,12 +222,12 @@ async def serving(
 async def serve_until_signal(announce: Callable[[int], None], **options: Any) -> None:
     """Serve until Ctrl-C or SIGTERM. `announce` is called with the port; the rest is as for `serving`."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        async with serving(**options) as (_, port):
+    async with serving(**options) as (_, port):  # until it serves, both end the program at once
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        try:
             announce(port)
             await stop.wait()
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)

@@ -22,7 +22,10 @@ class Metrics:
             "mimi_step_seconds", "From the start of a step to its results", buckets=BUCKETS, **half
         )
         self._delays = prometheus.Histogram(
-            "mimi_frame_delay_seconds", "From when a frame came to its result", buckets=BUCKETS, **half
+            "mimi_frame_delay_seconds",
+            "From when a frame was the next of its stream to its result",
+            buckets=BUCKETS,
+            **half,
         )
         self._late = prometheus.Counter("mimi_late_frames", "Frames that took longer than they last", **half)
         self._rows = prometheus.Gauge("mimi_rows", "Rows of the last step", **half)

@@ -33,11 +33,15 @@ class Moved(NamedTuple):
     codes: bytes  # of a code stream that do not make a frame yet
 
 
-def to_bytes(session: Moved, model: Mimi, key: bytes) -> bytes:
-    """A session, signed."""
+def to_bytes(session: Moved, model: Mimi, num_quantizers: int, key: bytes) -> bytes:
+    """A session, signed.
+
+    Args:
+        num_quantizers: codebooks of the server.
+    """
     arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(session.states, "/").items()}
     arrays |= {"pending": session.pending, "codes": np.frombuffer(session.codes, np.uint8)}
-    about = {"kind": session.kind, "options": session.options, "model": model_id(model, None)}
+    about = {"kind": session.kind, "options": session.options, "model": model_id(model, num_quantizers)}
     data = safetensors.numpy.save(
         {name: np.ascontiguousarray(array) for name, array in arrays.items()},
         {"format": FORMAT, "about": json.dumps(about)},
@@ -45,19 +49,22 @@ def to_bytes(session: Moved, model: Mimi, key: bytes) -> bytes:
     return hmac.digest(key, data, "sha256") + data
 
 
-def from_bytes(data: bytes, model: Mimi, key: bytes) -> Moved:
+def from_bytes(data: bytes, model: Mimi, num_quantizers: int, key: bytes) -> Moved:
     """The session that `to_bytes` gave.
 
     Raises:
-        ValueError: the signature is wrong, or the session is of another model.
+        ValueError: the signature is wrong, or the session is of another model or number of codebooks.
     """
     signature, data = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
     if not hmac.compare_digest(signature, hmac.digest(key, data, "sha256")):
         raise ValueError("the session was not signed with the key of this server")
     size = int.from_bytes(data[:8], "little")
     about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["about"])
-    if about["model"] != model_id(model, None):
-        raise ValueError("the session is of another model")
+    if about["model"] != model_id(model, num_quantizers):
+        raise ValueError(
+            "the session is of another model, or its server had another --num-quantizers than this one,"
+            f" {num_quantizers}"
+        )
     arrays = safetensors.numpy.load(data)
     pending, codes = arrays.pop("pending"), arrays.pop("codes").tobytes()
     halves = {name.split("/")[0] for name in arrays}

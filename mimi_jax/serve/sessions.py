@@ -70,7 +70,9 @@ class Session(abc.ABC):
         except RuntimeError as error:
             raise EndError(BROKEN, str(error), "broken") from error
         finally:
-            if self._leaving is not None and not self._leaving.done():
+            # From here on `detach` finds that it is too late.
+            self._leaving = self._leaving or asyncio.get_running_loop().create_future()
+            if not self._leaving.done():
                 self._leaving.cancel()
         await self._socket.close(NORMAL, "the stream has ended")
 
@@ -79,7 +81,11 @@ class Session(abc.ABC):
         self._socket.interrupt()
 
     async def detach(self) -> Moved:
-        """End the session here. Returns what it needs to go on elsewhere."""
+        """End the session here. Returns what it needs to go on elsewhere.
+
+        Raises:
+            asyncio.CancelledError: the session ended before.
+        """
         self._leaving = self._leaving or asyncio.get_running_loop().create_future()
         self._socket.interrupt()
         return await asyncio.shield(self._leaving)
@@ -105,6 +111,11 @@ class Session(abc.ABC):
         assert self._leaving is not None
         self._leaving.set_result(Moved(self.kind, self._options, states, pending, codes))
 
+    @property
+    def _leaves(self) -> bool:
+        """Whether the session is to go on elsewhere, and has not come to its end."""
+        return self._leaving is not None and not self._socket.has_ended
+
     def _state(self, half: str) -> Any:
         return None if self._moved is None else self._moved.states[half]
 
@@ -122,8 +133,9 @@ class Session(abc.ABC):
     def _change(self, fields: dict[str, Any]) -> None:
         raise EndError(BAD_DATA, f"there is nothing to change: {', '.join(fields)}", "bad")
 
-    def _spec(self, count: int) -> CodeSpec:
-        return code_spec(self._pool.model, count)
+    async def _spec(self, count: int) -> CodeSpec:
+        # In a thread, because all codebooks are hashed.
+        return await asyncio.to_thread(code_spec, self._pool.model, count)
 
 
 class Encode(Session):
@@ -137,7 +149,7 @@ class Encode(Session):
 
     async def _run(self, encoder: EncoderSession) -> None:
         config, out = self._pool.model.config, bytearray()
-        writer = CodeStreamWriter(out.extend, self._spec(self._count))
+        writer = CodeStreamWriter(out.extend, await self._spec(self._count))
         if self._moved is not None:
             encoder.pending = self._moved.pending
             out.clear()  # the header went out before
@@ -147,7 +159,8 @@ class Encode(Session):
             if codes.shape[1]:
                 await self._write(writer, codes, codes.shape[1] * config.frame_size, out)
             await self._send(out)
-        if self._leaving is not None:
+        if self._leaves:
+            await self._send(out)  # the header, if there was no audio
             return self._leave(await self._detach(encoder), encoder.pending)
         length = encoder.pending.shape[1]
         codes = await encoder.flush()
@@ -206,7 +219,7 @@ class Decode(Session):
     kind = "decode"
 
     async def _serve(self) -> None:
-        parser = CodeStreamParser()
+        parser, is_checked = CodeStreamParser(), False
         if self._moved is not None:
             spec = self._options.get("spec")
             parser = CodeStreamParser(CodeSpec(**json.loads(spec)) if spec else None, self._moved.codes)
@@ -216,24 +229,29 @@ class Decode(Session):
                     self._change(message)
                     continue
                 for codes, length in parser.feed(message):
-                    await self._decode(decoder, parser, codes, length)
-            if self._leaving is None:
+                    if not is_checked:
+                        await self._check(parser)
+                        is_checked = True
+                    audio = await decoder.push(codes)
+                    await self._socket.send(to_pcm(audio[:, :length], self._format))
+            if parser.has_ended or self._socket.has_ended:
                 return parser.close()
+            if not self._leaves:  # the server stops, and the client has the audio of all frames
+                return None
             if parser.spec is not None:
                 self._options["spec"] = json.dumps(dataclasses.asdict(parser.spec))
             none = np.zeros((self._pool.model.config.audio_channels, 0), np.float32)
             self._leave({"decoder": await decoder.detach()}, none, parser.rest)
 
-    async def _decode(
-        self, decoder: DecoderSession, parser: CodeStreamParser, codes: np.ndarray, length: int
-    ) -> None:
+    async def _check(self, parser: CodeStreamParser) -> None:
+        """Refuse codes that this server cannot decode."""
         assert parser.spec is not None
-        if len(codes) > self._pool.num_quantizers or parser.spec != self._spec(len(codes)):
+        count = parser.spec.num_codebooks
+        if count > self._pool.num_quantizers or parser.spec != await self._spec(count):
             raise EndError(BAD_DATA, "the codes are of another model, or of more codebooks", "bad")
-        audio = await decoder.push(codes)
-        await self._socket.send(to_pcm(audio[:, :length], self._format))
 
 
+OPTIONS = ("format", "num_quantizers")  # of the address of a session
 KINDS: dict[str, type[Session]] = {kind.kind: kind for kind in (Encode, Decode, Loopback)}
 
 

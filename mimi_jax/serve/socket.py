@@ -12,6 +12,7 @@ from mimi_jax.serve.limits import Limits
 # Why a connection closes (RFC 6455, section 7.4.1).
 NORMAL, GOING_AWAY, BAD_DATA, REFUSED, TOO_BIG, BROKEN, TRY_LATER = 1000, 1001, 1007, 1008, 1009, 1011, 1013
 MAX_REASON_BYTES = 123  # of a close frame
+DRAIN_SECONDS = 1.0
 
 
 class EndError(Exception):
@@ -34,17 +35,25 @@ class Socket:
     Args:
         websocket: Starlette's, accepted.
         limits: of the session.
+
+    Attributes:
+        has_ended: whether the client has ended its stream.
     """
 
     def __init__(self, websocket: Any, limits: Limits):
         self._websocket, self._limits = websocket, limits
+        self.has_ended = False
         self._until = time.monotonic() + limits.total_seconds
-        self._interrupted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # When `receive` stops taking messages, in seconds of `time.monotonic`.
+        self._interrupted: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
     def interrupt(self) -> None:
-        """Let `receive` return None, as if the client had ended its stream."""
+        """Let `receive` return None after the messages that have come, as if the client had ended its stream.
+
+        A client that never pauses is interrupted after `DRAIN_SECONDS`.
+        """
         if not self._interrupted.done():
-            self._interrupted.set_result(None)
+            self._interrupted.set_result(time.monotonic() + DRAIN_SECONDS)
 
     async def receive(self, most: int | None = None) -> bytes | dict[str, Any] | None:
         """The next message: bytes, or an object in JSON; None at the end.
@@ -57,8 +66,7 @@ class Socket:
         Raises:
             EndError: the client went away, sent something else, or the session is over its limits.
         """
-        left = min(self._limits.idle_seconds, self._until - time.monotonic())
-        message = await self._next_message(left)
+        message = await self._next_message()
         if message is None:
             return None
         if message["type"] == "websocket.disconnect":
@@ -67,20 +75,29 @@ class Socket:
             most = self._limits.message_bytes if most is None else most
             if len(data) > most:
                 raise EndError(TOO_BIG, f"a message has at most {most} bytes", "big")
+            self.has_ended = not data
             return data or None
         fields: Any = None
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             fields = json.loads(message["text"])
         if isinstance(fields, dict):
-            return None if fields.get("end") else fields
+            self.has_ended = bool(fields.get("end"))
+            return None if self.has_ended else fields
         raise EndError(BAD_DATA, "a message of text must be an object in JSON", "bad")
 
-    async def _next_message(self, seconds: float) -> dict[str, Any] | None:
+    async def _next_message(self) -> dict[str, Any] | None:
         """The next message; None if `interrupt` was called."""
+        # A client that never pauses has a message waiting whenever it is asked for one.
+        now = time.monotonic()
+        if now >= self._until:
+            raise self._too_long()
+        if self._interrupted.done() and now >= self._interrupted.result():
+            return None
         receiving = asyncio.ensure_future(self._websocket.receive())
         waiting: set[asyncio.Future[Any]] = {receiving, self._interrupted}
         try:
-            done, _ = await asyncio.wait(waiting, timeout=max(0.0, seconds), return_when=FIRST_COMPLETED)
+            seconds = min(self._limits.idle_seconds, self._until - now)
+            done, _ = await asyncio.wait(waiting, timeout=seconds, return_when=FIRST_COMPLETED)
         finally:
             receiving.cancel()
         if receiving in done:
@@ -88,8 +105,11 @@ class Socket:
         if done:
             return None
         if time.monotonic() >= self._until:
-            raise EndError(REFUSED, f"a session lasts at most {self._limits.total_seconds:g} s", "long")
+            raise self._too_long()
         raise EndError(REFUSED, f"no message came for {self._limits.idle_seconds:g} s", "idle")
+
+    def _too_long(self) -> EndError:
+        return EndError(REFUSED, f"a session lasts at most {self._limits.total_seconds:g} s", "long")
 
     async def send(self, data: bytes) -> None:
         """Send bytes, if there are any.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimi_jax.boundary import transfers_allowed
+from mimi_jax.boundary import check_state, transfers_allowed
 from mimi_jax.model import DecoderState, EncoderState, Mimi, decode_step, encode_step
 from mimi_jax.nn.quantizer import Codebook
 from mimi_jax.streams.push import fresh_state, half_of, join_rings, split_rings
@@ -64,13 +64,17 @@ class Batch:
 
         Raises:
             PoolFullError: all rows are taken.
+            ValueError: the state is of another model or half, or of several streams.
         """
+        stream = self._fresh
+        if state is not None:
+            stream = split_rings(state)
+            check_state(stream, self._fresh)
         if not self._free:
             raise PoolFullError(
                 f"all {self._rows} rows are taken; try again later, or start a pool of more rows"
             )
         row = self._free.pop()
-        stream = self._fresh if state is None else split_rings(state)
         with transfers_allowed():
             self._state = _put(*self._state, np.array([row], np.int32), stream)
         return row

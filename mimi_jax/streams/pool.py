@@ -77,7 +77,8 @@ class Pool:
 
         Args:
             num_quantizers: codebooks, the first ones; None for all of the pool's.
-            state: of a stream that continues, from `detach` or `take_rows`; None for a fresh one.
+            state: of a stream that continues, from `detach` or `take_rows`; None for a fresh one. If it
+                does not fit, `async with` raises ValueError.
         """
         return EncoderSession(self, self._half("encoder"), num_quantizers, state)
 
@@ -122,6 +123,7 @@ class _Session:
 
     async def __aexit__(self, *_: object) -> None:
         self._end = "the session has ended"
+        self._stream.fail(RuntimeError(self._end))  # a push of another task
         self._half.streams.discard(self._stream)
         self._half.batch.give_back(self._stream.row)
 
@@ -130,7 +132,11 @@ class _Session:
             self._half.batch.give_back(taking.result())
 
     async def detach(self) -> StreamState:
-        """End the session. Returns the state of its stream, of one row, for a session of another pool."""
+        """End the session. Returns the state of its stream, of one row, for a session of another pool.
+
+        Raises:
+            RuntimeError: the session has ended, or a push of it is not done.
+        """
         self._check()
         self._end = "the session was detached"
         return await self._half.threads.start(functools.partial(self._half.batch.copy, self._stream.row))
@@ -139,6 +145,8 @@ class _Session:
         self._half.check()
         if self._end:
             raise RuntimeError(self._end)
+        if self._stream.is_pushing:
+            raise RuntimeError("another push of this session is not done; await it first")
 
     async def _submit(self, frames: list[np.ndarray]) -> list[np.ndarray]:
         """The results of frames, which take part in as many steps."""
@@ -221,9 +229,10 @@ class EncoderSession(_Session):
         return self._join(await self._submit([frame]))
 
     def _join(self, codes: list[np.ndarray]) -> np.ndarray:
-        if len(codes) != 1:
-            codes = [np.concatenate([np.zeros((self._pool.num_quantizers, 0), np.int32), *codes], axis=1)]
-        return codes[0][: self.num_quantizers]
+        if len(codes) == 1:
+            return codes[0][: self.num_quantizers].copy()  # it would keep the results of the whole step
+        empty = np.zeros((self._pool.num_quantizers, 0), np.int32)
+        return np.concatenate([empty, *codes], axis=1)[: self.num_quantizers]
 
 
 def _in_frames(array: np.ndarray, size: int) -> list[np.ndarray]:
@@ -260,6 +269,6 @@ class DecoderSession(_Session):
         padded[: len(array)] = array
         audio = await self._submit(_in_frames(padded, 1))
         if len(audio) == 1:
-            return audio[0]
+            return audio[0].copy()  # as above
         empty = np.zeros((pool.model.config.audio_channels, 0), np.float32)
         return np.concatenate([empty, *audio], axis=1)

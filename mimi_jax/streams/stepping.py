@@ -41,14 +41,16 @@ class Step(NamedTuple):
 class Threads:
     """Threads around the compiled programs of a half.
 
-    One starts steps and changes rows, so these never meet. The others wait for results.
+    One starts steps and changes rows, so these never meet. If two steps may be in flight, another one waits
+    for results. It is one thread for all steps, so their results come in the order of the steps.
     """
 
     def __init__(self) -> None:
         self.steps = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
         self._starter = concurrent.futures.ThreadPoolExecutor(1, "mimi-step")
-        waiters = concurrent.futures.ThreadPoolExecutor(self.steps, "mimi-result")
-        self._waiters = waiters if self.steps > 1 else None
+        self._waiter = None
+        if self.steps > 1:
+            self._waiter = concurrent.futures.ThreadPoolExecutor(1, "mimi-result")
 
     def start(self, call: Callable[[], Result]) -> "asyncio.Future[Result]":
         """Make a call after the calls before it."""
@@ -59,16 +61,16 @@ class Threads:
         values, or with what went wrong.
         """
         give = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, deliver)
-        if self._waiters is None:
+        if self._waiter is None:
             self._starter.submit(_give, give, lambda: _fetch(call()))
         else:
             started = self._starter.submit(call)
-            self._waiters.submit(_give, give, lambda: _fetch(started.result()))
+            self._waiter.submit(_give, give, lambda: _fetch(started.result()))
 
     def close(self) -> None:
         self._starter.shutdown()
-        if self._waiters is not None:
-            self._waiters.shutdown()
+        if self._waiter is not None:
+            self._waiter.shutdown()
 
 
 def _give(give: Callable[[Any], object], call: Callable[[], np.ndarray]) -> None:
@@ -102,10 +104,15 @@ class Stream:
         self._num_pushed = 0
         self._done: asyncio.Future[list[np.ndarray]] | None = None
 
+    @property
+    def is_pushing(self) -> bool:
+        return self._done is not None and not self._done.done()
+
     def push(self, frames: list[np.ndarray]) -> "asyncio.Future[list[np.ndarray]]":
-        """Returns the results of frames, of which there is at least one, when all of them are there."""
-        if self._done is not None and not self._done.done():
-            raise RuntimeError("another push of this session is not done; await it first")
+        """Returns the results of frames, of which there is at least one, when all of them are there.
+
+        The push before must be done.
+        """
         self.frames.extend(frames)
         self._results, self._num_pushed, self.since = [], len(frames), time.monotonic()
         self._done = asyncio.get_running_loop().create_future()
@@ -119,7 +126,7 @@ class Stream:
     def give(self, result: np.ndarray) -> None:
         """The result of the frame that was taken first among those without one."""
         self._results.append(result)
-        # A push that is done already was cancelled with its task.
+        # A push that is done already was cancelled with its task, or has failed.
         if len(self._results) == self._num_pushed and self._done is not None and not self._done.done():
             self._done.set_result(self._results)
 

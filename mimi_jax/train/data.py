@@ -18,6 +18,7 @@ from mimi_jax.files.remote import is_remote, read_whole
 from mimi_jax.train.recipe import DataRecipe
 
 MAX_DRAWS = 1000  # that fail one after another; then nearly all clips are bad
+SHORTEST_WITH_FEATURES = 0.32  # seconds, in which two vectors are half of 12.5 Hz
 
 
 class Sampler:
@@ -133,7 +134,7 @@ def read_features(clip: Clip, start: float, seconds: float) -> np.ndarray:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file does not hold such features, or they are not finite.
+        ValueError: the file does not hold such features, they are not finite, or the clip is too short.
     """
     assert clip.features is not None
     try:
@@ -145,9 +146,14 @@ def read_features(clip: Clip, start: float, seconds: float) -> np.ndarray:
         raise ValueError(f"{clip.features} is not a .npy file of numbers: {error}") from error
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"{clip.features} must hold features [vectors, dim], got {list(features.shape)}")
-    rate = len(features) / (clip.num_samples / clip.sampling_rate)
+    length = clip.num_samples / clip.sampling_rate
+    if length < SHORTEST_WITH_FEATURES:
+        raise ValueError(
+            f"{clip.features} is of a clip of {length:.2g} s, and the rate of its features is not clear below"
+            f" {SHORTEST_WITH_FEATURES:g} s"
+        )
     # A teacher leaves out a vector or two at the end, so its true rate is the nearest multiple of 12.5 Hz.
-    rate = round(rate / 12.5) * 12.5
+    rate = round(len(features) / length / 12.5) * 12.5
     numbers = np.arange(round(seconds * rate)) + round(start * rate)
     vectors = np.asarray(features[np.minimum(numbers, len(features) - 1)], np.float32)
     if not np.isfinite(vectors).all():

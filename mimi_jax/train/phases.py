@@ -36,7 +36,7 @@ def conv_general_dilated(
     batch, height, width, channels = x.shape
     (rows, (before, after)), (_, stride), (_, length, _, filters) = padding, strides, kernel.shape
     columns = (width + before + after - length) // stride + 1  # of the result
-    together = 2 if channels * stride <= FEW_CHANNELS else 1
+    together = 2 if stride == 1 and channels <= FEW_CHANNELS else 1
     phases = stride * together
     taps = ceil_div(phases - stride + length, phases)  # of each phase; some may be zeros
     steps = ceil_div(columns, together) - 1 + taps

@@ -6,19 +6,23 @@ import functools
 import json
 import random
 import struct
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
 from mimi_jax.model import decode, decode_step, encode
+from mimi_jax.serve import socket as socket_module
 from mimi_jax.serve.app import Server, serving
 from mimi_jax.serve.limits import Access, Limits
+from mimi_jax.serve.socket import EndError, Socket
 from mimi_jax.streams.pool import Pool
 from mimi_jax.streams.wire import CodeStreamParser
 from tests.models import load_fixture, relative_error
@@ -33,10 +37,12 @@ def run(test: Coroutine[Any, Any, Any]) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def server(rows: int = 8, **options: Any) -> AsyncIterator[tuple[Server, str]]:
+async def server(
+    rows: int = 8, num_quantizers: int | None = None, **options: Any
+) -> AsyncIterator[tuple[Server, str]]:
     """A server, and its address without the scheme."""
     settings = {"limits": Limits(), "access": Access(), "key": KEY} | options
-    make_pool = functools.partial(Pool, MODEL, rows)
+    make_pool = functools.partial(Pool, MODEL, rows, num_quantizers)
     async with serving(make_pool, 0.08, host="127.0.0.1", port=0, **settings) as (found, port):
         yield found, f"127.0.0.1:{port}"
 
@@ -172,8 +178,9 @@ def post(address: str, path: str) -> bytes:
         return answer.read()
 
 
+@pytest.mark.parametrize("is_begun", [True, False])
 @pytest.mark.parametrize("kind", ["encode", "decode", "loopback"])
-def test_a_stream_goes_on_on_another_server(kind: str):
+def test_a_stream_goes_on_on_another_server(kind: str, is_begun: bool):
     samples = pcm(3, 11 * FRAME + 3)
 
     async def stream_of(address: str) -> bytes:
@@ -194,12 +201,14 @@ def test_a_stream_goes_on_on_another_server(kind: str):
                     await opened(socket)
                     await socket.send(data)
                     whole = await received(socket)
-            cut = len(data) // 2 // 2 * 2
-            async with connect(f"ws://{first}/{kind}") as socket:
+            cut = len(data) // 2 // 2 * 2 if is_begun else 0
+            async with connect(f"ws://{first}/{kind}?token=secret") as socket:
                 about = await opened(socket)
-                await socket.send(data[:cut])
+                if is_begun:
+                    await socket.send(data[:cut])
                 await asyncio.sleep(0.3)
                 moved = await asyncio.to_thread(post, first, f"/detach/{about['session']}")
+                assert b"secret" not in moved
                 before = await received(socket)
             async with connect(f"ws://{second}/attach") as socket:
                 await socket.send(moved)
@@ -307,6 +316,93 @@ def test_a_server_that_stops_gives_the_last_frames():
     codes, length = parse(run(test()))
     assert length == len(samples)
     np.testing.assert_array_equal(codes, codes_alone(samples))
+
+
+def test_a_stream_does_not_go_on_with_other_codebooks():
+    async def test() -> None:
+        async with server() as (_, first), server(num_quantizers=3) as (_, second):
+            async with connect(f"ws://{first}/loopback") as socket:
+                session = (await opened(socket))["session"]
+                moved = await asyncio.to_thread(post, first, f"/detach/{session}")
+            async with connect(f"ws://{second}/attach") as socket:
+                await socket.send(moved)
+                status, reason = await refusal(socket)
+            assert status == 1007 and reason.endswith("another --num-quantizers than this one, 3")
+
+    run(test())
+
+
+def test_a_stream_that_has_ended_cannot_be_detached(monkeypatch: pytest.MonkeyPatch):
+    """Neither when its end has come during a step, nor when it is over."""
+    samples, may_step = pcm(7, 2 * FRAME), threading.Event()
+
+    async def test() -> bytes:
+        async with server() as (found, address), connect(f"ws://{address}/encode") as socket:
+            about = await opened(socket)
+            session, batch = found._sessions[about["session"]], found._pool._halves["encoder"].batch
+            step = batch.step
+
+            def late(frames: Mapping[int, np.ndarray]) -> jax.Array:
+                assert may_step.wait(60)
+                return step(frames)
+
+            monkeypatch.setattr(batch, "step", late)
+            await socket.send(samples.tobytes())
+            await socket.send(b"")
+            await asyncio.sleep(0.2)
+            detaching = asyncio.ensure_future(session.detach())
+            await asyncio.sleep(0.1)
+            may_step.set()
+            stream = await received(socket)
+            for late in (detaching, session.detach()):
+                with pytest.raises(asyncio.CancelledError):
+                    await late
+            return stream
+
+    np.testing.assert_array_equal(parse(run(test()))[0], codes_alone(samples))
+
+
+def test_a_server_that_stops_ends_a_decoder_quietly():
+    async def test() -> bytes:
+        async with server() as (found, address):
+            async with connect(f"ws://{address}/encode") as socket:
+                await opened(socket)
+                await socket.send(pcm(8, 3 * FRAME).tobytes())
+                await socket.send(b"")
+                stream = await received(socket)
+            async with connect(f"ws://{address}/decode") as socket:
+                await opened(socket)
+                await socket.send(stream[:-1])  # without its end
+                await asyncio.sleep(0.2)
+                audio, _ = await asyncio.gather(received(socket), found.stop())
+                return audio
+
+    assert len(run(test())) == 2 * 3 * FRAME
+
+
+class Flood:
+    """A client that never pauses."""
+
+    async def receive(self) -> dict[str, Any]:
+        return {"type": "websocket.receive", "bytes": bytes(2)}
+
+
+def test_a_client_that_never_pauses_is_ended_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(socket_module, "DRAIN_SECONDS", 0.05)
+
+    async def test() -> None:
+        flooded = Socket(Flood(), Limits())
+        flooded.interrupt()
+        number = 0
+        while await flooded.receive() is not None:  # what has come still counts
+            number += 1
+        assert number > 0 and not flooded.has_ended
+        flooded = Socket(Flood(), Limits(total_seconds=0.05))
+        with pytest.raises(EndError, match=r"a session lasts at most 0\.05 s"):
+            while await flooded.receive():
+                pass
+
+    run(test())
 
 
 def get(address: str, path: str, headers: dict[str, str] | None = None) -> tuple[int, bytes, Any]:

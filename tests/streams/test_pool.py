@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 import threading
+import time
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from mimi_jax.model import decode, encode
+from mimi_jax.streams import stepping
 from mimi_jax.streams.batch import Batch, PoolFullError
 from mimi_jax.streams.pool import Pool, Step
 from tests.models import check_ties, load_fixture, relative_error
@@ -173,6 +175,74 @@ def test_a_session_goes_on_in_another_pool():
     check_codes(run(test()), audio)
 
 
+def test_two_steps_in_flight_give_their_results_in_order(monkeypatch: pytest.MonkeyPatch):
+    fetch, slow = stepping._fetch, [True, False] * 10
+
+    def fetch_late(array: jax.Array) -> np.ndarray:
+        if slow.pop():
+            time.sleep(0.05)
+        return fetch(array)
+
+    monkeypatch.setattr(stepping, "IN_FLIGHT_ON_CPU", 2)
+    monkeypatch.setattr(stepping, "_fetch", fetch_late)
+
+    async def test() -> np.ndarray:
+        async with Pool(MODEL, rows=2) as pool, pool.encoder() as session:
+            return await session.push(SPEECH[: 8 * FRAME])
+
+    np.testing.assert_array_equal(run(test()), codes_alone(SPEECH[: 8 * FRAME]))
+
+
+def test_a_session_that_is_left_ends_the_push_of_another_task():
+    async def test() -> None:
+        async with Pool(MODEL, rows=2) as pool:
+            async with pool.encoder() as session:
+                pushing = asyncio.create_task(session.push(SPEECH[: 3 * FRAME]))
+                await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="the session has ended"):
+                await pushing
+
+    run(test())
+
+
+def test_a_session_does_one_thing_at_a_time():
+    audio = SPEECH[: 5 * FRAME + 3]
+
+    async def test() -> np.ndarray:
+        async with Pool(MODEL, rows=2) as pool, pool.encoder() as session:
+            first = asyncio.create_task(session.push(audio[: 2 * FRAME + 1]))
+            await asyncio.sleep(0)
+            for call in (lambda: session.push(audio), session.flush, session.detach):
+                with pytest.raises(RuntimeError, match="another push of this session is not done"):
+                    await call()
+            rest = [await first, await session.push(audio[2 * FRAME + 1 :]), await session.flush()]
+            return np.concatenate(rest, axis=1)
+
+    check_codes(run(test()), audio)
+
+
+def test_a_state_that_does_not_fit_costs_no_row():
+    async def test() -> None:
+        async with Pool(MODEL, rows=1) as pool:
+            for state in (MODEL.init_encoder_state(2), MODEL.init_decoder_state(1)):
+                with pytest.raises(ValueError, match="the state must be of this model, this half"):
+                    await pool.encoder(state=state).__aenter__()
+            async with pool.encoder() as session:
+                await session.push(SPEECH[:FRAME])
+
+    run(test())
+
+
+def test_a_result_does_not_keep_those_of_other_sessions():
+    async def test() -> None:
+        async with Pool(MODEL, rows=2) as pool, pool.encoder(2) as encoder, pool.decoder() as decoder:
+            codes = await encoder.push(SPEECH[:FRAME])
+            for array in (codes, await decoder.push(codes)):
+                assert array.base is None and array.flags.writeable
+
+    run(test())
+
+
 def test_rows_are_taken_and_given_back():
     async def test() -> None:
         async with Pool(MODEL, rows=16) as pool:
@@ -233,11 +303,6 @@ def test_what_is_wrong_costs_one_session_nothing():
                     await decoder.push(np.zeros((4, 1), int))
                 with pytest.raises(ValueError, match="must lie in"):
                     await decoder.push(np.full((2, 1), MODEL.config.codebook_size))
-                first = asyncio.create_task(session.push(clip(2)))
-                await asyncio.sleep(0)
-                with pytest.raises(RuntimeError, match="another push of this session is not done"):
-                    await session.push(audio)
-                await first
             with pytest.raises(RuntimeError, match="the session has ended"):
                 await session.push(audio)
 

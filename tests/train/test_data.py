@@ -192,6 +192,14 @@ def test_nothing_but_unreadable_crops_is_an_error(data: Path):
         sampler(0, np.random.default_rng(0))
 
 
+def test_the_rate_of_features_of_a_very_short_clip_is_not_clear(data: Path):
+    np.save(data / "0.npy", np.zeros((4, 2), np.float32))
+    soundfile.write(data / "short.wav", np.zeros(1600), 16_000)
+    clips = find_clips(write_manifest(data, {"path": "short.wav", "features": "0.npy"})).clips
+    with pytest.raises(ValueError, match=r"is of a clip of 0\.1 s, .* is not clear below 0\.32 s"):
+        read_features(clips[0], 0.0, 0.4)
+
+
 @pytest.mark.parametrize(
     ("features", "error"),
     [

@@ -1,5 +1,6 @@
 """The parts run one after the other, whatever happens in them."""
 
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_cases_and_systems_exist():
 def test_the_limits_leave_time_for_the_last_part():
     others = [part.seconds for name, part in PARTS.items() if name != "compare"]
     assert sum(others) <= 400
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "tests"])
+def test_parts_name_options_that_exist(name: str, tmp_path: Path):
+    """On a GPU, a wrong one would be found when it is too late."""
+    module, *words = PARTS[name].words(Folders(tmp_path, tmp_path), True)[1:]
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text()
+    assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
 
 
 @pytest.mark.slow
