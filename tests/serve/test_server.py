@@ -354,9 +354,9 @@ def test_a_stream_that_has_ended_cannot_be_detached(monkeypatch: pytest.MonkeyPa
             await asyncio.sleep(0.1)
             may_step.set()
             stream = await received(socket)
-            for late in (detaching, session.detach()):
+            for attempt in (detaching, session.detach()):
                 with pytest.raises(asyncio.CancelledError):
-                    await late
+                    await attempt
             return stream
 
     np.testing.assert_array_equal(parse(run(test()))[0], codes_alone(samples))
