@@ -115,9 +115,9 @@ class ExportedMimi:
         batch, _, frames = codes.shape
         if frames > self.metadata.frames:
             raise ValueError(f"this file takes up to {self.metadata.frames} frames of codes, got {frames}")
-        if padding_mask is None:
-            padding_mask = jnp.ones((batch, frames * size), bool)
-        mask = check_mask(padding_mask, batch)[0][:, : frames * size]
+        given = jnp.ones((batch, max(frames, 1) * size), bool) if padding_mask is None else padding_mask
+        mask, lengths = check_mask(given, batch)
+        mask = (jnp.arange(mask.shape[1])[None] < lengths[:, None])[:, : frames * size]
         num_samples, missing = mask.shape[1], self.metadata.frames - frames
         codes = jnp.pad(codes, ((0, 0), (0, 0), (0, missing)))
         mask = jnp.pad(mask, ((0, 0), (0, self.metadata.frames * size - num_samples)))

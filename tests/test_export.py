@@ -86,6 +86,18 @@ def test_rows_of_unequal_length(codec: ExportedMimi):
     assert not np.any(decoded[0, :, 4 * FRAME + 1 :])
 
 
+def test_corners_of_decode(codec: ExportedMimi):
+    """No frames at all, and a mask that is longer than the codes and has a hole where they end."""
+    codes = np.asarray(CLIP.audio_codes)
+    assert codec.decode(codes[:, :, :0]).audio_values.shape == (len(codes), 1, 0)
+    mask = np.ones((len(codes), 9 * FRAME), bool)
+    mask[:, 4 * FRAME - 3 : 6 * FRAME] = False
+    decoded, wanted = (
+        f(codes[:, :, :4], mask).audio_values for f in (codec.decode, functools.partial(decode, MODEL))
+    )
+    assert decoded.shape == wanted.shape and relative_error(decoded, wanted) < 1e-5
+
+
 def test_steps(codec: ExportedMimi):
     """A stream whose rows pause and end, in the file and in the model."""
     states: list[Any] = [codec.init_encoder_state(), codec.init_decoder_state()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mimi_jax.checkpoint.find import find
+from mimi_jax.checkpoint.find import ORBAX_FOLDER, find
 from mimi_jax.checkpoint.int8 import check_weights, halves_of, to_int8, weights_of
 from mimi_jax.checkpoint.layouts import LAYOUTS, recognize
 from mimi_jax.checkpoint.layouts.files import ModelFiles
 from mimi_jax.checkpoint.layouts.int8 import config_fields, stored_weights
 from mimi_jax.checkpoint.parameters import abstract_model, check_kept, keep_codebooks
 from mimi_jax.config import MimiConfig
+from mimi_jax.files.arrays import ORBAX_MARK
 from mimi_jax.files.atomic import atomic_path
 from mimi_jax.model import HALVES, Mimi
 
@@ -69,7 +71,7 @@ def _read_int8(
 def _read_config(files: ModelFiles, encoder: bool, decoder: bool) -> tuple[MimiConfig, dict[str, bool]]:
     """The configuration of a stored model (the published one for a lone file), and which halves to load."""
     file = files.config_path
-    if not file.is_file():
+    if not files.has_config:
         if files.path.is_dir():
             raise FileNotFoundError(f"{files.path}: a model folder holds a config.json, found none")
         return MimiConfig(), {"encoder": encoder, "decoder": decoder}
@@ -107,6 +109,8 @@ def save(model: Mimi, folder: str | Path, layout: str | None = None) -> None:
         )
     folder = Path(os.path.expanduser(folder))
     LAYOUTS[layout].write(model, folder)
+    if layout != "flax" and (folder / ORBAX_FOLDER / ORBAX_MARK).exists():
+        shutil.rmtree(folder / ORBAX_FOLDER)  # of a model that was here before; `load` would prefer it
     absent = {f"{half}_config": None for half in HALVES if getattr(model, half) is None}
     fields = model.config.to_dict() | absent | config_fields(model)
     with atomic_path(folder / "config.json") as file:

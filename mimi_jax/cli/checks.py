@@ -97,16 +97,20 @@ def check_is_no_pipe(path: Path) -> None:
         )
 
 
-def check_output(path: Path, source: Path) -> None:
-    """Fail early if `path` is the input, which would be overwritten, or if it could not be written later."""
-    if path.exists() and source != PIPE and path.samefile(source):
+def check_output(path: Path, source: Path | str) -> None:
+    """Fail early if `path` is the input, which would be overwritten, or if it could not be written later.
+
+    Args:
+        source: a path, or a URL as text.
+    """
+    if path.exists() and isinstance(source, Path) and source != PIPE and path.samefile(source):
         raise UsageError(f"{path} is the input and would be overwritten; name another output with -o")
     if path.exists() and not path.is_file():
         raise OSError(f"cannot write {path}: it is a folder or a device; name a file")
     check_folder(path)
 
 
-def check_picture(path: Path, output: Path, source: Path) -> None:
+def check_picture(path: Path, output: Path, source: Path | str) -> None:
     """`check_output` of the picture beside `output`. It may replace only the picture of an older output."""
     check_output(path, source)
     if path.exists() and not output.exists():

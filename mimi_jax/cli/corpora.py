@@ -159,7 +159,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     visqol = not arguments.no_visqol
-    check_installed("evaluate", "matplotlib", "pystoi", *["visqol"] * visqol)
+    check_installed("evaluate", "matplotlib", "pystoi", *["visqol", "ai_edge_litert"] * visqol)
     from mimi_jax.files.corpus import find_clips
     from mimi_jax.model import Mimi
     from mimi_jax.quality import evaluation
@@ -168,8 +168,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if isinstance(arguments.data, Path):
         check_is_no_pipe(arguments.data)
     if output is not None:
-        check_output(output, Path(arguments.data))
-        check_picture(output.with_suffix(".png"), output, Path(arguments.data))
+        check_output(output, arguments.data)
+        check_picture(output.with_suffix(".png"), output, arguments.data)
     corpus = find_clips(arguments.data, arguments.include)
     model = Mimi.from_pretrained(arguments.model)
     config = model.config

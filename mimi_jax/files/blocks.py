@@ -69,8 +69,12 @@ class _RemoteFile(SeekableFile):
 
     def _opened_range(self) -> Callable[[int, int], bytes]:
         """What reads a range of the version that is opened now, where the service has versions."""
+        import fsspec.spec
+
         opened = attempt(self._url, lambda: self._filesystem.open(self._path, "rb", cache_type="none"))
-        return getattr(opened, "_fetch_range", self._cat_range)
+        # Other files, such as those of file://, have one position for all threads.
+        is_safe = isinstance(opened, fsspec.spec.AbstractBufferedFile)
+        return opened._fetch_range if is_safe else self._cat_range
 
     def _cat_range(self, start: int, end: int) -> bytes:
         return self._filesystem.cat_file(self._path, start=start, end=end)

@@ -344,6 +344,11 @@ def printable(path: str | os.PathLike[str]) -> str:
     return encoded.decode("utf-8", "backslashreplace")
 
 
+def as_utf8(value: object) -> str:
+    """A value as text that can be written in UTF-8, which does not have half of a surrogate pair."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
 def expand_home(path: str | os.PathLike[str]) -> str:
     """Replace `~` or `~user` at the start of a path by the home folder, as a shell does.
 

@@ -126,6 +126,8 @@ def _measure(
     for clip, scorer in zip(clips, itertools.cycle(scorers), strict=False):
         try:
             coded = _code(model, clip, counts, shortest)
+        except ConnectionError:  # without a part of the clips, the means would be others
+            raise
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # JAX's is a RuntimeError
             coded = LeftOut(clip.name, reason_of(error))
         if len(waiting) == len(scorers):  # the oldest clip is with the scorer whose turn it is

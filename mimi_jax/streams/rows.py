@@ -54,7 +54,7 @@ def take_rows(state: State, rows: ArrayLike | Sequence[int]) -> State:
 
     Raises:
         ValueError: `rows` are not integers in [0, batch). Inside `jit` their values are not known, and a row
-            outside the batch gives NaN.
+            outside the batch gives NaN, and the smallest number in integers.
     """
     return _take_rows(state, _check_numbers(rows, batch_size(state)))
 
@@ -114,4 +114,5 @@ def _check_numbers(rows: ArrayLike | Sequence[int], batch: int, distinct: bool =
             raise ValueError(f"rows must lie in [0, {batch}), got {values}")
         if distinct and len(set(values)) < len(values):
             raise ValueError(f"rows must be distinct, since each takes one stream, got {values}")
-    return jnp.atleast_1d(jnp.asarray(numbers, jnp.int32))
+    numbers = jnp.atleast_1d(jnp.asarray(numbers, jnp.int32))
+    return jnp.where(numbers < 0, batch, numbers)  # JAX would count negative ones from the end

@@ -184,7 +184,12 @@ class CodeStreamParser:
         assert self.spec is not None
         size = 1 + packed_size(self.spec.bits, self.spec.num_codebooks)  # of a packet
         frames, damage, start = [], None, 0
-        while damage is None and self.rest[start : start + 1] == b"F" and len(self.rest) >= start + size:
+        while (
+            not self.has_ended
+            and damage is None
+            and self.rest[start : start + 1] == b"F"
+            and len(self.rest) >= start + size
+        ):
             try:
                 frames.append(self._unpack(self.rest[start + 1 : start + size]))
             except ValueError as error:

@@ -46,10 +46,12 @@ def _is_wanted(item: Item) -> bool:
 def _fetch(item: Item, stop: threading.Event) -> Item:
     try:
         size = file_size(item.path) if item.size is None else item.size
+        if size is None:
+            raise ValueError("its server does not say how large it is")
         if size > LARGE_FILE:
             return item._replace(size=size)
         data = read_whole(item.path, size, stop)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # libraries of file systems raise errors of any kind
         return item._replace(problem=reason_of(error), is_transient=is_transient(error))
     return item._replace(data=data, size=len(data))
 

@@ -211,10 +211,11 @@ class Output:
             if retry_errors:
                 failed |= self._names("errors")
             if failed := failed & set(map(self.name, shards)):
+                # First, so that the output never says it is complete without them. `finish` counts again.
+                self._write_manifest(Totals(), 0)
                 for name in failed:
                     self._folder.delete(f"codes/{name}")
                     self._folder.delete(f"errors/{name}")
-                self._write_manifest(Totals(), 0)  # `finish` writes the true totals
                 counted = self._count(counted.keys() - failed)
         return set(counted)
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mimi_jax.files.corpus import as_utf8
+
 
 class Totals(NamedTuple):
     """Counts of one shard, or of several."""
@@ -71,6 +73,9 @@ class Failure(NamedTuple):
     is_transient: bool = False  # it may not come again, so that the next run tries once more
 
 
+MOST_CODES = 2**31 - 1  # of a column in one piece: days of audio with all codebooks
+
+
 @functools.cache
 def code_schema() -> Any:
     """The columns of a file of codes."""
@@ -93,6 +98,9 @@ def table_of_clips(clips: Sequence[TokenizedClip]) -> Any:
     import pyarrow as pa
 
     offsets = np.cumsum([0, *(clip.codes.size for clip in clips)])
+    if offsets[-1] > MOST_CODES:
+        half = len(clips) // 2
+        return pa.concat_tables([table_of_clips(clips[:half]), table_of_clips(clips[half:])])
     flat = np.concatenate([np.zeros(0, np.uint16), *(clip.codes.ravel() for clip in clips)])
     columns = [
         [clip.id for clip in clips],
@@ -110,5 +118,7 @@ def table_of_failures(failures: Sequence[Failure]) -> Any:
     """Failures as a table: a column for each field."""
     import pyarrow as pa
 
-    columns = map(list, zip(*failures, strict=True))
+    # A URL may hold half of a surrogate pair, which UTF-8 does not have.
+    clean = [failure._replace(reason=as_utf8(failure.reason)) for failure in failures]
+    columns = map(list, zip(*clean, strict=True))
     return pa.table(dict(zip(Failure._fields, columns, strict=True)))

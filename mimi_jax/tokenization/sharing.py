@@ -5,6 +5,7 @@ memory that both processes have, it is not copied on its way. Linux has such mem
 freed when no process has it open, however they end. Elsewhere, arrays go through pipes.
 """
 
+import contextlib
 import functools
 import math
 import mmap
@@ -16,6 +17,17 @@ import numpy as np
 
 SMALLEST = 2**16  # bytes; a pipe is as good for less
 MOST = 256  # arrays that a worker shares at once, since each is an open file, and a process may have 1,024
+
+
+def allow_open_files() -> None:
+    """Let this process have as many files open as the system allows: each array that it is handed is one."""
+    if not hasattr(os, "memfd_create"):
+        return
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Shared(NamedTuple):

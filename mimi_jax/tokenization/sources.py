@@ -18,6 +18,7 @@ from mimi_jax.files.containers.spans import read_at
 from mimi_jax.files.corpus import (
     AUDIO_SUFFIXES,
     UNREADABLE_SUFFIXES,
+    as_utf8,
     is_transient,
     printable,
     read_entries,
@@ -246,12 +247,27 @@ def _read_parquet(file: File, _: Counter[str]) -> Iterator[Item]:
                 )
             columns = [name for name in ("id", file.audio_column) if name in names]
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
-                for entry in batch.to_pylist():
-                    yield _row(file.path, row, entry.get("id"), entry[file.audio_column])
+                for entry in _entries(batch):
+                    if isinstance(entry, UnicodeDecodeError):
+                        yield Item(_identity(row), problem=f"its id or path is not UTF-8: {entry}")
+                    else:
+                        yield _row(file.path, row, entry.get("id"), entry[file.audio_column])
                     row += 1
     except Exception as error:  # a damaged file can cause errors of any kind
         reason = f"the file cannot be read from row {row} on: {error}"
         yield Item("", file.path, problem=reason, is_transient=is_transient(error))
+
+
+def _entries(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of a batch. What is not UTF-8 costs its row alone."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(batch)):
+            try:
+                yield from batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error
 
 
 def _row(path: str, row: int, identity: Any, audio: Any) -> Item:
@@ -270,8 +286,7 @@ def _row(path: str, row: int, identity: Any, audio: Any) -> Item:
 
 def _identity(*candidates: Any) -> str:
     """The first candidate that is not None, as text that can be written in UTF-8."""
-    found = next(candidate for candidate in candidates if candidate is not None)
-    return str(found).encode("utf-8", "backslashreplace").decode()
+    return as_utf8(next(candidate for candidate in candidates if candidate is not None))
 
 
 AUDIO_FILE = Kind(_read_audio_file)

@@ -22,7 +22,15 @@ from mimi_jax.files.blocks import CLIP, CROP, open_binary
 from mimi_jax.files.containers.spans import part_of
 from mimi_jax.files.corpus import SILENCE, is_transient, reason_of
 from mimi_jax.files.processes import Worker
-from mimi_jax.tokenization.sharing import Shared, can_share, open_shared, probe, release, share
+from mimi_jax.tokenization.sharing import (
+    Shared,
+    allow_open_files,
+    can_share,
+    open_shared,
+    probe,
+    release,
+    share,
+)
 from mimi_jax.tokenization.sources import Item
 
 PIECE_SECONDS = 30  # length of a piece
@@ -159,6 +167,7 @@ class _Worker:
     def __init__(self, target: Target):
         self._target, self.num_open, self._generation = target, 0, -1
         self._asked: dict[int, tuple[ClipReader, Future[Piece]]] = {}
+        allow_open_files()
         self._start()
 
     def _start(self) -> None:

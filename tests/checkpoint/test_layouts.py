@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mimi_jax import Mimi, MimiConfig, checkpoint
+from mimi_jax.checkpoint.int8 import to_int8
+from mimi_jax.checkpoint.layouts import LAYOUTS
+from mimi_jax.checkpoint.layouts.files import ModelFiles
 from mimi_jax.checkpoint.layouts.names import weight_table
 from tests.checkpoint.folders import (
     FLOAT_LAYOUTS,
@@ -47,6 +51,33 @@ def test_flax_layout_bit_for_bit(base: Path, tmp_path: Path):
     checkpoint.save(model, tmp_path / "flax", "flax")
     assert_same_model(Mimi.from_pretrained(tmp_path / "flax"), model)
     assert not (tmp_path / "flax" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("before", LAYOUTS)
+def test_the_model_that_was_saved_last_is_loaded(before: str, layout: str, base: Path, tmp_path: Path):
+    model = Mimi.from_pretrained(base)
+    older = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype == jnp.float32 else leaf, model)
+    older = to_int8(older) if before == "int8" else older
+    model = to_int8(model) if layout == "int8" else model
+    checkpoint.save(older, tmp_path, before)
+    checkpoint.save(model, tmp_path, layout)
+    assert_same_model(Mimi.from_pretrained(tmp_path), model)
+
+
+def test_one_parameter_twice_is_refused(tmp_path: Path):
+    config, tensors = read_fixture("kyutai")
+    name = "encoder.layers.0.conv.weight"
+    twice = tensors | {f"encoder.encoder_seanet.{name.removeprefix('encoder.')}": tensors[name]}
+    with pytest.raises(ValueError, match=f"and another tensor are both {name}; keep one of them"):
+        Mimi.from_pretrained(write(tmp_path / "twice", config, twice))
+
+
+def test_the_config_of_a_language_model_is_not_that_of_mimi(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"card": 2048, "mimi_name": "mimi.safetensors"}')
+    (tmp_path / "mimi.safetensors").touch()
+    files = ModelFiles(tmp_path / "mimi.safetensors")
+    assert not files.has_config and files.fields == {}
 
 
 NESTED = {

@@ -71,11 +71,12 @@ def test_rows_move_inside_jit():
     assert_equal(after, put_rows(state, 2, streams))
 
 
-def test_rows_outside_the_batch_inside_jit():
+@pytest.mark.parametrize("row", [4, -1])
+def test_rows_outside_the_batch_inside_jit(row: int):
     state = random_state(4)
-    taken = jax.jit(take_rows)(state, jnp.array([4]))
+    taken = jax.jit(take_rows)(state, jnp.array([row]))
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(taken) if leaf.dtype == jnp.float32)
-    assert_equal(jax.jit(put_rows)(state, jnp.array([4]), random_state(1)), state)
+    assert_equal(jax.jit(put_rows)(state, jnp.array([row]), random_state(1)), state)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from mimi_jax.files.codes import CodeSpec
-from mimi_jax.streams.wire import CodeStreamReader, CodeStreamWriter, Read, read_pcm, to_pcm
+from mimi_jax.streams.wire import (
+    CodeStreamParser,
+    CodeStreamReader,
+    CodeStreamWriter,
+    Read,
+    read_pcm,
+    to_pcm,
+)
 
 SPEC = CodeSpec(
     "0123456789abcdef", sampling_rate=24_000, frame_size=1920, codebook_size=2048, num_codebooks=8
@@ -299,6 +306,13 @@ def test_data_after_the_end(num_last: int, sizes: tuple[int, ...]):
     error = "the code stream goes on after its end; send only one stream through a pipe"
     for more in (b"\0", b"E", data):
         assert read_stream(pipe(data + more, *sizes)) == (frames, num_samples, error)
+
+
+def test_a_frame_after_the_end_is_refused_later_too():
+    data, parser = make_stream(num_frames=2), CodeStreamParser()
+    list(parser.feed(data))
+    with pytest.raises(ValueError, match="the code stream goes on after its end"):
+        list(parser.feed(data[-14:-1]))
 
 
 FIELDS = {"format": "mimi_jax.code_stream", "version": "1", **dataclasses.asdict(SPEC)}

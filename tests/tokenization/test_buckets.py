@@ -236,6 +236,22 @@ def test_a_bad_name_costs_one_clip(filesystem: Any):
     assert not any(item.is_transient for item in (first, second, third))
 
 
+def test_errors_of_any_kind_cost_one_clip(filesystem: Any, monkeypatch: pytest.MonkeyPatch):
+    for name in "12":
+        filesystem.pipe_file(f"bucket/kinds/{name}.wav", audio_bytes(noise_clip(300)))
+    filesystem.pipe_file("bucket/kinds/m.jsonl", b'{"path": "1.wav"}\n{"path": "2.wav"}\n')
+
+    def size(path: str) -> int | None:
+        if path.endswith("1.wav"):
+            raise NotImplementedError("no sizes here")
+        return None
+
+    monkeypatch.setattr(fetching, "file_size", size)
+    (shard,) = find_shards(["s3://bucket/kinds/m.jsonl"])
+    problems = [item.problem for item in read(shard)]
+    assert problems == ["NotImplementedError: no sizes here", "its server does not say how large it is"]
+
+
 def test_large_files_are_left_to_the_workers(filesystem: Any, monkeypatch: pytest.MonkeyPatch):
     filesystem.pipe_file("bucket/large/1.wav", audio_bytes(noise_clip(30_000)))
     filesystem.pipe_file("bucket/large/m.jsonl", b'{"path": "1.wav"}\n')

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mimi_jax.tokenization import records
 from mimi_jax.tokenization.dataset import read_codes, read_manifest
 from mimi_jax.tokenization.output import ROW_GROUP, Output
 from mimi_jax.tokenization.records import Failure, TokenizedClip, Totals
@@ -26,6 +27,17 @@ def row(number: int, frames: int = 3) -> TokenizedClip:
 
 def open_output(folder: Path, **changes: Any) -> Output:
     return Output(folder, {**SETTINGS, **changes}, {"model_type": "mimi"})
+
+
+def test_many_long_clips_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Arrow counts the codes of a piece in 32 bits."""
+    monkeypatch.setattr(records, "MOST_CODES", 50)
+    output, rows = open_output(tmp_path / "out"), [row(number, 4) for number in range(20)]
+    output.write(1, rows, [Failure("bad", "source", "no file s3://b/\ud800.wav")], Counter())
+    found = list(read_codes(tmp_path / "out"))
+    assert [clip.id for clip in found] == [clip.id for clip in rows]
+    for clip, wanted in zip(found, rows, strict=True):
+        np.testing.assert_array_equal(clip.codes, wanted.codes)
 
 
 def test_a_shard_has_the_documented_columns(tmp_path: Path):

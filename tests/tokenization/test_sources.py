@@ -105,6 +105,15 @@ def test_rows_without_audio_and_broken_parquet_are_reported(tmp_path: Path):
     assert "cannot be read from row 0 on" in item.problem
 
 
+def test_text_in_parquet_that_is_not_utf_8_costs_its_row(tmp_path: Path):
+    names = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"id": names, "audio": [WAV] * 3}), tmp_path / "a.parquet")
+    (shard,) = find_shards([tmp_path / "a.parquet"])
+    items = read(shard)
+    assert ids(items) == ["a", "1", "c"]
+    assert ["is not UTF-8" in item.problem for item in items] == [False, True, False]
+
+
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
 def test_damage_in_parquet_lasts(tmp_path: Path, place: float):
     """pyarrow raises OSError, as a disk that fails would."""

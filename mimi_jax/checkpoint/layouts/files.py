@@ -1,5 +1,6 @@
 """The files of a stored model, and what every layout does with them."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -36,7 +37,17 @@ class ModelFiles:
         Raises:
             ValueError: config.json is not JSON.
         """
-        return json.loads(self.config_path.read_text()) if self.config_path.is_file() else {}
+        return json.loads(self.config_path.read_text()) if self.has_config else {}
+
+    @functools.cached_property
+    def has_config(self) -> bool:
+        """Whether there is a config.json, of this model: Kyutai keeps Mimi beside its language models."""
+        if not self.config_path.is_file() or self.path.is_dir():
+            return self.config_path.is_file()
+        with contextlib.suppress(ValueError):
+            fields = json.loads(self.config_path.read_text())
+            return not isinstance(fields, dict) or "mimi_name" not in fields
+        return True
 
     @functools.cached_property
     def tensors(self) -> SafetensorsFile | SafetensorsShards:
@@ -51,7 +62,7 @@ class ModelFiles:
     @property
     def source(self) -> str:
         """What to call the weights in errors about their shapes."""
-        if self.config_path.is_file():
+        if self.has_config:
             return str(self.weights_path)
         return f"{self.weights_path}, read as the published model (put its config.json beside it)"
 

@@ -69,7 +69,7 @@ def read_tensors(tensors: Mapping[str, np.ndarray], model: Mimi, source: str) ->
     both_halves = {getattr(row, layout) for row in weight_table(config)}
     found = {
         name: _whole(name, parts, source)
-        for name, parts in _by_canonical_name(tensors).items()
+        for name, parts in _by_canonical_name(tensors, source).items()
         if name in expected or name not in both_halves
     }
     check_fits(differences(found, expected, any_float=True), source)
@@ -83,11 +83,13 @@ def _rows(model: Mimi) -> list[Weight]:
 Parts = dict[str, Callable[[], np.ndarray]]  # by role: "" for a whole tensor, "g" and "v" for a pair
 
 
-def _by_canonical_name(tensors: Mapping[str, np.ndarray]) -> dict[str, Parts]:
+def _by_canonical_name(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, Parts]:
     """The tensors under the names of the table; each is a function that reads it."""
     parts: dict[str, Parts] = {}
     for stored_name in tensors:
         name, role = canonical_name(stored_name)
+        if role in parts.get(name, {}):
+            raise ValueError(f"{source}: {stored_name} and another tensor are both {name}; keep one of them")
         parts.setdefault(name, {})[role] = lambda stored_name=stored_name: tensors[stored_name]
     return parts
 
