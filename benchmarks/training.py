@@ -12,6 +12,7 @@ import dataclasses
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,12 +25,15 @@ from mimi_jax.train.recipe import CHOICES
 WARMUP = 2  # steps; the first one compiles
 
 
-def time_steps(recipe: Recipe, steps: int) -> list[float]:
+def time_steps(recipe: Recipe, steps: int, device: Any) -> list[float]:
     """Seconds of each step, those of the warm-up first."""
-    model = start_model(recipe)
-    recipe = dataclasses.replace(recipe, model=model.config)
-    trainer, at_once = Trainer(recipe, model), recipe.steps_at_once
-    state = trainer.init()
+    # On a GPU, each of the many small programs of this would be compiled.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model = start_model(recipe)
+        recipe = dataclasses.replace(recipe, model=model.config)
+        trainer, at_once = Trainer(recipe, model), recipe.steps_at_once
+        state = trainer.init()
+    trainer.model, state = jax.device_put((trainer.model, state), device)
     shape = recipe.data.batch_size, trainer.model.config.audio_channels, recipe.num_samples
     noise = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
     batch, times = jax.device_put({"audio": noise if at_once == 1 else np.stack([noise] * at_once)}), []
@@ -54,17 +58,15 @@ def main() -> None:
     )
     add_markdown_option(parser)
     options = parser.parse_args()
-    if options.device:
-        jax.config.update("jax_default_device", jax.devices(options.device)[0])
+    device = jax.devices(options.device)[0]
+    jax.config.update("jax_default_device", device)
     recipe = Recipe.from_toml(options.recipe)
     audio = recipe.data.batch_size * recipe.data.seconds
     size = f"{recipe.data.batch_size} x {recipe.data.seconds:g} s"
-    report = Report(
-        jax.devices(options.device)[0].device_kind, [f"{options.recipe.name}, {options.steps} steps"]
-    )
+    report = Report(device.device_kind, [f"{options.recipe.name}, {options.steps} steps"])
     report.table(["batch", "precision", "ms a step", "seconds of audio a second", "seconds to compile"])
     for precision in options.precisions or [recipe.precision]:
-        times = time_steps(dataclasses.replace(recipe, precision=precision), options.steps)
+        times = time_steps(dataclasses.replace(recipe, precision=precision), options.steps, device)
         median = statistics.median(times[WARMUP:])
         cells = [f"{1000 * median:.0f}", f"{audio / median:.1f}", f"{times[0] * recipe.steps_at_once:.0f}"]
         report.row([size, precision, *cells])

@@ -21,6 +21,7 @@
 
 # %%
 # On a GPU: mimi_jax[cuda,plot], which brings the plugin that goes with its JAX.
+# Before the first release on PyPI: "mimi_jax[plot] @ git+https://github.com/mimi-jax/mimi_jax"
 # %pip install --quiet "mimi_jax[plot]"
 
 # %%

@@ -46,7 +46,7 @@ from benchmarks.compare.systems import (
 )
 from benchmarks.inputs import CODEBOOKS
 from benchmarks.report import Report, add_markdown_option
-from benchmarks.timing import Budget
+from benchmarks.timing import Budget, warn
 from mimi_jax import MimiConfig
 
 
@@ -100,6 +100,17 @@ def begin_report(systems: dict[str, System], options: argparse.Namespace) -> Rep
     return Report(jax.devices()[0].device_kind, notes)
 
 
+def load_systems(names: list[str], folder: Path, device: str) -> dict[str, System]:
+    """The systems that can be loaded. The others are reported."""
+    systems = {}
+    for name in names:
+        try:
+            systems[name] = load_system(name, folder, device)
+        except Exception as error:  # whatever it is, the other systems are worth their time
+            warn(f"without {name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    return systems
+
+
 def measure_all(folder: Path, options: argparse.Namespace) -> None:
     """Measure every case, and print each row as soon as it is measured."""
     names, budget = installed(options.systems), Budget(options.repeats, options.seconds)
@@ -113,7 +124,7 @@ def measure_all(folder: Path, options: argparse.Namespace) -> None:
     for case, measure in (("start", measure_start), ("memory", measure_memory)):
         if case in wanted:
             results[case] = measure(folder, names, options.device, budget)
-    systems = {name: load_system(name, folder, options.device) for name in names}
+    systems = load_systems(names, folder, options.device)
     report = begin_report(systems, options)
     report.table(COLUMNS)
     for case in sorted(wanted, key=lambda case: case not in ("start", "memory", "gemm")):

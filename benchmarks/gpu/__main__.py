@@ -8,9 +8,9 @@ installed they are measured too, and where `jax_triton` is, so are the fused dev
 
     tests     `pytest -m gpu`: codes and audio are those of a CPU
     profile   the time of the device by groups of device kernels, beside a copy and a product of matrices
-    sweep     the sizes of the Triton device kernels: a table, and the constants to commit
-    training  a step of `configs/mini.toml` in bfloat16 and float32
     compare   clips and streaming steps, beside torch (eager and compiled) and moshi
+    training  a step of `configs/mini.toml` in bfloat16 and float32
+    sweep     the sizes of the Triton device kernels: a table, and the constants to commit
 
 Each part is a process with a time limit. It prints as it goes. If it fails, hangs or crashes, the next part
 begins. The weights are random, of the published size, and made once. At the end comes a summary in Markdown.
@@ -37,10 +37,27 @@ from benchmarks.compare.systems import save_models
 from benchmarks.inputs import SMALL
 save_models(pathlib.Path(sys.argv[1]), SMALL if sys.argv[2:] else None)
 """
-DEVICE = """
-import jax
-assert jax.default_backend() == "gpu", f"JAX found no GPU, only {jax.devices()}"
-print(jax.__version__, jax.devices()[0].device_kind)
+# What the parts import. Without one of the first, parts fail; without one of the others, less is measured.
+NEEDED = (
+    "beartype",
+    "cffi",
+    "flax",
+    "jaxtyping",
+    "lazy_loader",
+    "optax",
+    "pytest",
+    "soundfile",
+    "soxr",
+    "tqdm",
+)
+WANTED = ("jax_triton", "moshi", "torch", "transformers", "triton", "xdist")
+DEVICE = f"""
+import importlib.util, jax
+assert jax.default_backend() == "gpu", f"JAX found no GPU, only {{jax.devices()}}"
+print("-", jax.devices()[0].device_kind, "with JAX", jax.__version__)
+for word, names in (("fail without", {NEEDED}), ("measure less without", {WANTED})):
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        print("- parts", word, ", ".join(missing))
 """
 
 
@@ -99,6 +116,11 @@ def summarize(outcomes: dict[str, Outcome]) -> str:
     """What of all parts is worth keeping, in Markdown."""
     lines = ["# Ten minutes on a GPU", "", "| part | outcome | seconds |", "|---|---|---|"]
     lines += [f"| {name} | {outcome.text} | {outcome.seconds:.0f} |" for name, outcome in outcomes.items()]
+    lines += (
+        ["", *(line for line in outcomes["device"].lines if line.startswith("- "))]
+        if "device" in outcomes
+        else []
+    )
     for name, outcome in outcomes.items():
         if name not in PARTS:
             continue

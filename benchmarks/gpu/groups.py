@@ -27,7 +27,7 @@ LAYERS = {
 # What the name of an operation or of a device kernel says by itself, in this order.
 TELLING = {
     COPIES: r"memcpy|memset|^copy|^wrapped_transpose|^transpose",
-    STAGES: r"triton_kernel_call|^(encoder|decoder)_stage|^residual_block",
+    STAGES: r"triton_kernel_call|^(encoder|decoder)_(front|stage|back)|^residual_block",
     ATTENTION: r"fmha|flash|sdpa",
 }
 PRODUCT = re.compile(r"\$conv|cublas|gemm|convolution|dot_general|conv_general_dilated")
@@ -38,19 +38,16 @@ class Program(NamedTuple):
 
     groups: dict[str, str]  # by the name of the operation
     bytes: dict[str, int]  # moved in all its runs; empty if they cannot be counted
+    kernels: dict[str, str]  # groups by the name that XLA gives to the device kernel of an operation
 
     def group_of(self, launch: Launch) -> str:
         """The group of a launch: that of its operation, or what the name of the device kernel says.
 
-        Kernels that a CUDA graph launches bear only their own names. XLA names its kernels after the
-        operations, with underscores.
+        Kernels that a CUDA graph launches bear only their own names.
         """
         if launch.operation in self.groups:
             return self.groups[launch.operation]
-        for name, group in self.groups.items():
-            if launch.name == re.sub(r"\W", "_", name):
-                return group
-        return _telling(launch.name) or OTHER
+        return self.kernels.get(launch.name) or _telling(launch.name) or OTHER
 
 
 def read_program(text: str) -> Program:
@@ -62,7 +59,7 @@ def read_program(text: str) -> Program:
         moved = {kernel.name: kernel.bytes for kernel in device_kernels(text)}
     except ValueError:  # it says why, but the times are worth a table without this column
         moved = {}
-    return Program(groups, moved)
+    return Program(groups, moved, {re.sub(r"\W", "_", name): group for name, group in groups.items()})
 
 
 def read_files(text: str) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """The parts of the ten minutes: what each runs, how long it may take, and what of it the summary keeps."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ class Part(NamedTuple):
     title: str
     seconds: int  # the most that it may take
     words: Callable[[Folders, bool], list[str]]  # after `python`; the second argument is `small`
-    keeps: str = r"[|#]"  # a pattern for the lines of the summary
+    keeps: str = r"[|#]|- "  # a pattern for the lines of the summary
 
     def command(self, folders: Folders, small: bool) -> list[str]:
         return [sys.executable, "-u", *self.words(folders, small)]
@@ -52,15 +53,25 @@ features = 0.0
 """
 
 
-GPU_TESTS = ["tests/test_gpu.py", "tests/ops"]  # where all tests with the marker are
+# Where all tests with the marker are. Others set Triton's interpreter, for all tests of their process.
+GPU_TESTS = ["tests/test_gpu.py", "tests/ops/test_attention.py", "tests/ops/test_tensor_cores.py"]
 
 
 def tests(folders: Folders, small: bool) -> list[str]:
     """In four processes where that is possible, since most of the time goes into compiling. A warning is no
     reason to lose a test there.
     """
-    parallel = ["-p", "xdist.plugin", "--numprocesses", "4"] if importlib.util.find_spec("xdist") else []
-    return ["-m", "pytest", "-m", "gpu", "-W", "default", "-rsfE", "--durations", "20", *parallel, *GPU_TESTS]
+    workers = str(min(8, (os.cpu_count() or 2) // 2))
+    parallel = ["-p", "xdist.plugin", "--numprocesses", workers] if importlib.util.find_spec("xdist") else []
+    options = [
+        "-v",
+        "-W",
+        "default",
+        "-rsfE",
+        "--durations",
+        "20",
+    ]  # -v, so that each result is there at once
+    return ["-m", "pytest", "-m", "gpu", *options, *parallel, *GPU_TESTS]
 
 
 def profile(folders: Folders, small: bool) -> list[str]:
@@ -89,13 +100,13 @@ def small_option(small: bool) -> list[str]:
     return ["--small"] if small else []
 
 
-# In this order. The last one has many cases, the most important ones first, and takes what time is left.
+# In this order, the most important ones first: in ten minutes, the last ones get what time is left.
 PARTS = {
     "tests": Part(
-        "Tests on the GPU", 120, tests, r"(FAILED|ERROR|SKIPPED|=.* (passed|failed|skipped|error))"
+        "Tests on the GPU", 120, tests, r".*(PASSED|FAILED|ERROR|SKIPPED)|=.* (passed|failed|skipped|error)"
     ),
     "profile": Part("Where the time goes", 110, profile),
-    "sweep": Part("Sizes of the device kernels", 70, sweep, r"(\||#|    )"),
+    "compare": Part("Beside other implementations", 240, compare),
     "training": Part("A step of training", 60, training),
-    "compare": Part("Beside other implementations", 420, compare),
+    "sweep": Part("Sizes of the device kernels", 120, sweep, r"[|#]|- |    "),
 }

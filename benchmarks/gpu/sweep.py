@@ -1,6 +1,6 @@
 """The sizes of the Triton device kernels: what each takes on this GPU, and the constants to commit.
 
-    python -m benchmarks.gpu.sweep [--seconds 60] [--small]
+    python -m benchmarks.gpu.sweep [--seconds 110] [--small]
 
 Each part of the network that is computed in Triton has the published size, and 8 clips of 30 s in bfloat16 as
 its input. It runs with the tile that `mimi_jax/ops/triton_stages.py` has for it and with those near it, which
@@ -124,8 +124,10 @@ def candidates(current: Any) -> list[Any]:
     return [current, *(tile for tile in tiles if tile != current and tile.rows >= 16)]
 
 
-def compile_tiles(constant: Constant, tiles: list[Any], capability: int) -> dict[Any, Callable[[], Any]]:
-    """Functions that compute the part with each tile, without the tiles that do not compile."""
+def compile_tiles(
+    constant: Constant, tiles: list[Any], capability: int
+) -> dict[Any, Callable[[], Any] | Exception]:
+    """Functions that compute the part with each tile, or why the tile does not compile."""
     part, x = constant.part, constant.x
 
     def trace(tile: Any) -> Any:
@@ -141,23 +143,24 @@ def compile_tiles(constant: Constant, tiles: list[Any], capability: int) -> dict
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         programs = list(pool.map(compiled, [trace(tile) for tile in tiles]))
     return {
-        tile: lambda program=program: program(part, x)
+        tile: program if isinstance(program, Exception) else lambda program=program: program(part, x)
         for tile, program in zip(tiles, programs, strict=True)
-        if not isinstance(program, Exception)
     }
 
 
 def sweep(constant: Constant, capability: int, report: Report, end: float) -> Any:
-    """Time all tiles of one constant, as long as the time lasts, and return the fastest."""
+    """Time all tiles of one constant, as long as the time lasts, and return the fastest, None if none ran."""
     tiles = candidates(tables()[constant.table][constant.key])
-    best, fastest = tiles[0], float("inf")
+    best, fastest = None, float("inf")
     for tile, run in compile_tiles(constant, tiles, capability).items():
         if time.perf_counter() > end:
             break
         try:
+            if isinstance(run, Exception):
+                raise run
             took = milliseconds(run)
         except Exception as error:  # the GPU may refuse what the compiler does not
-            report.row([str(constant), str(tuple(tile)), str(error).strip().splitlines()[0][:60]])
+            report.row([str(constant), str(tuple(tile)), str(error).strip().partition("\n")[0][:60]])
             continue
         if took < fastest:
             best, fastest = tile, took
@@ -189,21 +192,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=60, help="the most that all tiles may take")
+    parser.add_argument("--seconds", type=float, default=110, help="the most that all tiles may take")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try this on a CPU")
     options = parser.parse_args()
     end, reason = time.perf_counter() + options.seconds, why_not()
     capability = HOPPER if reason else round(10 * float(jax.devices()[0].compute_capability))
-    report, best = Report(jax.devices()[0].device_kind), {}
-    report.table(["part and constant", "rows, warps, stages", "ms"])
+    report = Report(jax.devices()[0].device_kind)
+    if reason:
+        report.line(f"\n## No tiles are measured: {reason}\n")
     inputs = (SMALLEST, capability, 1, 1) if options.small else (MimiConfig(), capability, 8, 30)
     for constant in constants(*inputs):
+        if time.perf_counter() > end:
+            report.line("\nNo time was left for the others.")
+            break
+        report.table(["part and constant", "rows, warps, stages", "ms"])
         time_layers(constant, report)
-        if not reason and time.perf_counter() < end:
-            best[constant.table, constant.key] = sweep(constant, capability, report, end)
-    report.line(f"\n## {f'No tiles were measured: {reason}' if reason else 'The fastest'}\n")
-    for (table, key), tile in best.items():
-        report.line(f"    {table}[{key!r}] = Tile{tuple(tile)}")
+        if not reason and (tile := sweep(constant, capability, report, end)) is not None:
+            report.line(f"\nThe fastest:\n\n    {constant.table}[{constant.key!r}] = Tile{tuple(tile)}\n")
 
 
 if __name__ == "__main__":

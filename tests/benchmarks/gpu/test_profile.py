@@ -31,7 +31,7 @@ def test_tables_of_launches(capfd: pytest.CaptureFixture):
     """Five runs of a convolution of 2 ms, a pass of 1 ms, and a copy whose bytes are not counted."""
     run = [("conv", 2000.0), ("pad", 1000.0), ("MemcpyD2H", 500.0)]
     launches = [Launch(name, name, 0.0, duration) for name, duration in run] * profile.RUNS
-    program = Program({"conv": "convolutions", "pad": "passes"}, {"conv": 10**9, "pad": 2 * 10**9})
+    program = Program({"conv": "convolutions", "pad": "passes"}, {"conv": 10**9, "pad": 2 * 10**9}, {})
     found = profile.Profile(launches, program, {"convolutions": 10**11, "RVQ": 10**9})
     profile.show("encode-1x1-float32", found, CEILINGS, Report("a GPU"))
     text = capfd.readouterr().out

@@ -67,4 +67,4 @@ def test_without_a_gpu_only_the_layers_have_times(
     sweep.main()
     text = capfd.readouterr().out
     assert text.count("| layers |") == 2
-    assert "## No tiles were measured: no GPU" in text
+    assert "## No tiles are measured: no GPU" in text
