@@ -173,7 +173,7 @@ def largest(measure: Callable[[int], list[float]], first: int) -> list[tuple[int
 
 def run_long(model: Mimi, sessions: int, minutes: float, plot: Path | None) -> list[list[str]]:
     """Run a pool for long. Returns rows of a table."""
-    seconds: list[tuple[float, int, float]] = []  # lateness, frames, MB
+    seconds: list[tuple[float, int, float]] = []  # the worst lateness, late frames, MB
 
     def note(new: list[float]) -> None:
         with open("/proc/self/statm") as file:

@@ -1,8 +1,9 @@
 """`main`: run one command and return its exit status.
 
 Results go to stdout. A command that fails prints one line to stderr, leaves no output behind and exits
-with status 1 (bad input) or 2 (bad usage). A status of 128 or more stands for a signal: 130 for Ctrl-C,
-141 for a pipe whose reader has gone away.
+with status 1 (bad input) or 2 (bad usage). `tokenize` and `train` keep what is done, and `tokenize` exits
+with 1 if clips could not be encoded. A status of 128 or more stands for a signal: 130 for Ctrl-C, 141 for a
+pipe whose reader has gone away.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""How close decoded audio is to the original: SI-SDR, STOI and ViSQOL. NumPy only."""
+"""How close decoded audio is to the original: SI-SDR, STOI and ViSQOL, of NumPy arrays."""
 
 import functools
 import warnings
@@ -37,7 +37,7 @@ def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
 
 
 def stoi(reference: np.ndarray, estimate: np.ndarray, sampling_rate: int) -> float:
-    """Compute the short-time objective intelligibility, from 0 to 1. It needs pystoi.
+    """Compute the short-time objective intelligibility, 1 for the same sound. It needs pystoi.
 
     Args:
         reference, estimate: float [channels, samples], whose channels are mixed.

@@ -45,8 +45,8 @@ def read_codes(
 
     Args:
         folder: the output of `tokenize`, a path or a URL. Shards that are not finished yet are left out.
-        process_index, process_count: read only every `process_count`-th shard, starting with number
-            `process_index`.
+        process_index, process_count: read only every `process_count`-th of the shards that are finished,
+            starting with number `process_index`.
 
     Yields:
         One clip at a time.

@@ -1,8 +1,9 @@
 """Reading and resampling audio in worker processes, so that the device does not wait for either.
 
 Each worker keeps several files open and answers one kind of request: the next piece of one of them. A piece
-is about half a minute of audio, so a file of hours takes no more memory than a short one. Nothing here
-imports JAX, so that the workers do without its threads and memory.
+is about half a minute of audio, so a file of hours takes no more memory than a short one. Only a clip whose
+bytes are in a Parquet file is in memory as a whole. Nothing here imports JAX, so that the workers do without
+its threads and memory.
 """
 
 import collections

@@ -6,7 +6,7 @@ Kyutai has not released its training code. This package follows the Moshi paper 
     recipe          what decides a run, read from a TOML file
     losses          what is minimized
     balancer        how the losses of the audio share its gradient
-    phases          convolutions with strides whose gradients are fast on CPUs
+    phases          2-D convolutions that are fast on CPUs, and their gradients
     discriminator   the multi-scale STFT discriminator
     weight_norm     kernels as a length and a direction
     codebooks       how codebooks learn, without gradients
