@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from mimi_jax.files.corpus import reason_of
+
 Run = Callable[[], Any]
 
 STEPS_IN_TURN = 5  # streaming steps of one system before the next system's turn
@@ -36,7 +38,7 @@ def warm_up(case: str, runs: dict[str, Run], count: int) -> dict[str, Any]:
             for _ in range(count - 1):
                 run()
         except Exception as error:  # whatever it is, the other systems are worth their time
-            warn(f"{case} without {name}: {str(error).strip().partition(chr(10))[0]}")
+            warn(f"{case} without {name}: {reason_of(error)}")
             del runs[name]
     return outputs
 

@@ -48,6 +48,7 @@ from benchmarks.inputs import CODEBOOKS
 from benchmarks.report import Report, add_markdown_option
 from benchmarks.timing import Budget, warn
 from mimi_jax import MimiConfig
+from mimi_jax.files.corpus import reason_of
 
 
 def case_name(text: str) -> str:
@@ -107,7 +108,7 @@ def load_systems(names: list[str], folder: Path, device: str) -> dict[str, Syste
         try:
             systems[name] = load_system(name, folder, device)
         except Exception as error:  # whatever it is, the other systems are worth their time
-            warn(f"without {name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            warn(f"without {name}: {reason_of(error)}")
     return systems
 
 

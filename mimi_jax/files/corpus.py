@@ -340,7 +340,7 @@ def printable(path: str | os.PathLike[str]) -> str:
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON may have and no file system does
-        encoded = str(path).encode("utf-8", "backslashreplace")
+        return as_utf8(path)
     return encoded.decode("utf-8", "backslashreplace")
 
 
