@@ -87,6 +87,7 @@ def training(folders: Folders, small: bool) -> list[str]:
     recipe, steps = "configs/mini.toml", "10"
     if small:
         file = folders.models / "small.toml"
+        file.parent.mkdir(exist_ok=True)  # not there if the weights could not be made
         file.write_text(SMALL_RECIPE)
         recipe, steps = str(file), "1"
     return ["-m", "benchmarks.training", recipe, "--steps", steps, "--precisions", "bfloat16", "highest"]

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,8 +110,8 @@ def prepare(case: str, model: Mimi) -> tuple[Callable[[], Any], str, dict[str, i
     return lambda: jax.block_until_ready(compiled(model, x, None)), compiled.as_text(), flops
 
 
-def measure(case: str, model: Mimi) -> Profile:
-    run, text, flops = prepare(case, model)
+def measure(run: Callable[[], Any], text: str, flops: dict[str, int]) -> Profile:
+    """Measure what `prepare` gives."""
     run()
     run()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +191,7 @@ def write_csv(path: Path, profiles: dict[str, Profile]) -> None:
 
 
 def run_cases(cases: list[str], models: Path, small: bool, csv_file: Path | None) -> Report:
-    """Measure and print one case after the other. One that fails is reported."""
+    """Compile all cases at once, then measure and print one after the other. One that fails is reported."""
     device = "gpu" if jax.default_backend() == "gpu" else "cpu"
     if not models.exists():
         save_models(models, SMALL if small else None)
@@ -198,15 +199,18 @@ def run_cases(cases: list[str], models: Path, small: bool, csv_file: Path | None
     flops = ", ".join(f"{speed / 1e12:.1f} in {kind}" for kind, speed in ceilings.flops.items())
     note = f"measured here: a copy {ceilings.bytes / 1e12:.2f} TB/s; products, in TFLOP/s: {flops}"
     report, profiles = Report(jax.devices()[0].device_kind, [note]), {}
-    for case in cases:
-        start = time.perf_counter()
+    kinds, start = {case: case.rpartition("-")[2] for case in cases}, time.perf_counter()
+    loaded = {kind: load_model_of_kind(models, kind) for kind in set(kinds.values())}
+    with ThreadPoolExecutor(len(cases)) as pool:
+        prepared = {case: pool.submit(prepare, case, loaded[kind]) for case, kind in kinds.items()}
+    report.line(f"\nAll were compiled in {time.perf_counter() - start:.0f} s.")
+    for case, program in prepared.items():
         try:
-            profiles[case] = measure(case, load_model_of_kind(models, case.rpartition("-")[2]))
+            profiles[case] = measure(*program.result())
             show(case, profiles[case], ceilings, report)
         except Exception as error:  # whatever it is, the other cases are worth their time
             report.line(f"\n### {case} failed: {str(error).strip().splitlines()[:1]}")
             continue
-        report.line(f"\n{case} took {time.perf_counter() - start:.0f} s")
         if csv_file:
             write_csv(csv_file, profiles)
     return report
