@@ -47,7 +47,7 @@ class Second(NamedTuple):
 
     latest: float  # seconds by which the latest frame was late
     late: int  # frames
-    stolen: float  # seconds that the host took from all cores
+    stolen: float  # seconds that the host has taken from all cores, since it started
     memory: float  # MB
 
 
@@ -184,15 +184,12 @@ def largest(measure: Callable[[int], list[float]], first: int) -> list[tuple[int
 def run_long(model: Mimi, sessions: int, minutes: float, plot: Path | None) -> list[list[str]]:
     """Run a pool for long. Returns rows of a table."""
     seconds: list[Second] = []
-    stolen = stolen_time()
 
     def note(new: list[float]) -> None:
-        nonlocal stolen
-        before, stolen = stolen, stolen_time()
         with open("/proc/self/statm") as file:
             memory = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         late = sum(x > LATE for x in new)
-        seconds.append(Second(max(new, default=0.0), late, stolen - before, memory))
+        seconds.append(Second(max(new, default=0.0), late, stolen_time(), memory))
 
     lateness = uvloop.run(pool_lateness(model, sessions, 60 * minutes, note))
     if plot is not None:
@@ -200,16 +197,14 @@ def run_long(model: Mimi, sessions: int, minutes: float, plot: Path | None) -> l
     early, last = (statistics.median(each.memory for each in part) for part in (seconds[:60], seconds[-60:]))
     # A queue is late for a while after the cores are back.
     explained = sum(
-        each.late
-        for number, each in enumerate(seconds)
-        if any(s.stolen for s in seconds[max(0, number - 2) : number + 1])
+        each.late for number, each in enumerate(seconds) if each.stolen > seconds[max(0, number - 3)].stolen
     )
     return [[str(sessions), f"{len(lateness)}", f"{sum(each.late for each in seconds)}", f"{explained}",
              f"{1000 * p99(lateness):.0f}", f"{early:.0f}", f"{last:.0f}"]]  # fmt: skip
 
 
 def stolen_time() -> float:
-    """Seconds in which the host of a virtual machine gave its cores to others."""
+    """Seconds in which the host of a virtual machine gave its cores to others, since it started."""
     with open("/proc/stat") as file:
         return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
 
@@ -217,8 +212,9 @@ def stolen_time() -> float:
 def draw_seconds(seconds: list[Second], title: str, file: Path) -> None:
     import matplotlib.pyplot as plt
 
+    stolen = [each.stolen for each in seconds]
     panels = {"latest frame, ms": [1000 * each.latest for each in seconds],
-              "stolen, ms/s": [1000 * each.stolen for each in seconds],
+              "stolen, ms/s": 1000 * np.diff(stolen, prepend=stolen[0]),
               "memory, MB": [each.memory for each in seconds]}  # fmt: skip
     figure, axes = plt.subplots(
         3, sharex=True, figsize=(8, 5.5), layout="constrained", height_ratios=(3, 1, 2)

@@ -51,9 +51,10 @@ def add_log(log: Path, joined: Path) -> None:
     """Add the log of a run to those before it. Its steps count on."""
     lines, part = (read_log(path) for path in (joined, log))
     done = lines[-1]["step"]
-    # More digits would double the size of the file, and nobody sees them in a curve.
-    rounded = ({name: float(f"{value:.5g}") for name, value in line.items()} for line in part)
-    lines += [line | {"step": done + old["step"]} for line, old in zip(rounded, part, strict=True)]
+    for line in part:
+        # More digits would double the size of the file, and nobody sees them in a curve.
+        rounded = {name: float(f"{value:.5g}") for name, value in line.items()}
+        lines.append(rounded | {"step": done + line["step"]})
     joined.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

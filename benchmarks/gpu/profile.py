@@ -33,6 +33,7 @@ from benchmarks.gpu.trace import Launch, trace
 from benchmarks.inputs import CODEBOOKS, SMALL, make_clips, make_frames
 from benchmarks.report import Report
 from mimi_jax import Mimi
+from mimi_jax.files.corpus import reason_of
 
 CASES = [
     "encode-32x30-bfloat16",
@@ -199,7 +200,8 @@ def run_cases(cases: list[str], models: Path, small: bool, csv_file: Path | None
     flops = ", ".join(f"{speed / 1e12:.1f} in {kind}" for kind, speed in ceilings.flops.items())
     note = f"measured here: a copy {ceilings.bytes / 1e12:.2f} TB/s; products, in TFLOP/s: {flops}"
     report, profiles = Report(jax.devices()[0].device_kind, [note]), {}
-    kinds, start = {case: case.rpartition("-")[2] for case in cases}, time.perf_counter()
+    start = time.perf_counter()
+    kinds = {case: case.rpartition("-")[2] for case in cases}
     loaded = {kind: load_model_of_kind(models, kind) for kind in set(kinds.values())}
     with ThreadPoolExecutor(len(cases)) as pool:
         prepared = {case: pool.submit(prepare, case, loaded[kind]) for case, kind in kinds.items()}
@@ -209,7 +211,7 @@ def run_cases(cases: list[str], models: Path, small: bool, csv_file: Path | None
             profiles[case] = measure(*program.result())
             show(case, profiles[case], ceilings, report)
         except Exception as error:  # whatever it is, the other cases are worth their time
-            report.line(f"\n### {case} failed: {str(error).strip().splitlines()[:1]}")
+            report.line(f"\n### {case} failed: {reason_of(error)}")
             continue
         if csv_file:
             write_csv(csv_file, profiles)

@@ -118,11 +118,11 @@ VALIDATED = tiny_recipe(
 
 
 def test_the_model_of_a_run_is_the_best_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also of a run that was killed in between."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 4)
-        train(VALIDATED, data, tmp_path / "run", devices=ONE)
-    train(VALIDATED, data, tmp_path / "run", devices=ONE, resume=True)
+        train(VALIDATED, data, tmp_path / "killed", devices=ONE)
+    train(VALIDATED, data, tmp_path / "killed", devices=ONE, resume=True)
+    train(VALIDATED, data, tmp_path / "run", devices=ONE)
     measured = {line["step"]: line["valid/mel"] for line in trace(tmp_path / "run") if "valid/mel" in line}
     assert list(measured) == [2, 4, 6]
     best = json.loads((tmp_path / "run" / "best.json").read_text())
@@ -130,6 +130,9 @@ def test_the_model_of_a_run_is_the_best_one(data: Path, tmp_path: Path, monkeypa
     clips = find_clips(data, "[23].flac")
     found = evaluate(Mimi.from_pretrained(tmp_path / "run" / "model"), clips, [2], visqol=False)
     assert found.qualities[0].mel_distance == pytest.approx(best["valid/mel"], rel=1e-5)
+    assert trace(tmp_path / "killed") == trace(tmp_path / "run")
+    for name in ("best.json", "model/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("measure", "kept"), [("mel", 4), ("stoi", 2), ("newest", 6)])
