@@ -2,6 +2,7 @@
 
     tensor_cores     exact float32 products on the tensor cores of NVIDIA GPUs
     fusible          convolutions and ELU that XLA:GPU fuses with their neighbours
+    eigen            gradients of convolutions that XLA:CPU computes fast
     convolution      convolutions, products and ELU
     attention        windowed attention in plain XLA
     fused_attention  that of accelerators: cuDNN, Pallas

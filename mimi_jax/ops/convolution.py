@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimi_jax.ops.eigen import with_gradients_for_eigen
 from mimi_jax.ops.fusible import convolution_by_multiply_adds, elu_by_min_max, join_by_sum
 from mimi_jax.ops.tensor_cores import convolution_by_shifts, on_tensor_cores
 
@@ -43,21 +44,6 @@ def convolution_by_strides(
     return total.astype(x.dtype)
 
 
-def _plain_in_gradients(convolution: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The same function, but gradients go through `plain_convolution`: that of its kernel is faster."""
-
-    def convolve(x: jax.Array, kernel: jax.Array, **sizes: int) -> jax.Array:
-        call = jax.custom_jvp(functools.partial(convolution, **sizes))
-
-        @call.defjvp
-        def differentiate(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-            return jax.jvp(functools.partial(plain_convolution, **sizes), primals, tangents)
-
-        return call(x, kernel)
-
-    return convolve
-
-
 JOINS: dict[str, Callable[..., jax.Array]] = {
     "plain": lambda past, x: jnp.concatenate([past, x], axis=1),
     "sum": join_by_sum,
@@ -81,10 +67,13 @@ def product_as_convolution(x: jax.Array, kernel: jax.Array, dimension_numbers=No
 
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain_convolution,
+    "gradients_for_eigen": with_gradients_for_eigen(plain_convolution),
     "strides": convolution_by_strides,
     "tensor_cores": on_tensor_cores(convolution_by_shifts),
-    "multiply_adds": _plain_in_gradients(convolution_by_multiply_adds),
-    "shifts": _plain_in_gradients(functools.partial(convolution_by_shifts, product=product_as_convolution)),
+    "multiply_adds": with_gradients_for_eigen(convolution_by_multiply_adds),
+    "shifts": with_gradients_for_eigen(
+        functools.partial(convolution_by_shifts, product=product_as_convolution)
+    ),
 }
 
 PRODUCTS: dict[str, Callable[..., jax.Array]] = {

@@ -228,11 +228,11 @@ def _dispatch(implementations: Implementations, *arrays: Any, **options: Any) ->
 
 def convolution(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Convolve x [batch, time, in] with kernel [taps, in, out], without padding."""
-    choice = {"default": "plain"}
+    choice = {"default": "plain", "cpu": "gradients_for_eigen"}
     taps, size_in, size_out = kernel.shape
     # As a product, it has a result for each stride of the kernel, and each of these is a sum over one stride.
     if taps % stride == 0 and 1 in (stride, dilation) and stride * size_in >= MIN_SUMMANDS:
-        choice = _exact_choice(x, stride * size_in, taps // stride * size_out)
+        choice |= _exact_choice(x, stride * size_in, taps // stride * size_out)
     if x.dtype in HALF_PRECISION:  # XLA:CPU has no such convolutions
         if _positions(x) // stride in FEW_STRIDES:
             choice["cpu"] = "windows"

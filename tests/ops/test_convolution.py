@@ -1,6 +1,7 @@
 """Each way to compute a convolution, a product or ELU gives the numbers of the plain one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,20 @@ def results(name: str, x: np.ndarray, kernel: np.ndarray, **how: int) -> list[ja
     """What a convolution gives, and its gradients."""
     convolution = functools.partial(CONVOLUTIONS[name], **how)
     out, pull_back = jax.jit(lambda x, kernel: jax.vjp(convolution, x, kernel))(x, kernel)
-    return [out, *pull_back(jnp.sin(out))]
+    return [out, *pull_back(noise(*out.shape, seed=2))]
+
+
+@pytest.mark.parametrize(("taps", "stride", "dilation"), [(7, 1, 1), (3, 1, 2), (8, 4, 1), (10, 5, 1)])
+@pytest.mark.parametrize("name", ["plain", "gradients_for_eigen", "multiply_adds", "shifts"])
+def test_XLA_need_not_rewrite_gradients_of_convolutions(name: str, taps: int, stride: int, dilation: int):
+    """What it gives to Eigen on CPUs has its axes in this order. It does not rewrite others in loops."""
+    x, kernel = noise(2, 45, 6), noise(taps, 6, 5, seed=1)
+    convolution = functools.partial(CONVOLUTIONS[name], stride=stride, dilation=dilation)
+    gradients = jax.grad(lambda *inputs: jnp.sum(jnp.sin(convolution(*inputs))), argnums=(0, 1))
+    program = jax.jit(gradients).lower(x, kernel).as_text()
+    orders = re.findall("dim_numbers = (.*?), window", program)
+    assert len(orders) >= 2
+    assert (set(orders) == {"[b, 0, f]x[0, i, o]->[b, 0, f]"}) == (name != "plain")
 
 
 @pytest.mark.parametrize(("taps", "stride", "dilation"), [(7, 1, 1), (3, 1, 2), (8, 4, 1), (1, 2, 1)])
