@@ -36,12 +36,14 @@ class Access:
 
     def problem(self, headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
         """Why a request is refused; None if it is not."""
-        host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name, page = urlsplit(f"//{host}").hostname or "", urlsplit(origin or "").netloc
+        except ValueError:  # half an IPv6 address
+            return f"Host or Origin is no address: {host!r}, {origin!r}"
         if self.hosts and name not in self.hosts:
             return f"this server is not {name!r}; allow the name with --allow-host"
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host and origin not in self.origins:
+        if origin is not None and page != host and origin not in self.origins:
             return f"pages of {origin} may not connect; allow them with --allow-origin"
         if self.token is not None:
             given = query.get("token") or headers.get("authorization", "").removeprefix("Bearer ")

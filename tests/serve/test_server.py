@@ -446,6 +446,8 @@ def test_pages_elsewhere_and_files_are_out_of_reach():
             ):
                 assert (await fetch(address, path))[0] in (400, 404), path
             assert (await fetch(address, "/metrics", {"Host": "evil.example"}))[0] == 403
+            for bad in ({"Host": "["}, {"Origin": "http://["}):
+                assert (await fetch(address, "/metrics", bad))[0] == 403
             assert (await fetch(address, "/health"))[:2] == (200, b'{"status":"ok","sessions":0}')
 
     run(test())
