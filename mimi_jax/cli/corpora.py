@@ -168,6 +168,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if isinstance(arguments.data, Path):
         check_is_no_pipe(arguments.data)
     if output is not None:
+        if output.suffix == ".png":
+            raise UsageError(f"-o names the file of numbers, and their picture ends in .png, got {output}")
         check_output(output, arguments.data)
         check_picture(output.with_suffix(".png"), output, arguments.data)
     corpus = find_clips(arguments.data, arguments.include)

@@ -16,6 +16,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
     rows = arguments.rows
     if rows & (rows - 1):
         raise UsageError(f"--rows must be a power of two, such as 64, got {rows}")
+    if not 0 <= arguments.port < 2**16:
+        raise UsageError(f"--port must be from 0 to 65535, got {arguments.port}")
     token = _secret(arguments.token_file) if arguments.token_file else os.environ.get(TOKEN, "").encode()
     key = _secret(arguments.key_file) if arguments.key_file else None
     if key is not None and len(key) < FEWEST_KEY_BYTES:

@@ -101,7 +101,7 @@ class _RemoteFile(SeekableFile):
         for wanted in range(number, min(number + self._blocks.ahead * is_sequential, last) + 1):
             if wanted not in self._kept:
                 self._kept[wanted] = self._pool.submit(self._fetch, wanted)
-        self._kept.move_to_end(number)
+            self._kept.move_to_end(wanted)  # before those that were read
         while len(self._kept) > self._blocks.kept:
             self._kept.popitem(last=False)[1].cancel()
         return self._kept[number].result()

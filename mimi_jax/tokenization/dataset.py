@@ -13,7 +13,7 @@ from typing import Any
 from mimi_jax.files.blocks import CLIP, CROP
 from mimi_jax.files.folders import LocalFolder, RemoteFolder, open_folder
 from mimi_jax.files.remote import AT_ONCE
-from mimi_jax.tokenization.records import TokenizedClip
+from mimi_jax.tokenization.records import FORMAT, TokenizedClip
 
 CACHED_GROUPS = 16  # decompressed row groups that are kept in memory
 
@@ -28,14 +28,16 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         The fields of manifest.json, among them `settings`, `config` (of the model), `totals` and `complete`.
 
     Raises:
-        FileNotFoundError: the folder has no manifest.
+        FileNotFoundError: the folder has no manifest, or is not an output of `tokenize`.
     """
+    expected = f"{folder} must be an output of `mimi-jax tokenize`, but"
     try:
-        return json.loads(open_folder(folder).read("manifest.json"))
+        manifest = json.loads(open_folder(folder).read("manifest.json"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} must be an output of `mimi-jax tokenize`, but has no manifest.json"
-        ) from error
+        raise FileNotFoundError(f"{expected} has no manifest.json") from error
+    if (format := manifest.get("format")) != FORMAT:
+        raise FileNotFoundError(f"{expected} its manifest.json is of {format}")
+    return manifest
 
 
 def read_codes(

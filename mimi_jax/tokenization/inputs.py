@@ -113,6 +113,8 @@ def find_shards(
     check_sources(sources)
     numbers = itertools.count()
     named: set[str] = set()
+    if without is not None:
+        without = remote.canonical(without) if is_remote(without) else os.path.realpath(without)
     for source in map(expand_home, sources):
         archives: list[File] = []
         left_out: Counter[str] = Counter()
@@ -169,20 +171,20 @@ class _Place(NamedTuple):
     size: int | None = None  # bytes, if a listing told
 
 
-def _files(
-    source: str, without: str | os.PathLike[str] | None, left_out: Counter[str], named: set[str]
-) -> Iterator[File]:
+def _files(source: str, without: str | None, left_out: Counter[str], named: set[str]) -> Iterator[File]:
     """Yield the files of a source.
 
     Args:
         source: a folder, a pattern or a file.
-        without: a folder to leave out.
+        without: a folder to leave out, as `_is_output` takes it.
         left_out: counts the files that are left out.
         named: the absolute paths of the files and folders that were named before. Those of the source are
             added, so that a file is refused which is also in one of them.
     """
     places, is_pattern = _places(source)
     for place in _outermost(places):
+        if is_pattern and _is_output(place.path, without):
+            continue
         files: Iterable[File] = ()
         if place.is_folder:
             files = _in_folder(place, without, left_out, is_pattern)
@@ -216,24 +218,34 @@ def _is_named(path: str, named: set[str]) -> bool:
     if path in named:
         return True
     suffix = os.path.splitext(path)[1].lower()
-    folder, is_found = os.path.dirname(path), suffix in KINDS and KINDS[suffix].is_found
-    while is_found and folder not in named and folder != os.path.dirname(folder):
+    return suffix in KINDS and KINDS[suffix].is_found and _is_inside(path, named)
+
+
+def _is_inside(path: str, folders: set[str]) -> bool:
+    """Whether a path lies in one of the folders, at any depth."""
+    folder = os.path.dirname(path)
+    while folder not in folders and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
-    return is_found and folder in named
+    return folder in folders
+
+
+def _is_output(path: str, output: str | None) -> bool:
+    """Whether a file lies in the folder of the output, which is a real path, or a URL as listings have it."""
+    return output is not None and _is_inside(path if is_remote(path) else os.path.realpath(path), {output})
 
 
 def _outermost(places: Iterable[_Place]) -> Iterator[_Place]:
     """Leave out what lies in a folder that is among the sorted places: `**` matches both."""
     folders: set[str] = set()
     for place in places:
-        if os.path.dirname(place.path) not in folders:
+        if not _is_inside(place.path, folders):
             yield place
         if place.is_folder:
             folders.add(place.path)
 
 
 def _in_folder(
-    folder: _Place, without: str | os.PathLike[str] | None, left_out: Counter[str], is_pattern: bool
+    folder: _Place, without: str | None, left_out: Counter[str], is_pattern: bool
 ) -> Iterator[File]:
     """Yield the files in a folder that hold clips, and count the others."""
     beginning = len(os.path.join(folder.path, ""))
@@ -248,12 +260,11 @@ def _in_folder(
             left_out[proper_suffix(suffix)] += 1
 
 
-def _listing(folder: str, without: str | os.PathLike[str] | None) -> Iterator[tuple[str, int | None]]:
+def _listing(folder: str, without: str | None) -> Iterator[tuple[str, int | None]]:
     """Yield the paths of the files at any depth in a folder, and their sizes if the listing has them."""
     if is_remote(folder):
-        output = os.path.join(remote.canonical(without), "") if without and is_remote(without) else None
         for file in remote.list_files(folder):
-            if output is None or not file.url.startswith(output):
+            if not _is_output(file.url, without):
                 yield file.url, file.size
     else:
         yield from ((path, None) for path in find_files(folder, without=without))
@@ -261,13 +272,13 @@ def _listing(folder: str, without: str | os.PathLike[str] | None) -> Iterator[tu
 
 def _distinct(items: Iterable[Item]) -> Iterator[Item]:
     """Append #2 to the id of the second clip with the same id, #3 to the third, and so on."""
-    seen = _Hashes()
+    seen, counts = _Hashes(), dict[str, int]()  # of ids that were seen twice
     for item in items:
-        name, count = item.id, 1
+        name, count = item.id, counts.get(item.id, 1)
         while not seen.add(name):
-            count += 1
+            counts[item.id] = count = count + 1
             name = f"{item.id}#{count}"
-        yield item if count == 1 else item._replace(id=name)
+        yield item if name == item.id else item._replace(id=name)
 
 
 class _Hashes:

@@ -25,6 +25,7 @@ from mimi_jax.files.changes import describe_changes
 from mimi_jax.files.folders import WORK, LocalFolder, RemoteFolder, open_folder
 from mimi_jax.files.remote import AT_ONCE
 from mimi_jax.tokenization.records import (
+    FORMAT,
     Failure,
     TokenizedClip,
     Totals,
@@ -32,7 +33,6 @@ from mimi_jax.tokenization.records import (
     table_of_failures,
 )
 
-FORMAT = "mimi_jax.tokens"
 VERSION = 1
 PLAN = "plan.parquet"
 MANIFEST = "manifest.json"

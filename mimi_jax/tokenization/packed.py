@@ -45,7 +45,7 @@ class PackedSource:
     def __init__(self, folder: str | os.PathLike[str]):
         place = Path(expand_home(folder))
         files = {format: sorted(place.rglob(f"*.{format}")) for format in WRITERS}
-        if not any(files.values()):
+        if not any(files.values()) or not _are_rows(files["parquet"][:1]):
             raise FileNotFoundError(f"{folder} must be an output of `mimi-jax pack`, but has no packed rows")
         self._rows = _ParquetRows(files["parquet"]) if files["parquet"] else _Records(files["arrayrecord"])
         self._name = f"PackedSource({sum(map(len, files.values()))} files, {len(self)} rows)"
@@ -60,6 +60,13 @@ class PackedSource:
 
     def __repr__(self) -> str:  # Grain compares it when it resumes from a checkpoint
         return self._name
+
+
+def _are_rows(paths: Sequence[Path]) -> bool:
+    """Whether Parquet files hold packed rows, and not codes or a plan."""
+    import pyarrow.parquet as pq
+
+    return all(set(PackedRow._fields) <= set(pq.read_schema(path).names) for path in paths)
 
 
 class _ParquetRows:

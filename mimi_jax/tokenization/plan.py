@@ -92,7 +92,8 @@ def make_plan(
         for shard in find_shards(sources, clips_per_shard, without, audio_column):
             digest.update(_identity(shard).encode())
             if shard.items is not None:
-                writer.write_table(_table(shard.items))
+                table = _table(shard.items)
+                writer.write_table(table, row_group_size=table.num_rows)  # by default it begins a new group
                 progress.update(clips_per_shard)
             shards.append((shard.source, shard.path, shard.num_bytes, shard.left_out))
         fields = {

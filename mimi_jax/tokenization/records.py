@@ -11,6 +11,8 @@ import numpy as np
 
 from mimi_jax.files.corpus import as_utf8
 
+FORMAT = "mimi_jax.tokens"  # in the manifest of an output, and in its files of codes
+
 
 class Totals(NamedTuple):
     """Counts of one shard, or of several."""

@@ -71,7 +71,8 @@ def open_shared(shared: Shared) -> np.ndarray:
     """The array, read-only, that another process of this user shares. It stays when that process ends.
 
     Raises:
-        OSError: the other process has ended, or this one may not look into it.
+        FileNotFoundError: the other process has ended.
+        OSError: this one may not look into it, or has too many files open.
     """
     descriptor = os.open(f"/proc/{shared.process}/fd/{shared.descriptor}", os.O_RDONLY)
     try:

@@ -236,10 +236,14 @@ def _receive(future: "Future[Piece]", opened: list[int], answer: "Future[Piece |
     if isinstance(piece, _SharedPiece):
         try:
             audio = open_shared(piece.audio)
-        except OSError:
+        except FileNotFoundError:
             future.set_exception(BrokenProcessPool("the worker died before its answer came"))
             return
-        opened.append(piece.audio.descriptor)
+        except OSError as error:  # such as too many open files
+            future.set_exception(error)
+            return
+        finally:
+            opened.append(piece.audio.descriptor)
         piece = Piece(audio, piece.is_last)
     future.set_result(piece)
 

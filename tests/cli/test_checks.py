@@ -130,6 +130,11 @@ def test_a_default_name_replaces_no_file(fails, run, place: Path, tiny: list[str
     assert (place / default).read_bytes() != b"of another clip"
 
 
+def test_the_numbers_of_an_evaluation_are_no_picture(fails, too_late: None, place: Path, all_extras: None):
+    error = "-o names the file of numbers, and their picture ends in .png, got 2.png"
+    assert error in fails("evaluate", "mini", ".", "-o", "2.png", status=2)
+
+
 @pytest.mark.parametrize(
     "words", [["roundtrip", "clip.wav", "-o", "2.wav"], ["evaluate", "mini", ".", "-o", "2.json"]]
 )

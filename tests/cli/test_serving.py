@@ -15,6 +15,7 @@ from mimi_jax.cli import main
     ("arguments", "status", "error"),
     [
         (["--rows", "12"], 2, "--rows must be a power of two, such as 64, got 12"),
+        (["--port", "70000"], 2, "--port must be from 0 to 65535, got 70000"),
         (["--key-file", "short"], 2, "a key must have at least 16 bytes, got 5"),
         (["--token-file", "empty"], 1, "empty: the file is empty"),
         (["--token-file", "none"], 1, "none"),

@@ -62,6 +62,13 @@ def test_each_block_of_a_file_is_read_once(front: Proxy):
     assert front.requests["GET"] == 1
 
 
+@pytest.mark.parametrize("kept", [6, 12])  # as in CLIP and ARCHIVE
+def test_a_block_is_not_forgotten_before_it_is_read(front: Proxy, kept: int):
+    with open_binary(URL, Blocks(len(DATA) // 20, ahead=4, kept=kept)) as file:
+        assert file.read() == DATA
+    assert front.requests["GET"] in (20, 21)
+
+
 def test_several_places_can_be_read_by_turns(front: Proxy):
     with open_binary(URL, SMALL) as file:
         for offset in range(0, 3000, 100):

@@ -103,3 +103,6 @@ def test_a_folder_without_manifest_is_refused(tmp_path: Path):
     for read in (read_manifest, CodeSource, lambda folder: next(read_codes(folder))):
         with pytest.raises(FileNotFoundError, match="must be an output of `mimi-jax tokenize`"):
             read(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "mimi_jax.packed"}')
+    with pytest.raises(FileNotFoundError, match=r"but its manifest\.json is of mimi_jax\.packed"):
+        CodeSource(tmp_path)

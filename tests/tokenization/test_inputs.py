@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from mimi_jax.files.corpus import AUDIO_SUFFIXES
+from mimi_jax.tokenization import inputs
 from mimi_jax.tokenization.inputs import in_words
 from mimi_jax.tokenization.plan import make_plan
+from mimi_jax.tokenization.sources import Item
 from tests.tokenization.corpora import (
     audio_bytes,
     find_shards,
@@ -113,6 +115,32 @@ def test_a_pattern_may_match_folders(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (shard,) = find_shards(["speaker*"])
     assert ids(read(shard)) == ["speaker 0/clip_000.wav", "speaker 1/clip_000.wav"]
+
+
+def test_a_pattern_leaves_out_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_parquet(tmp_path / "a.parquet", [{"bytes": WAV, "path": "x.wav"}])
+    (tmp_path / "tokens" / "codes").mkdir(parents=True)
+    (tmp_path / "tokens" / "codes" / "1.parquet").write_bytes(b"codes")
+    (tmp_path / "link").symlink_to("tokens")
+    (shard,) = find_shards(["**/*.parquet"], without="link")
+    assert shard.source == "a.parquet"
+
+
+def test_a_pattern_may_match_a_folder_and_what_is_deep_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "84" / "121").mkdir(parents=True)
+    (tmp_path / "84" / "121" / "84-1.wav").write_bytes(WAV)
+    (shard,) = find_shards(["**/84*"])
+    assert ids(read(shard)) == ["84/121/84-1.wav"]
+
+
+def test_many_equal_names_take_one_attempt_each(monkeypatch: pytest.MonkeyPatch):
+    attempts, add = [], inputs._Hashes.add
+    monkeypatch.setattr(inputs._Hashes, "add", lambda self, name: attempts.append(name) or add(self, name))
+    names = ids(inputs._distinct(Item("x") for _ in range(100)))
+    assert names == ["x", *(f"x#{number}" for number in range(2, 101))]
+    assert len(attempts) == 1 + 2 * 99
 
 
 @pytest.mark.parametrize("pattern", ["**", "data/**", "dat*/**"])

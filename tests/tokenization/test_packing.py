@@ -210,6 +210,7 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path):
             pack(arguments[0], tmp_path / arguments[1], arguments[2])
     with pytest.raises(ValueError, match="one of parquet, arrayrecord, got 16 and 'csv'"):
         pack(tokens, tmp_path / "out", 16, format="csv")
-    with pytest.raises(FileNotFoundError, match="must be an output of `mimi-jax pack`"):
-        PackedSource(tmp_path / "out")
+    for folder in (tmp_path / "out", tokens):
+        with pytest.raises(FileNotFoundError, match="must be an output of `mimi-jax pack`"):
+            PackedSource(folder)
     assert not (tmp_path / "out").exists()

@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from mimi_jax.tokenization import Settings, inputs, job, tokenize
+from mimi_jax.tokenization import Settings, inputs, job, plan, tokenize
 from mimi_jax.tokenization.inputs import find_shards
 from mimi_jax.tokenization.output import planning
 from mimi_jax.tokenization.plan import Plan, make_plan
@@ -29,6 +30,24 @@ WAV = audio_bytes(noise_clip(100))
 
 def write_manifest(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_large_shard_is_one_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_folder(tmp_path, [100, 200])
+    count = 2**20 + 1  # clips; pyarrow would begin a second group
+    table = plan._table
+
+    def larger(items: Any) -> Any:
+        return (
+            pa.concat_tables([table(items)] * count).combine_chunks()
+            if items[0].id in first
+            else table(items)
+        )
+
+    first = [item.id for item in next(find_shards([tmp_path], clips_per_shard=1)).items or ()]
+    monkeypatch.setattr(plan, "_table", larger)
+    shards = make_plan([tmp_path], clips_per_shard=1).shards
+    assert [item.id for item in shards[1].items or ()] == ["speaker 1/clip_000.wav"]
 
 
 def test_a_plan_has_all_that_was_listed(tmp_path: Path):

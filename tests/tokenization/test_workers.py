@@ -1,5 +1,6 @@
 """Worker processes read what `load_audio` reads, even if some of them die."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 import mimi_jax
+from mimi_jax.tokenization import workers
 from mimi_jax.tokenization.sources import Item
-from mimi_jax.tokenization.workers import PIECE_SECONDS, ClipReader, Readers, Target
+from mimi_jax.tokenization.workers import PIECE_SECONDS, ClipError, ClipReader, Readers, Target
 from tests.tokenization.corpora import RATE, audio_bytes, noise_clip, write_tar
 
 MAX_SECONDS = 200
@@ -124,6 +126,21 @@ def test_a_file_that_kills_its_worker_twice_is_blamed_alone(one: Readers, tmp_pa
             with pytest.raises(ValueError, match="the audio library crashed on this file"):
                 clip.next()
     killer.join()
+
+
+def test_no_worker_is_stopped_for_too_many_open_files(one: Readers, monkeypatch: pytest.MonkeyPatch):
+    good = Item("good", data=audio_bytes(noise_clip(RATE)))
+    before = one._workers[0]._process
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "open_shared", fail)
+        with pytest.raises(ClipError, match="Too many open files"):
+            one.open(good).next()
+    assert whole(one.open(good)).shape == (1, RATE)
+    assert one._workers[0]._process is before
 
 
 def test_no_file_is_blamed_if_workers_cannot_start(tmp_path: Path):
