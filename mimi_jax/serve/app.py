@@ -5,14 +5,13 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from socket import AF_INET, AF_INET6, create_server
 from typing import Any
 
 from mimi_jax.serve.limits import Access, Limits
 from mimi_jax.serve.metrics import Metrics
 from mimi_jax.serve.moving import from_bytes, to_bytes
 from mimi_jax.serve.sessions import KINDS, OPTIONS, Session
-from mimi_jax.serve.socket import BAD_DATA, BROKEN, GOING_AWAY, REFUSED, EndError, Socket
+from mimi_jax.serve.socket import BAD_DATA, BROKEN, GOING_AWAY, REFUSED, EndError, Socket, listen
 from mimi_jax.streams.pool import Pool
 
 PAGE = Path(__file__).parent / "page"
@@ -76,8 +75,12 @@ class Server:
     async def _health(self, request: Any) -> Any:
         from starlette.responses import JSONResponse
 
-        status = "stopping" if self._stops else "ok"
-        return JSONResponse({"status": status, "sessions": len(self._sessions)})
+        status, code = ("stopping" if self._stops else "ok"), 200
+        try:
+            self._pool.check()
+        except RuntimeError:
+            status, code = "failed", 503
+        return JSONResponse({"status": status, "sessions": len(self._sessions)}, code)
 
     async def _show_metrics(self, request: Any) -> Any:
         from starlette.responses import PlainTextResponse, Response
@@ -198,16 +201,19 @@ async def serving(
         await pool.warmup()
         server = Server(pool, metrics, limits, access, key)
         # A message up to this size is read, so that its session ends with a reason.
-        longest = 2 * (limits.message_bytes if key is None else max(limits.message_bytes, limits.moved_bytes))
+        longest = max(2 * limits.message_bytes, 0 if key is None else limits.moved_bytes)
         config = uvicorn.Config(
             server.app(),
             ws_max_size=longest,
+            # The answer to a ping waits behind what TCP holds back. Who sends nothing is ended as idle.
+            ws_ping_interval=None,
+            ws_per_message_deflate=False,  # neither PCM nor codes become much smaller
             log_level="warning",
             lifespan="off",
             timeout_graceful_shutdown=5,
         )
         web = Web(config)
-        listener = create_server((host, port), family=AF_INET6 if ":" in host else AF_INET)
+        listener = listen(host, port, limits)
         running = asyncio.create_task(web.serve(sockets=[listener]))
         while not web.started and not running.done():
             await asyncio.sleep(0.01)

@@ -31,6 +31,7 @@ class Moved(NamedTuple):
     states: dict[str, Any]  # by half
     pending: np.ndarray  # float32 [channels, samples]
     codes: bytes  # of a code stream that do not make a frame yet
+    num_received: int  # bytes of the client's stream that it has taken
 
 
 def to_bytes(session: Moved, model: Mimi, num_quantizers: int, key: bytes) -> bytes:
@@ -41,7 +42,12 @@ def to_bytes(session: Moved, model: Mimi, num_quantizers: int, key: bytes) -> by
     """
     arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(session.states, "/").items()}
     arrays |= {"pending": session.pending, "codes": np.frombuffer(session.codes, np.uint8)}
-    about = {"kind": session.kind, "options": session.options, "model": model_id(model, num_quantizers)}
+    about = {
+        "kind": session.kind,
+        "options": session.options,
+        "received": session.num_received,
+        "model": model_id(model, num_quantizers),
+    }
     data = safetensors.numpy.save(
         {name: np.ascontiguousarray(array) for name, array in arrays.items()},
         {"format": FORMAT, "about": json.dumps(about)},
@@ -73,4 +79,4 @@ def from_bytes(data: bytes, model: Mimi, num_quantizers: int, key: bytes) -> Mov
     if problems := differences(arrays, expected):
         raise ValueError(f"the session does not fit this server: {'; '.join(problems)}")
     states = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
-    return Moved(about["kind"], about["options"], states, pending, codes)
+    return Moved(about["kind"], about["options"], states, pending, codes, about["received"])

@@ -31,7 +31,14 @@ from mimi_jax.serve.moving import Moved
 from mimi_jax.serve.socket import BAD_DATA, BROKEN, NORMAL, TRY_LATER, EndError, Socket
 from mimi_jax.streams.batch import PoolFullError
 from mimi_jax.streams.pool import DecoderSession, EncoderSession, Pool
-from mimi_jax.streams.wire import PCM_FORMATS, CodeStreamParser, CodeStreamWriter, from_pcm, to_pcm
+from mimi_jax.streams.wire import (
+    FRAMES_AT_ONCE,
+    PCM_FORMATS,
+    CodeStreamParser,
+    CodeStreamWriter,
+    from_pcm,
+    to_pcm,
+)
 
 
 class Session(abc.ABC):
@@ -57,6 +64,7 @@ class Session(abc.ABC):
             raise ValueError(f"format must be {' or '.join(PCM_FORMATS)}, got {self._format!r}")
         self._count = _as_count(options.get("num_quantizers") or pool.num_quantizers, pool)
         self._leaving: asyncio.Future[Moved] | None = None
+        socket.num_received = 0 if moved is None else moved.num_received
 
     async def run(self) -> None:
         """Serve the client. Raises `EndError` when its session ends early."""
@@ -101,6 +109,7 @@ class Session(abc.ABC):
             "num_quantizers": self._count,
             "min_quantizers": config.num_semantic_quantizers,
             "max_quantizers": self._pool.num_quantizers,
+            "received": self._socket.num_received,
         }
 
     @abc.abstractmethod
@@ -109,7 +118,8 @@ class Session(abc.ABC):
 
     def _leave(self, states: dict[str, Any], pending: np.ndarray, codes: bytes = b"") -> None:
         assert self._leaving is not None
-        self._leaving.set_result(Moved(self.kind, self._options, states, pending, codes))
+        received = self._socket.num_received
+        self._leaving.set_result(Moved(self.kind, self._options, states, pending, codes, received))
 
     @property
     def _leaves(self) -> bool:
@@ -120,15 +130,18 @@ class Session(abc.ABC):
         return None if self._moved is None else self._moved.states[half]
 
     async def _audio(self) -> AsyncIterator[np.ndarray]:
-        """Audio [channels, samples] as it comes. Objects go to `_change`."""
-        channels = self._pool.model.config.audio_channels
+        """Audio [channels, samples] as it comes, in pieces of a few frames. Objects go to `_change`."""
+        config = self._pool.model.config
+        channels, most = config.audio_channels, FRAMES_AT_ONCE * config.frame_size
         while (message := await self._socket.receive()) is not None:
             if isinstance(message, dict):
                 self._change(message)
                 continue
             if len(message) % (PCM_FORMATS[self._format].itemsize * channels):
                 raise EndError(BAD_DATA, "a message of audio must have whole samples", "bad")
-            yield from_pcm(message, self._format, channels)
+            audio = from_pcm(message, self._format, channels)
+            for start in range(0, audio.shape[1], most):
+                yield audio[:, start : start + most]
 
     def _change(self, fields: dict[str, Any]) -> None:
         raise EndError(BAD_DATA, f"there is nothing to change: {', '.join(fields)}", "bad")
@@ -219,7 +232,7 @@ class Decode(Session):
     kind = "decode"
 
     async def _serve(self) -> None:
-        parser, is_checked = CodeStreamParser(), False
+        parser = CodeStreamParser()
         if self._moved is not None:
             spec = self._options.get("spec")
             parser = CodeStreamParser(CodeSpec(**json.loads(spec)) if spec else None, self._moved.codes)
@@ -228,10 +241,12 @@ class Decode(Session):
                 if isinstance(message, dict):
                     self._change(message)
                     continue
+                if parser.spec is None:  # how long a frame is, and so what must be kept, is up to the client
+                    if not parser.feed_header(message):
+                        continue
+                    await self._check(parser)
+                    message = b""
                 for codes, length in parser.feed(message):
-                    if not is_checked:
-                        await self._check(parser)
-                        is_checked = True
                     audio = await decoder.push(codes)
                     await self._socket.send(to_pcm(audio[:, :length], self._format))
             if parser.has_ended or self._socket.has_ended:

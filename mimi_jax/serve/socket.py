@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+import sys
 import time
 from asyncio import FIRST_COMPLETED
 from typing import Any
@@ -13,6 +15,7 @@ from mimi_jax.serve.limits import Limits
 NORMAL, GOING_AWAY, BAD_DATA, REFUSED, TOO_BIG, BROKEN, TRY_LATER = 1000, 1001, 1007, 1008, 1009, 1011, 1013
 MAX_REASON_BYTES = 123  # of a close frame
 DRAIN_SECONDS = 1.0
+MAX_TEXT = 1 << 12  # characters of a message in JSON
 
 
 class EndError(Exception):
@@ -38,11 +41,12 @@ class Socket:
 
     Attributes:
         has_ended: whether the client has ended its stream.
+        num_received: bytes of the stream that were received.
     """
 
     def __init__(self, websocket: Any, limits: Limits):
         self._websocket, self._limits = websocket, limits
-        self.has_ended = False
+        self.has_ended, self.num_received = False, 0
         self._until = time.monotonic() + limits.total_seconds
         # When `receive` stops taking messages, in seconds of `time.monotonic`.
         self._interrupted: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -76,7 +80,10 @@ class Socket:
             if len(data) > most:
                 raise EndError(TOO_BIG, f"a message has at most {most} bytes", "big")
             self.has_ended = not data
+            self.num_received += len(data)
             return data or None
+        if len(message["text"]) > MAX_TEXT:
+            raise EndError(TOO_BIG, f"a message of text has at most {MAX_TEXT} characters", "big")
         fields: Any = None
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             fields = json.loads(message["text"])
@@ -115,8 +122,10 @@ class Socket:
         """Send bytes, if there are any.
 
         Raises:
-            EndError: the client does not read, or went away.
+            EndError: the client does not read or went away, or the session is over its limit of time.
         """
+        if time.monotonic() >= self._until:
+            raise self._too_long()
         if data:
             await self._send(self._websocket.send_bytes(data))
 
@@ -134,6 +143,19 @@ class Socket:
 
     async def close(self, code: int, reason: str) -> None:
         """Close the connection, if it is still there."""
-        short = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+        short = reason.encode(errors="replace")[:MAX_REASON_BYTES].decode(errors="ignore")
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._websocket.close(code, short), self._limits.send_seconds)
+
+
+def listen(host: str, port: int, limits: Limits) -> socket.socket:
+    """A socket for connections from clients.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if sys.platform == "linux":  # a client that does not read would keep a connection that is closed
+        milliseconds = round(2000 * limits.send_seconds)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    return listener

@@ -86,6 +86,11 @@ class Pool:
         """A session that decodes, as `encoder`."""
         return DecoderSession(self, self._half("decoder"), state)
 
+    def check(self) -> None:
+        """Raise RuntimeError if a step has failed, since no session can go on after that."""
+        for half in self._halves.values():
+            half.check()
+
     def num_sessions(self) -> dict[str, int]:
         """How many sessions each half has."""
         return {half: len(each.streams) for half, each in self._halves.items()}

@@ -38,6 +38,7 @@ from mimi_jax.streams.sniff import check_floats, check_is_pcm
 FORMAT = "mimi_jax.code_stream"
 VERSION = "1"
 MAX_HEADER_BYTES = 1 << 16
+FRAMES_AT_ONCE = 32  # that a parser gives at once, however many there are, so that others get their turn
 PCM_FORMATS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}  # ffmpeg's names
 
 NO_CODE_STREAM = (
@@ -172,35 +173,33 @@ class CodeStreamParser:
         """Take the next bytes.
 
         Yields:
-            The frames that they complete: int32 [codebooks, frames], and how many samples these stand for.
+            The frames that they complete, at most FRAMES_AT_ONCE: int32 [codebooks, frames], and how many
+            samples these stand for.
 
         Raises:
             ValueError: the bytes are no code stream, are damaged, or go on after its end. All complete frames
                 before that were yielded.
         """
-        self.rest += data
-        if self.spec is None and not self._take_header():
+        if self.spec is not None:
+            self.rest += data
+        elif not self.feed_header(data):
             return
         assert self.spec is not None
         size = 1 + packed_size(self.spec.bits, self.spec.num_codebooks)  # of a packet
-        frames, damage, start = [], None, 0
-        while (
-            not self.has_ended
-            and damage is None
-            and self.rest[start : start + 1] == b"F"
-            and len(self.rest) >= start + size
-        ):
-            try:
-                frames.append(self._unpack(self.rest[start + 1 : start + size]))
-            except ValueError as error:
-                damage = error  # raised after the frames before it were yielded
-            start += size
-        self.rest = self.rest[start:]
-        if frames:
+        while frames := self._take_frames(size):
             yield np.concatenate(frames, axis=1), len(frames) * self.spec.frame_size
-        if damage is not None:
-            raise damage
         yield from self._take_end(4 + size)
+
+    def feed_header(self, data: bytes) -> bool:
+        """Take the next bytes while `spec` is None. Returns whether the header is complete.
+
+        What comes after the header stays in `rest`, until `feed` takes more bytes or none.
+
+        Raises:
+            ValueError: the bytes are no code stream.
+        """
+        self.rest += data
+        return self._take_header()
 
     def close(self) -> None:
         """Say that no more bytes come.
@@ -213,6 +212,25 @@ class CodeStreamParser:
         if not self.has_ended:
             where = "inside a frame" if self.rest else "without its end mark"
             raise ValueError(f"the code stream was cut short: it ends {where}")
+
+    def _take_frames(self, size: int) -> list[np.ndarray]:
+        """Take the next whole frames, of `size` bytes each."""
+        frames, start = [], 0
+        while (
+            not self.has_ended
+            and len(frames) < FRAMES_AT_ONCE
+            and self.rest[start : start + 1] == b"F"
+            and len(self.rest) >= start + size
+        ):
+            try:
+                frames.append(self._unpack(self.rest[start + 1 : start + size]))
+            except ValueError:
+                if not frames:
+                    raise
+                break  # those before it are given first
+            start += size
+        self.rest = self.rest[start:]
+        return frames
 
     def _take_end(self, size: int) -> Iterator[tuple[np.ndarray, int]]:
         """Take the last packet, if it is there. A short last frame has `size` bytes."""

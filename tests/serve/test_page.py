@@ -1,8 +1,10 @@
 """The page in a real Chromium, whose microphone hears the bundled speech."""
 
 import asyncio
+import contextlib
 import functools
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ SPEECH = Path(mimi_jax.__file__).parent / "samples" / "speech.flac"
 async def speak(page: Page) -> None:
     await page.evaluate("document.getElementById('microphone').click()")
     await page.until("document.getElementById('status').textContent === 'Live.'")
-    await page.until("Number(document.getElementById('frames').value) >= 40")
+    await page.until("Number(document.getElementById('frames').textContent) >= 40")
 
 
 async def slide(page: Page, count: int) -> None:
@@ -70,18 +72,25 @@ def check(model: mimi_jax.Mimi, page: Page) -> None:
     assert max(first, last) < 1e-3 < min(errors[0][1], errors[1][0])
 
 
+@contextlib.asynccontextmanager
+async def served(model: mimi_jax.Mimi, folder: Path) -> AsyncIterator[Page]:
+    """The page, of a server of its own."""
+    save_audio(folder / "speech.wav", mimi_jax.load_audio(SPEECH), 24_000)
+    make_pool = functools.partial(Pool, model, 8)
+    options = {"host": "127.0.0.1", "port": 0, "limits": Limits(), "access": Access()}
+    async with (
+        serving(make_pool, 0.08, **options) as (_, port),
+        opened(f"http://127.0.0.1:{port}/", folder / "speech.wav") as page,
+    ):
+        yield page
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_person_speaks_and_hears(tmp_path: Path, scheme: str):
     model = mimi_jax.Mimi.from_pretrained("mini")
-    save_audio(tmp_path / "speech.wav", mimi_jax.load_audio(SPEECH), 24_000)
 
     async def test() -> None:
-        make_pool = functools.partial(Pool, model, 8)
-        options = {"host": "127.0.0.1", "port": 0, "limits": Limits(), "access": Access()}
-        async with (
-            serving(make_pool, 0.08, **options) as (_, port),
-            opened(f"http://127.0.0.1:{port}/", tmp_path / "speech.wav") as page,
-        ):
+        async with served(model, tmp_path) as page:
             await page.call(
                 "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
             )
@@ -91,9 +100,28 @@ def test_a_person_speaks_and_hears(tmp_path: Path, scheme: str):
             await asyncio.sleep(4)
             await page.screenshot(tmp_path / f"{scheme}.png")
             await stop(page)
-            assert await page.evaluate("document.getElementById('late').value") is not None
+            assert int(await page.evaluate("document.getElementById('late').textContent")) >= 0
             check(model, page)
             assert page.problems == []
 
     asyncio.run(asyncio.wait_for(test(), 300))
     assert (tmp_path / f"{scheme}.png").stat().st_size > 10_000
+
+
+def test_a_new_stream_closes_what_played_the_old_one(tmp_path: Path):
+    async def test() -> None:
+        async with served(mimi_jax.Mimi.from_pretrained("mini"), tmp_path) as page:
+            await page.evaluate(
+                "window.contexts = []; const Context = AudioContext;"
+                "window.AudioContext = class extends Context {"
+                "  constructor(options) { super(options); contexts.push(this); } }; true"
+            )
+            await speak(page)
+            for _ in range(3):
+                await page.evaluate("document.getElementById('microphone').click()")
+            await page.until("document.getElementById('status').textContent === 'Live.'")
+            await stop(page)
+            await page.until("contexts.length > 5 && contexts.every((each) => each.state === 'closed')")
+            assert page.problems == []
+
+    asyncio.run(asyncio.wait_for(test(), 300))

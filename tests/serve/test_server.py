@@ -2,14 +2,18 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import random
 import struct
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Coroutine, Mapping
+from socket import IPPROTO_TCP, create_connection
 from typing import Any
 
 import jax
@@ -18,18 +22,21 @@ import pytest
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
+from mimi_jax.checkpoint.identity import code_spec
 from mimi_jax.model import decode, decode_step, encode
 from mimi_jax.serve import socket as socket_module
 from mimi_jax.serve.app import Server, serving
 from mimi_jax.serve.limits import Access, Limits
-from mimi_jax.serve.socket import EndError, Socket
+from mimi_jax.serve.socket import EndError, Socket, listen
 from mimi_jax.streams.pool import Pool
-from mimi_jax.streams.wire import CodeStreamParser
+from mimi_jax.streams.wire import FRAMES_AT_ONCE, CodeStreamParser, CodeStreamWriter
 from tests.models import load_fixture, relative_error
 
 MODEL = load_fixture("base").model  # 16 samples a frame, and a window of 5 steps
 FRAME, CODEBOOKS = MODEL.config.frame_size, MODEL.config.num_quantizers
 KEY = b"a key that is long enough"
+HUGE = bytearray()  # the header of a code stream whose first frame would never end
+CodeStreamWriter(HUGE.extend, dataclasses.replace(code_spec(MODEL), num_codebooks=10**12))
 
 
 def run(test: Coroutine[Any, Any, Any]) -> Any:
@@ -212,7 +219,8 @@ def test_a_stream_goes_on_on_another_server(kind: str, is_begun: bool):
                 before = await received(socket)
             async with connect(f"ws://{second}/attach") as socket:
                 await socket.send(moved)
-                assert (await opened(socket))["kind"] == kind
+                about = await opened(socket)
+                assert (about["kind"], about["received"]) == (kind, cut)
                 await socket.send(data[cut:])
                 await socket.send(b"")
                 after = await received(socket)
@@ -228,6 +236,98 @@ def test_a_stream_goes_on_on_another_server(kind: str, is_begun: bool):
     assert joined == whole
 
 
+def test_a_client_that_sends_on_learns_what_was_taken():
+    data = pcm(9, 300 * FRAME).tobytes()
+    pieces = [data[start : start + 2 * FRAME] for start in range(0, len(data), 2 * FRAME)]
+
+    async def test() -> bytes:
+        async with server() as (_, first), server() as (_, second):
+            async with connect(f"ws://{first}/encode") as socket:
+                session = (await opened(socket))["session"]
+
+                async def speak() -> None:
+                    with contextlib.suppress(websockets.ConnectionClosed):
+                        for piece in pieces:
+                            await socket.send(piece)
+                            await asyncio.sleep(0.01)
+
+                speaking = asyncio.create_task(speak())
+                await asyncio.sleep(0.03)
+                moved = await asyncio.to_thread(post, first, f"/detach/{session}")
+                before = await received(socket)
+                await speaking
+            async with connect(f"ws://{second}/attach") as socket:
+                await socket.send(moved)
+                taken = (await opened(socket))["received"]
+                assert 0 < taken < len(data)
+                await socket.send(data[taken:])
+                await socket.send(b"")
+                return before + await received(socket)
+
+    np.testing.assert_array_equal(parse(run(test()))[0], codes_alone(np.frombuffer(data, "<i2")))
+
+
+def test_a_long_message_is_decoded_in_pieces_and_its_row_is_free_when_its_client_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    samples = pcm(10, 200 * FRAME)
+
+    async def test() -> None:
+        async with server() as (found, address):
+            async with connect(f"ws://{address}/encode") as socket:
+                await opened(socket)
+                await socket.send(samples.tobytes())
+                await socket.send(b"")
+                stream = await received(socket)
+            batch = found._pool._halves["decoder"].batch
+            step = batch.step
+
+            def slow(frames: Mapping[int, np.ndarray]) -> jax.Array:
+                time.sleep(0.01)
+                return step(frames)
+
+            monkeypatch.setattr(batch, "step", slow)
+            async with connect(f"ws://{address}/decode") as socket:
+                await opened(socket)
+                await socket.send(stream)
+                assert len(await socket.recv()) == FRAMES_AT_ONCE * FRAME * 2
+                socket.transport.abort()
+            for _ in range(100):
+                if not found._pool.num_sessions()["decoder"]:
+                    break
+                await asyncio.sleep(0.01)
+            assert found._pool.num_waiting()["decoder"] == found._pool.num_sessions()["decoder"] == 0
+
+    run(test())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs an option of Linux")
+def test_a_connection_that_is_closed_does_not_wait_for_its_client():
+    with (
+        listen("127.0.0.1", 0, Limits(send_seconds=3)) as listener,
+        create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(IPPROTO_TCP, socket_module.socket.TCP_USER_TIMEOUT) == 6000
+
+
+def test_a_server_whose_step_failed_is_not_healthy(monkeypatch: pytest.MonkeyPatch):
+    def fail(_: Mapping[int, np.ndarray]) -> jax.Array:
+        raise RuntimeError("out of memory")
+
+    async def test() -> None:
+        async with server() as (found, address):
+            monkeypatch.setattr(found._pool._halves["encoder"].batch, "step", fail)
+            async with connect(f"ws://{address}/encode") as socket:
+                await opened(socket)
+                await socket.send(pcm(11, FRAME).tobytes())
+                assert (await refusal(socket))[0] == 1011
+            status, body, _ = await asyncio.to_thread(get, address, "/health")
+            assert (status, json.loads(body)["status"]) == (503, "failed")
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     ("path", "messages", "status", "reason"),
     [
@@ -237,9 +337,12 @@ def test_a_stream_goes_on_on_another_server(kind: str, is_begun: bool):
         ("/encode", ["hello"], 1007, "a message of text must be an object in JSON"),
         ("/encode", ['{"num_quantizers": 1}'], 1007, "there is nothing to change: num_quantizers"),
         ("/encode", [bytes(5000)], 1009, "a message has at most 4000 bytes"),
+        ("/encode", [f'{{"a": "{"x" * 5000}"}}'], 1009, "a message of text has at most 4096 characters"),
+        ("/encode", [r'{"\ud800": 1}'], 1007, "there is nothing to change: \ud800"),
         ("/encode?format=f32le", [np.float32(np.nan).tobytes()], 1007, "raw audio in f32le must be finite"),
         ("/loopback", ['{"num_quantizers": true}'], 1007, "num_quantizers must be from 1"),
         ("/decode", [b"this is no code stream"], 1007, "the input is not a code stream"),
+        ("/decode", [HUGE, bytes(100)], 1007, "the codes are of another model, or of more codebooks"),
         ("/decode", [b"", b""], 1007, "the input is not a code stream"),
         ("/attach", [b"nothing"], 1007, "the session was not signed with the key of this server"),
         ("/encode?token=wrong", [], 1008, "the token is wrong or missing"),

@@ -58,20 +58,22 @@ export class Recording {
 }
 
 export class Player {
-  // Plays the original and the decoded, each of which can be muted. `rate` is that of both.
-  static async open(rate) {
-    const context = new AudioContext({ sampleRate: rate });
-    await context.audioWorklet.addModule("playback.js");
-    return new Player(context);
+  // Plays the original and the decoded, each of which can be muted, after `ready`. `rate` is that of both.
+  constructor(rate) {
+    this.rate = rate;
+    this.context = new AudioContext({ sampleRate: rate });
+    this.context.resume();
+    this.ready = this.#open();
+    this.ready.catch(() => {}); // whoever waits for it gets the error
   }
 
-  constructor(context) {
-    this.context = context;
+  async #open() {
+    await this.context.audioWorklet.addModule("playback.js");
     this.tracks = {};
     for (const name of ["original", "decoded"]) {
-      const source = new AudioWorkletNode(context, "playback", { numberOfInputs: 0 });
-      const gain = context.createGain();
-      source.connect(gain).connect(context.destination);
+      const source = new AudioWorkletNode(this.context, "playback", { numberOfInputs: 0 });
+      const gain = this.context.createGain();
+      source.connect(gain).connect(this.context.destination);
       this.tracks[name] = { source, gain };
     }
   }
@@ -81,10 +83,10 @@ export class Player {
   }
 
   mute(name, isMuted) {
-    this.tracks[name].gain.gain.value = isMuted ? 0 : 1;
+    if (this.tracks) this.tracks[name].gain.gain.value = isMuted ? 0 : 1;
   }
 
   close() {
-    this.context.close();
+    if (this.context.state !== "closed") this.context.close();
   }
 }

@@ -8,6 +8,7 @@ import { Stream } from "./stream.js";
 const HOPS = 50; // columns of a spectrogram a second
 const BANDS = 64;
 const START = 8; // codebooks, if the server has so many
+const RATE = 24000; // Hz, of nearly all models
 
 const $ = (id) => document.getElementById(id);
 let live = null; // what runs: its stream, source, player and pictures
@@ -19,31 +20,35 @@ async function start(openSource) {
   const mine = (live = { frames: 0, late: 0, slowest: 0, delays: [] });
   $("stop").disabled = false;
   try {
+    // At once: browsers let a page play only what begins with a click.
+    mine.player = new Player(about?.sampling_rate ?? RATE);
     await new Promise((resolve, reject) => {
       mine.stream = new Stream(about ? $("codebooks").value : "", {
         opened: (fields) => {
           about = fields;
           resolve();
         },
-        frame: (...frame) => mine.player && show(mine, ...frame),
+        frame: (...frame) => live === mine && show(mine, ...frame),
         ended: (reason, isProblem) => {
           reject(new Error(reason));
-          if (live === mine) finish(reason, isProblem);
+          finish(mine, reason, isProblem);
         },
       });
     });
-    if (live !== mine) return mine.stream.end();
+    if (live !== mine) return;
+    if (mine.player.rate !== about.sampling_rate) {
+      mine.player.close();
+      mine.player = new Player(about.sampling_rate);
+    }
+    await mine.player.ready;
     setUp(mine);
-    mine.player = await Player.open(about.sampling_rate);
     setMutes();
-    mine.source = await openSource(about.sampling_rate, (audio) => hear(mine, audio), () => mine.stream.end());
-    if (live !== mine) return mine.source.close();
+    const source = await openSource(about.sampling_rate, (audio) => hear(mine, audio), () => mine.stream.end());
+    if (live !== mine || mine.stream.isEnded) return source.close();
+    mine.source = source;
     say("Live.");
   } catch (error) {
-    if (live === mine) {
-      mine.stream?.end();
-      finish(error.message, true);
-    }
+    finish(mine, error.message, true);
   }
 }
 
@@ -86,11 +91,11 @@ function show(mine, codes, audio, delay) {
     mine.delays = [...mine.delays.slice(-24), delay];
     mine.slowest = Math.max(mine.slowest, delay);
     mine.late += delay > (1000 * about.frame_size) / about.sampling_rate;
-    $("latency").value = Math.round(mine.delays.reduce((sum, x) => sum + x) / mine.delays.length);
-    $("slowest").value = Math.round(mine.slowest);
+    $("latency").textContent = Math.round(mine.delays.reduce((sum, x) => sum + x) / mine.delays.length);
+    $("slowest").textContent = Math.round(mine.slowest);
   }
-  $("late").value = mine.late;
-  $("frames").value = mine.frames;
+  $("late").textContent = mine.late;
+  $("frames").textContent = mine.frames;
 }
 
 function stop() {
@@ -98,11 +103,13 @@ function stop() {
   live?.stream?.end();
 }
 
-function finish(reason, isProblem) {
-  const { source, player } = live;
+// The end of a stream: of the live one, or of one that another has replaced.
+function finish(mine, reason, isProblem) {
+  mine.source?.close();
+  mine.stream?.end();
+  if (live !== mine) return mine.player?.close();
   live = null;
-  source?.close();
-  setTimeout(() => player?.close(), 1000); // when the last frames were heard
+  setTimeout(() => mine.player?.close(), 1000); // when the last frames were heard
   $("stop").disabled = true;
   say(reason, isProblem);
 }
@@ -128,7 +135,10 @@ function openFile(file) {
 }
 
 $("microphone").onclick = () => start((rate, heard) => Microphone.open(rate, heard));
-$("choose").onclick = () => $("file").click();
+$("choose").onclick = () => {
+  $("file").value = ""; // so that the same file can be opened again
+  $("file").click();
+};
 $("file").onchange = () => openFile($("file").files[0]);
 $("stop").onclick = stop;
 $("codebooks").oninput = () => {
@@ -147,3 +157,8 @@ document.ondrop = (event) => {
   document.body.classList.remove("dropping");
   openFile(event.dataTransfer.files[0]);
 };
+
+if (!window.isSecureContext) {
+  say("Browsers let a page hear and play only over HTTPS, or if its server is on this machine.", true);
+  for (const name of ["microphone", "choose"]) $(name).disabled = true;
+}
