@@ -75,7 +75,7 @@ recipe = Recipe(
     optimizer=OptimizerRecipe(
         learning_rate=3e-4, warmup_steps=20, schedule="cosine", max_norm=10.0, ema_decay=0.95
     ),
-    losses=LossRecipe(adversarial=0.0, features=0.0, mel_floor=1e-3),
+    losses=LossRecipe(adversarial=0.0, features=0.0, mel_power=1.0, mel_floor=1e-3),
 )
 tuned = train(recipe, FOLDER, work / "run")
 print(sorted(path.name for path in (work / "run").iterdir()))

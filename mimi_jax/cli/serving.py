@@ -39,7 +39,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
     if not is_local and not token:
         print(f"{host} is open to others, and no token is set; see --token-file", file=sys.stderr)
     # Elsewhere, a token protects better than a name.
-    hosts = (*LOOPBACK, host, *map(str.lower, arguments.allow_host)) if is_local or arguments.allow_host else ()
+    names = tuple(map(str.lower, arguments.allow_host))
+    hosts = (*LOOPBACK, host, *names) if is_local or names else ()
     model = Mimi.from_pretrained(arguments.model)
     config = model.config
     shown = f"[{host}]" if ":" in host else host

@@ -281,6 +281,8 @@ def _clip(entry: Entry) -> Clip:
         num_samples, rate = reader.num_samples, reader.sampling_rate
         if num_samples is None:  # the header does not state it
             num_samples = sum(piece.shape[1] for piece in reader)
+    if num_samples == 0:
+        raise ValueError("the file has no samples")
     start = round(entry.start * rate)
     return Clip(entry.path, entry.source, entry.speaker, start, num_samples, rate, entry.features)
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 WINDOWS = tuple(2**power for power in range(6, 11))  # samples; the five scales of a mel comparison
 NUM_BANDS = 64
 LOWEST = 64.0  # Hz
-FLOOR = 1e-5  # is added to magnitudes before their logarithm
+FLOOR = 1e-5  # is added to mel bands before their logarithm
 
 
 def to_mel(hertz: ArrayLike) -> np.ndarray:
@@ -67,13 +67,14 @@ def stft(x: jax.Array, window: int) -> jax.Array:
     return jnp.fft.rfft(windows * jnp.expand_dims(hann.astype(x.dtype), range(x.ndim)))
 
 
-def mel_spectrogram(x: jax.Array, window: int, sampling_rate: int) -> jax.Array:
-    """Compute magnitudes in mel bands, with a hop of a quarter of the window.
+def mel_spectrogram(x: jax.Array, window: int, sampling_rate: int, power: float) -> jax.Array:
+    """Compute magnitudes or their squares in mel bands, with a hop of a quarter of the window.
 
     Args:
         x: float [..., samples], a multiple of the hop.
         window: length of the transform in samples, a multiple of 4.
         sampling_rate: Hz.
+        power: of magnitudes, 1 or 2, as in `torchaudio`.
 
     Returns:
         float [..., samples / hop, NUM_BANDS].
@@ -81,9 +82,10 @@ def mel_spectrogram(x: jax.Array, window: int, sampling_rate: int) -> jax.Array:
     side = (window - window // 4) // 2
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(side, side)], mode="reflect")
     spectrum = stft(x, window)
-    # The gradient of a magnitude is infinite at zero.
-    power = jnp.maximum(spectrum.real**2 + spectrum.imag**2, 1e-14)
-    return jnp.sqrt(power) @ mel_filters(window, sampling_rate, NUM_BANDS, LOWEST).T.astype(power.dtype)
+    bins = spectrum.real**2 + spectrum.imag**2
+    if power == 1:
+        bins = jnp.sqrt(jnp.maximum(bins, 1e-14))  # the gradient of a magnitude is infinite at zero
+    return bins @ mel_filters(window, sampling_rate, NUM_BANDS, LOWEST).T.astype(bins.dtype)
 
 
 @jax.jit(static_argnames="sampling_rate")
@@ -99,6 +101,6 @@ def mel_distance(real: ArrayLike, fake: ArrayLike, sampling_rate: int) -> jax.Ar
     """
     differences = []
     for window in WINDOWS:
-        x, y = (mel_spectrogram(jnp.asarray(audio), window, sampling_rate) for audio in (real, fake))
+        x, y = (mel_spectrogram(jnp.asarray(audio), window, sampling_rate, 1) for audio in (real, fake))
         differences.append(jnp.mean(jnp.abs(jnp.log10(FLOOR + x) - jnp.log10(FLOOR + y))))
     return 20 * jnp.mean(jnp.stack(differences))

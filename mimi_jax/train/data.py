@@ -8,7 +8,7 @@ A crop that cannot be read is replaced by another one, which the number of the e
 import io
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,23 @@ from mimi_jax.train.recipe import DataRecipe
 
 MAX_DRAWS = 1000  # that fail one after another; then nearly all clips are bad
 SHORTEST_WITH_FEATURES = 0.32  # seconds, in which two vectors are half of 12.5 Hz
+
+
+class Speaker(NamedTuple):
+    """The clips of a speaker, of which a longer one is drawn more often."""
+
+    clips: list[Clip]
+    ends: np.ndarray  # float64 [clips]; each clip has the part of [0, 1) from the end before to its own
+
+    @classmethod
+    def of(cls, clips: list[Clip]) -> "Speaker":
+        lengths = np.array([clip.num_samples / clip.sampling_rate for clip in clips])
+        ends = np.cumsum(lengths / lengths.sum())
+        return cls(clips, ends / ends[-1])
+
+    def draw(self, rng: np.random.Generator) -> Clip:
+        """What `rng.choice` draws, which would add up all lengths each time."""
+        return self.clips[np.searchsorted(self.ends, rng.random(), side="right")]
 
 
 class Sampler:
@@ -60,9 +77,11 @@ class Sampler:
             )
         if missing := [clip.path for clip in clips if with_features and clip.features is None]:
             raise ValueError(f"distillation needs the features of every clip; {missing[0]} has none")
-        self.speakers = {source: list(by.values()) for source, by in sorted(speakers.items())}
+        self.speakers = {
+            source: [Speaker.of(one) for one in by.values()] for source, by in sorted(speakers.items())
+        }
         seconds = {
-            source: sum(clip.num_samples / clip.sampling_rate for one in by for clip in one)
+            source: sum(clip.num_samples / clip.sampling_rate for one in by for clip in one.clips)
             for source, by in self.speakers.items()
         }
         weights = np.array([recipe.weights.get(source, seconds[source]) for source in self.speakers])
@@ -90,9 +109,7 @@ class Sampler:
     def _draw(self, rng: np.random.Generator) -> tuple[Clip, float]:
         """Draw a clip, and where its crop begins, in seconds."""
         source = list(self.speakers.values())[rng.choice(len(self.weights), p=self.weights)]
-        clips = source[rng.integers(len(source))]
-        lengths = np.array([clip.num_samples / clip.sampling_rate for clip in clips])
-        clip = clips[rng.choice(len(clips), p=lengths / lengths.sum())]
+        clip = source[rng.integers(len(source))].draw(rng)
         seconds = max(clip.num_samples / clip.sampling_rate - self.recipe.seconds, 0) * rng.random()
         if self.with_features:
             frame = self.config.frame_size / self.config.sampling_rate

@@ -58,6 +58,7 @@ class Log:
         kept = [line for line in _lines(self._path) if line["step"] <= self._step]
         with atomic_path(self._path) as file:
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._newest = kept[-1] if kept else {}
         self._file = self._path.open("a")
         self._board = None
         if importlib.util.find_spec("tensorboardX"):
@@ -66,8 +67,13 @@ class Log:
             self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self._step + 1)
         return self
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether the newest line is of this step and has this number."""
+        return self._newest.get("step") == step and name in self._newest
+
     def write(self, step: int, means: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **means}) + "\n")
+        self._newest = {"step": step, **means}
+        self._file.write(json.dumps(self._newest) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in means.items():

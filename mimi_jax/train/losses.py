@@ -18,16 +18,19 @@ def waveform_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(real - fake))
 
 
-def mel_loss(real: jax.Array, fake: jax.Array, sampling_rate: int, floor: float = FLOOR) -> jax.Array:
-    """The mean over five scales of L1 between mel magnitudes and L2 between their logarithms.
+def mel_loss(
+    real: jax.Array, fake: jax.Array, sampling_rate: int, power: float = 2.0, floor: float = FLOOR
+) -> jax.Array:
+    """The mean over five scales of L1 between mel bands and L2 between their logarithms.
 
     Args:
         sampling_rate: Hz.
-        floor: is added to magnitudes before their logarithm. Differences far below it do not count.
+        power: 2 for bands of power, as audiocraft has them, or 1 for bands of magnitudes.
+        floor: is added to the bands before their logarithm. Differences far below it do not count.
     """
     total = jnp.zeros(())
     for window in WINDOWS:
-        x, y = (mel_spectrogram(audio, window, sampling_rate) for audio in (real, fake))
+        x, y = (mel_spectrogram(audio, window, sampling_rate, power) for audio in (real, fake))
         total += jnp.mean(jnp.abs(x - y))
         total += jnp.mean((jnp.log10(floor + x) - jnp.log10(floor + y)) ** 2)
     return total / (2 * len(WINDOWS))

@@ -9,26 +9,34 @@ from mimi_jax.train.weights import Weights, in_transformer
 
 
 def make_optimizers(recipe: Recipe) -> tuple[Any, Any]:
-    """optax's transformations for the model and for the discriminator."""
+    """optax's transformations for the model and for the discriminator.
+
+    Each counts only the steps in which it learns, and its schedule ends with the last of them.
+    """
     import optax
 
     options = recipe.optimizer
     judge_rate = recipe.discriminator.learning_rate or options.learning_rate
-    rates = make_schedule(recipe, options.learning_rate), make_schedule(recipe, judge_rate)
+    judge_steps = max(recipe.steps - recipe.losses.adversarial_start, 0) if recipe.adversarial else 0
+    steps = recipe.steps - min(recipe.discriminator.head_start, judge_steps)
+    rates = (
+        make_schedule(recipe, options.learning_rate, steps),
+        make_schedule(recipe, judge_rate, judge_steps),
+    )
     clip = optax.clip_by_global_norm(options.max_norm) if options.max_norm else optax.identity()
     decay: dict[str, Any] = {"weight_decay": options.weight_decay, "mask": in_transformer}
     model = optax.chain(clip, optax.adamw(rates[0], *options.betas, **decay))
     return model, optax.chain(clip, optax.adamw(rates[1], *options.betas, weight_decay=0.0))
 
 
-def make_schedule(recipe: Recipe, learning_rate: float) -> Any:
-    """The learning rate of each step, as optax's schedules give it."""
+def make_schedule(recipe: Recipe, learning_rate: float, steps: int) -> Any:
+    """The learning rate of each of so many steps, as optax's schedules give it."""
     import optax
 
     options = recipe.optimizer
     schedule = optax.constant_schedule(learning_rate)
     if options.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(learning_rate, recipe.steps)
+        schedule = optax.cosine_decay_schedule(learning_rate, max(steps, 1))  # there may be none to learn in
     if not options.warmup_steps:
         return schedule
     warmup = optax.linear_schedule(0.0, 1.0, options.warmup_steps)

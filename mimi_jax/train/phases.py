@@ -38,7 +38,7 @@ def conv_general_dilated(
     def convolve(x: jax.Array, kernel: jax.Array, together: int) -> jax.Array:
         x, taps, count = _phases(x, kernel, stride, columns, together)
         y = lax.conv_general_dilated(x, taps, (1, 1), [rows, (0, 0)], **options)
-        return y.reshape(*y.shape[:2], -1, kernel.shape[-1])[:, :, :count]
+        return y.reshape(*y.shape[:2], y.shape[2] * together, kernel.shape[-1])[:, :, :count]
 
     if stride > 1 or x.shape[-1] > FEW_CHANNELS:
         return convolve(x, kernel, 1)

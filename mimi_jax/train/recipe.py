@@ -5,6 +5,7 @@ which the paper refers. `configs/mimi.toml` gives the source of each value and s
 """
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -56,7 +57,8 @@ class LossRecipe:
 
     waveform: float = 0.1
     mel: float = 2.0
-    mel_floor: float = 1e-5  # is added to magnitudes before their logarithm
+    mel_power: float = 2.0  # of magnitudes in mel bands: 2, or 1 for the magnitudes themselves
+    mel_floor: float = 1e-5  # is added to mel bands before their logarithm
     adversarial: float = 4.0
     features: float = 4.0
     commitment: float = 1.0
@@ -141,22 +143,16 @@ class Recipe:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        frame = self.model.frame_size / self.model.sampling_rate
-        frames = self.data.seconds / frame
         rules = [
             *(
                 (name, _get(self, name) in words, f"must be one of {', '.join(words)}")
                 for name, words in CHOICES.items()
             ),
             ("init", bool(self.init) or self.mode == "full", "must name the model whose decoder to tune"),
-            (
-                "data.seconds",
-                frames >= 1 and abs(frames - round(frames)) < 1e-6,
-                f"must be a multiple of a frame, {frame:g} s",
-            ),
+            *self._data_rules(),
             *self._discriminator_rules(),
-            ("data.batch_size", self.data.batch_size > 0, "must be positive"),
             ("quantizer.rate", 0 <= self.quantizer.rate <= 1, "must lie in [0, 1]"),
+            ("losses.mel_power", self.losses.mel_power in (1, 2), "must be 1 (magnitudes) or 2 (power)"),
             ("losses.mel_floor", self.losses.mel_floor > 0, "must be positive"),
             ("losses", self.losses.waveform + self.losses.mel > 0 or self.adversarial, "must not all be 0"),
             (
@@ -175,6 +171,29 @@ class Recipe:
         broken = [f"{name} {rule}, got {_get(self, name)!r}" for name, holds, rule in rules if not holds]
         if broken:
             raise ValueError(f"the recipe is not supported: {'; '.join(broken)}")
+
+    def _data_rules(self) -> list[tuple[str, bool, str]]:
+        frame = self.model.frame_size / self.model.sampling_rate
+        frames, (lowest, highest) = self.data.seconds / frame, self.data.gain
+        weights = self.data.weights.values()
+        return [
+            (
+                "data.seconds",
+                frames >= 1 and abs(frames - round(frames)) < 1e-6,
+                f"must be a multiple of a frame, {frame:g} s",
+            ),
+            ("data.batch_size", self.data.batch_size > 0, "must be positive"),
+            (
+                "data.gain",
+                -math.inf < lowest <= highest < math.inf,
+                "must be finite, the lower number first",
+            ),
+            (
+                "data.weights",
+                all(weight >= 0 for weight in weights) and (not weights or 0 < sum(weights) < math.inf),
+                "must be finite, at least 0, and not all 0",
+            ),
+        ]
 
     def _rhythm_rules(self) -> list[tuple[str, bool, str]]:
         log, checkpoint, validation = self.log_every, self.checkpoint_every, self.validation

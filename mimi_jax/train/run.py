@@ -50,7 +50,8 @@ def train(
     """Train a model, in a folder that will hold
 
         recipe.json         the recipe, and which clips it was trained on
-        log.jsonl           the means of all losses, every `log_every` steps; the same in tensorboard/
+        log.jsonl           the means of all losses, every `log_every` steps, and with validation what was
+                            measured, in lines of their own; the same in tensorboard/
         left_out.jsonl      clips that cannot be read, with the reasons; training draws others instead
         checkpoints/        the newest states, with the position in the data
         model/              the running mean of the model, which `Mimi.from_pretrained` loads: that of the
@@ -71,6 +72,7 @@ def train(
 
     Raises:
         NotFiniteError: a loss or a gradient is not finite.
+        ImportError: the recipe has a validation, and pystoi is not installed.
         ValueError: the folder holds another run, the data does not fit the recipe, or hardly any of it can be
             read.
     """
@@ -151,6 +153,8 @@ class _Run(NamedTuple):
         """Do the remaining steps, and write the log, the states and the model."""
         recipe = self.trainer.recipe
         first, since_log = int(state.step), []
+        if first:  # the run may have been killed when it had saved this state, but not its model
+            self._keep_model(state, log)
         with tqdm(initial=first, total=recipe.steps, desc="training", disable=None, smoothing=0.05) as bar:
             done = first
             while done < recipe.steps:
@@ -161,17 +165,14 @@ class _Run(NamedTuple):
                 is_last = done == recipe.steps
                 if done % recipe.log_every == 0 or is_last:
                     means, since_log = finite_means(since_log, done), []
-                    means |= self._validate(state, done, is_last)
                     log.write(done, means)
                     text = ", ".join(f"{name}={means[name]:.3f}" for name in IN_BAR if name in means)
                     bar.set_postfix_str(text)
                     if bar.disable:  # stderr is not a terminal, but may be a log file
                         say(f"step {done} of {recipe.steps}: {text}")
                 if done % recipe.checkpoint_every == 0 or is_last:
-                    save_state(self.states, state, self.batches)
-                    self._save_model(state)
-        if first == recipe.steps:  # it may have been killed after its last checkpoint, before its model
-            self._save_model(state)
+                    save_state(self.states, state, self.batches)  # first, since a validation may fail
+                    self._keep_model(state, log)
 
     def _advance(self, state: TrainState, done: int) -> tuple[TrainState, list[Any]]:
         """Do the next step, or several at once. Returns the state, and the logs of each step."""
@@ -186,15 +187,13 @@ class _Run(NamedTuple):
         state, logs = trainer.steps(state, self.put(stacked, by_rows=True, steps=True), phase=phase)
         return state, [jax.tree.map(operator.itemgetter(i), logs) for i in range(count)]
 
-    def _validate(self, state: TrainState, done: int, is_last: bool) -> dict[str, float]:
-        """Measure the model, if it is time, and keep it if it is the best. Returns what to log."""
-        if self.validation is None or (done % self.trainer.recipe.validation.every and not is_last):
-            return {}
-        return self.validation(self.trainer.export(state), done)
-
-    def _save_model(self, state: TrainState) -> None:
+    def _keep_model(self, state: TrainState, log: Log) -> None:
+        """Write the model of a saved state, or with validation measure it, and write it if it is the best."""
+        step, recipe = int(state.step), self.trainer.recipe
         if self.validation is None:
             self.trainer.export(state).save_pretrained(self.out / "model")
+        elif (step % recipe.validation.every == 0 or step == recipe.steps) and not log.has(step, "valid/mel"):
+            log.write(step, self.validation(self.trainer.export(state), step))
 
     def _next_batch(self) -> Any:
         batch = next(self.batches)

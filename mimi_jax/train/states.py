@@ -1,7 +1,7 @@
 """The states of a run on disk: the newest ones, in Orbax folders, with the position in the data."""
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mimi_jax.train.weights import Weights
 KEPT = 2  # states
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_states(folder: Path) -> Iterator[Any]:
     """Orbax's manager of the states in a folder, which is created if it does not exist."""
     import orbax.checkpoint as ocp
@@ -57,23 +57,34 @@ def read_discriminator(run: str | Path, like: Weights) -> Weights:
 
     Args:
         run: its folder.
-        like: a discriminator with the same shapes.
+        like: a discriminator with the same shapes, placed on devices as the result will be.
 
     Raises:
         ValueError: the folder has no state with a discriminator, or its shapes differ.
     """
     import orbax.checkpoint as ocp
 
-    folder, found = Path(run) / "checkpoints", {}
-    if folder.is_dir():
-        with open_states(folder) as manager:
-            if (step := manager.latest_step()) is not None:
-                items = ocp.args.Composite(state=ocp.args.StandardRestore())
-                found = manager.restore(step, args=items)["state"]["discriminator"]
-    if not found:
-        raise ValueError(f"discriminator.init: {run} holds no run with a discriminator and a checkpoint")
-    weights = {name: NormalizedKernel(**w) if isinstance(w, dict) else w for name, w in found.items()}
-    shapes, own = jax.tree.map(jnp.shape, (weights, like))
-    if shapes != own:
-        raise ValueError(f"discriminator.init: the discriminator of {run} has other windows or filters")
-    return weights
+    state = _newest_state(Path(run))
+    handler: Any = ocp.PyTreeCheckpointHandler()
+    with contextlib.closing(handler):
+        found = handler.metadata(state).tree["discriminator"] if state else {}
+        if not found:
+            raise ValueError(f"discriminator.init: {run} holds no run with a discriminator and a checkpoint")
+        saved = {name: NormalizedKernel(**w) if isinstance(w, dict) else w for name, w in found.items()}
+        if jax.tree.map(lambda x: x.shape, saved) != jax.tree.map(jnp.shape, like):
+            raise ValueError(f"discriminator.init: the discriminator of {run} has other windows or filters")
+        item = {"discriminator": like}
+        # By default, arrays go to the devices that they were saved from, which may not be here.
+        placed = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=placed, partial_restore=True)
+        return handler.restore(state, args=args)["discriminator"]
+
+
+def _newest_state(run: Path) -> Path | None:
+    """Where the newest state of a run is, if there is one."""
+    folder = (run / "checkpoints").absolute()
+    if not folder.is_dir():
+        return None
+    with open_states(folder) as manager:
+        step = manager.latest_step()
+    return None if step is None else folder / str(step) / "state"

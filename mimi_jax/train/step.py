@@ -297,10 +297,10 @@ class Trainer:
         Args:
             hear: from `_ear`, or None in steps without a discriminator.
         """
-        rate = self.model.config.sampling_rate
+        rate, options = self.model.config.sampling_rate, self.recipe.losses
         functions = {
             "waveform": lambda fake: losses.waveform_loss(real, fake),
-            "mel": lambda fake: losses.mel_loss(real, fake, rate, self.recipe.losses.mel_floor),
+            "mel": lambda fake: losses.mel_loss(real, fake, rate, options.mel_power, options.mel_floor),
         }
         wanted = self.balanced(adversarial=hear is not None)
         results = {

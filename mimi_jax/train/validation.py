@@ -4,6 +4,7 @@ Every so often, the running mean of the model encodes and decodes these clips. T
 distance, or the largest STOI, is the one that the run leaves behind.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -26,10 +27,15 @@ class Validation:
         out: the folder of the run.
 
     Raises:
+        ImportError: pystoi is not installed.
         ValueError: there are no such clips, or the run learns from one of them.
     """
 
     def __init__(self, recipe: ValidationRecipe, data: str | Path, learned: list[Clip], out: Path):
+        if importlib.util.find_spec("pystoi") is None:  # the first look may come after hours
+            raise ImportError(
+                "validation measures STOI with pystoi; install: pip install 'mimi_jax[evaluate]'"
+            )
         self._recipe, self._out = recipe, out
         self._clips = find_clips(data, recipe.include)
         if both := {clip.path for clip in learned} & {clip.path for clip in self._clips.clips}:
@@ -45,7 +51,7 @@ class Validation:
         quality = result.qualities[0]
         measured = {"valid/mel": quality.mel_distance, "valid/stoi": quality.stoi}
         best = self._best()
-        # A run that was killed does some steps again, and may have kept one of them already.
+        # A run that was killed in a look repeats it, and may have kept this model already.
         if best is None or step == best["step"] or self._is_better(measured, best):
             model.save_pretrained(self._out / "model")
             with atomic_path(self._out / BEST) as file:

@@ -27,7 +27,8 @@ class NormalizedKernel(NamedTuple):
 
 
 def _norm(kernel: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(kernel**2, axis=NORM_AXES[kernel.ndim], keepdims=True))
+    squares = jnp.sum(kernel**2, axis=NORM_AXES[kernel.ndim], keepdims=True)
+    return jnp.sqrt(jnp.maximum(squares, 1e-30))  # a channel of zeros has no direction to divide by
 
 
 def normalize(kernel: jax.Array) -> NormalizedKernel:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from mimi_jax import MimiConfig, load_audio, save_audio
 from mimi_jax.files.corpus import Entry, find_clips, find_files, read_crop, read_entries
@@ -102,6 +103,7 @@ BAD_ENTRIES = [
     ({"path": "high"}, r"there is no file .*high"),
     ({"path": "notes.txt"}, "the file is not audio|the file is not a WAV|libsndfile cannot read"),
     ({"path": "empty.wav"}, r"the file is empty \(0 bytes\)"),
+    ({"path": "nothing.wav"}, "^the file has no samples$"),
     ({"path": "cut.wav"}, "the file is cut short"),
     ({"path": "high/0.flac", "start": 2.0}, "has no audio from 2 s to its end: it is 1.5 s long"),
     ({"path": "high/0.flac", "end": 2.0}, "the file is 1.5 s long, so it ends before 2 s"),
@@ -110,9 +112,10 @@ BAD_ENTRIES = [
 
 @pytest.fixture
 def broken(data: Path) -> Path:
-    """The corpus, and three files beside it that are no audio."""
+    """The corpus, and four files beside it that hold no audio or not all of it."""
     (data / "notes.txt").write_text("no audio")
     (data / "empty.wav").write_bytes(b"")
+    soundfile.write(data / "nothing.wav", np.zeros(0), 24_000)
     save_audio(data / "whole.wav", tone(300, 1.5))
     (data / "cut.wav").write_bytes((data / "whole.wav").read_bytes()[:40_000])
     return data

@@ -46,7 +46,8 @@ def torch_mel_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         ).to(x)
         side = (window - window // 4) // 2
         mels = [
-            torch_stft(torch.nn.functional.pad(a, (side, side), mode="reflect")[:, 0], window).abs() @ bank
+            torch_stft(torch.nn.functional.pad(a, (side, side), mode="reflect")[:, 0], window).abs().square()
+            @ bank
             for a in (x, y)
         ]
         total = total + (mels[0] - mels[1]).abs().mean()

@@ -138,7 +138,7 @@ def test_a_pattern_may_match_a_folder_and_what_is_deep_in_it(tmp_path: Path, mon
 def test_many_equal_names_take_one_attempt_each(monkeypatch: pytest.MonkeyPatch):
     attempts, add = [], inputs._Hashes.add
     monkeypatch.setattr(inputs._Hashes, "add", lambda self, name: attempts.append(name) or add(self, name))
-    names = ids(inputs._distinct(Item("x") for _ in range(100)))
+    names = ids(list(inputs._distinct(Item("x") for _ in range(100))))
     assert names == ["x", *(f"x#{number}" for number in range(2, 101))]
     assert len(attempts) == 1 + 2 * 99
 

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 
 from mimi_jax import MimiConfig, load_audio, save_audio
-from mimi_jax.files.corpus import LeftOut, find_clips
-from mimi_jax.train.data import Sampler, fit_features, make_iterator, read_features
+from mimi_jax.files.corpus import Clip, LeftOut, find_clips
+from mimi_jax.train.data import Sampler, Speaker, fit_features, make_iterator, read_features
 from mimi_jax.train.recipe import DataRecipe
 from tests.files.corpora import tone, write_corpus, write_manifest
 
@@ -59,6 +59,15 @@ def test_clips_in_memory_give_the_same_crops(data: Path):
     for clip in high:
         Path(clip.path).unlink()
     memory(0, np.random.default_rng(0))  # needs no file any more
+
+
+def test_a_clip_is_drawn_as_numpy_draws_it():
+    lengths = np.random.default_rng(0).integers(1, 10**7, 1000)
+    clips = [Clip(str(i), "", "", 0, int(length), 24_000, None) for i, length in enumerate(lengths)]
+    speaker, seconds = Speaker.of(clips), lengths / 24_000
+    ours, numpys = np.random.default_rng(1), np.random.default_rng(1)
+    for _ in range(1000):
+        assert speaker.draw(ours) is clips[numpys.choice(1000, p=seconds / seconds.sum())]
 
 
 def test_sources_have_their_weights(data: Path):

@@ -11,14 +11,15 @@ from mimi_jax.quality.spectrum import mel_filters, stft
 from mimi_jax.train import losses
 
 RATE = 24_000
-mel_loss = jax.jit(functools.partial(losses.mel_loss, sampling_rate=RATE))
+mel_loss = jax.jit(functools.partial(losses.mel_loss, sampling_rate=RATE), static_argnames="power")
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 0.1
 
 
-def test_mel_loss_is_the_sum_over_scales():
+@pytest.mark.parametrize("power", [1, 2])
+def test_mel_loss_is_the_sum_over_scales(power: int):
     x, y = noise(2, 1, 4800), noise(2, 1, 4800, seed=1)
     expected = 0.0
     for window in (64, 128, 256, 512, 1024):
@@ -26,11 +27,17 @@ def test_mel_loss_is_the_sum_over_scales():
         for audio in (x, y):
             side = (window - window // 4) // 2
             padded = np.pad(audio, ((0, 0), (0, 0), (side, side)), mode="reflect")
-            magnitudes = np.abs(jax.jit(stft, static_argnums=1)(padded, window))
-            mels.append(magnitudes @ mel_filters(window, RATE, 64, 64.0).T)
+            spectrum = np.abs(jax.jit(stft, static_argnums=1)(padded, window)) ** power
+            mels.append(spectrum @ mel_filters(window, RATE, 64, 64.0).T)
         expected += np.mean(np.abs(mels[0] - mels[1]))
         expected += np.mean((np.log10(1e-5 + mels[0]) - np.log10(1e-5 + mels[1])) ** 2)
-    assert float(mel_loss(x, y)) == pytest.approx(expected / 10, rel=1e-4)
+    assert float(mel_loss(x, y, power=power)) == pytest.approx(expected / 10, rel=1e-4)
+
+
+def test_mel_loss_compares_power_by_default():
+    """As audiocraft does, since 2 is torchaudio's default."""
+    x, y = noise(2, 1, 4800), noise(2, 1, 4800, seed=1)
+    assert mel_loss(x, y) == mel_loss(x, y, power=2)
 
 
 def test_losses_of_equal_audio_are_zero():

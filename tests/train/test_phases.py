@@ -56,6 +56,13 @@ def test_results_and_gradients_equal_those_of_lax(
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(0, 4), (2, 0)])
+def test_nothing_gives_nothing(batch: int, rows: int):
+    x, kernel = jnp.ones((batch, rows, 9, 3)), jnp.ones((3, 9, 3, 5))
+    result = conv_general_dilated(x, kernel, (1, 1), [(1, 1), (4, 4)], dimension_numbers=LAYOUT)
+    assert result.shape == (batch, rows, 9, 5)
+
+
 def test_the_discriminator_has_no_convolution_with_holes():
     judge = ScaleDiscriminator(1, 4, 128, rngs=nnx.Rngs(0))
 

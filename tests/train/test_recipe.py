@@ -23,6 +23,11 @@ def test_configs_are_read(path: Path):
     assert isinstance(Recipe.from_toml(path), Recipe)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_only_the_bundled_model_learned_from_magnitudes(path: Path):
+    assert Recipe.from_toml(path).losses.mel_power == (1 if path.stem.startswith("mini") else 2)
+
+
 def test_fields_of_all_types(tmp_path: Path):
     recipe = read(
         tmp_path,
@@ -54,6 +59,11 @@ def test_fields_of_all_types(tmp_path: Path):
         ("steps = 1.5", "steps must be an integer, got 1.5"),
         ("[data]\ngain = [1]", r"data.gain must be two numbers, got \[1\]"),
         ("[data]\nweights = {a = 'x'}", "data.weights must be a table of numbers"),
+        ("[data]\ngain = [6, -10]", r"data.gain must be finite, the lower number first, got \(6.0, -10.0\)"),
+        ("[data]\ngain = [-inf, 0]", "data.gain must be finite"),
+        ("[data]\nweights = {a = 1, b = -1}", "data.weights must be finite, at least 0, and not all 0, got"),
+        ("[data]\nweights = {a = 0, b = 0}", "data.weights must be finite, at least 0, and not all 0"),
+        ("[losses]\nmel_power = 3", r"losses.mel_power must be 1 \(magnitudes\) or 2 \(power\), got 3.0"),
         ("data = 3", "data must be a table"),
         ("mode = 'encoder'", "mode must be one of full, decoder, got 'encoder'"),
         ("mode = 'decoder'", "init must name the model whose decoder to tune, got ''"),

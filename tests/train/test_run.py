@@ -117,10 +117,23 @@ VALIDATED = tiny_recipe(
 )
 
 
+def kill_in_look(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The process dies as it validates this step."""
+    look = validation.Validation.__call__
+
+    def last_look(self, model: Mimi, done: int) -> dict[str, float]:
+        if done == step:
+            raise Killed
+        return look(self, model, done)
+
+    monkeypatch.setattr(validation.Validation, "__call__", last_look)
+
+
 def test_the_model_of_a_run_is_the_best_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 4)
+        kill_in_look(patch, 4)
         train(VALIDATED, data, tmp_path / "killed", devices=ONE)
+    assert (tmp_path / "killed" / "checkpoints" / "4").exists()  # its last steps are not done again
     train(VALIDATED, data, tmp_path / "killed", devices=ONE, resume=True)
     train(VALIDATED, data, tmp_path / "run", devices=ONE)
     measured = {line["step"]: line["valid/mel"] for line in trace(tmp_path / "run") if "valid/mel" in line}
@@ -148,6 +161,13 @@ def test_a_measure_decides_which_model_is_kept(
         measured = look(SimpleNamespace(save_pretrained=lambda _: None), step)
         assert measured == {"valid/mel": mel, "valid/stoi": stoi}
     assert json.loads((tmp_path / "best.json").read_text())["step"] == kept
+
+
+def test_validation_asks_for_its_package_at_the_start(data: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pystoi", None)
+    with pytest.raises(ImportError, match=r"pystoi; install: pip install 'mimi_jax\[evaluate\]'"):
+        train(VALIDATED, data, tmp_path / "run", devices=ONE)
+    assert not (tmp_path / "run").exists()
 
 
 def test_clips_are_for_training_or_for_validation(data: Path, tmp_path: Path):

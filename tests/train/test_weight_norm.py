@@ -44,6 +44,15 @@ def test_the_gradient_does_not_lengthen_the_direction():
     assert float(jnp.abs(gradient.length).min()) > 0
 
 
+def test_a_channel_of_zeros_stays_zero_and_can_learn():
+    kernel = jax.random.normal(jax.random.key(3), (3, 4, 6)).at[:, :, 2].set(0)
+    pair = normalize(kernel)
+    np.testing.assert_allclose(fold(pair), kernel, rtol=1e-6)
+    gradient = jax.grad(lambda pair: jnp.sum(fold(pair)))(pair)
+    assert all(np.isfinite(part).all() for part in gradient)
+    assert gradient.direction[:, :, 2].any()
+
+
 def test_other_weights_do_not_change():
     bias = jnp.ones(3)
     assert fold(bias) is bias
