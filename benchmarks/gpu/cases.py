@@ -58,10 +58,13 @@ def measure(group: Group, command: list[str], start: float = START, limit: float
     left = list(group.cases)
     while left:
         done, took, status = run_cases([*command, "--only", *left], left, start, limit)
-        left = left[done:] if status else []
-        if left:
+        left = left[done:]
+        if left and status:
             print(f"| {left[0]} | given up after {took:.0f} s, exit status {status} |", flush=True)
             left = left[1:]
+        elif left:
+            print(f"| {', '.join(left)} | no system gave a result; the log says why |", flush=True)
+            return
 
 
 def run_cases(command: list[str], cases: list[str], start: float, limit: float) -> tuple[int, float, int]:

@@ -66,5 +66,5 @@ def test_without_a_gpu_only_the_layers_have_times(
     monkeypatch.setattr(sweep, "why_not", lambda: "no GPU")
     sweep.main()
     text = capfd.readouterr().out
-    assert text.count("| layers |") == 2
+    assert text.count("| without Triton |") == 2
     assert "## No tiles are measured: no GPU" in text
