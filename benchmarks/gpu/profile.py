@@ -28,7 +28,7 @@ import mimi_jax
 from benchmarks.compare.gemm import SIZE, make_gemm
 from benchmarks.compare.systems import load_model_of_kind, make_bare_step, save_models
 from benchmarks.flops import count_parts
-from benchmarks.gpu.groups import GROUPS, PRODUCTS, Program, read_program
+from benchmarks.gpu.groups import GROUPS, PRODUCTS, RVQ, Program, read_program
 from benchmarks.gpu.trace import Launch, trace
 from benchmarks.inputs import CODEBOOKS, SMALL, make_clips, make_frames
 from benchmarks.report import Report
@@ -159,7 +159,7 @@ def show_products(
     for part, count in flops.items():
         if seconds := sum(times[group] for group in PRODUCTS[part]) / 1000:
             speed = count / seconds
-            ceiling = ceilings.flops["float32" if part == "RVQ" else case.rpartition("-")[2]]  # of any model
+            ceiling = ceilings.flops["float32" if part == RVQ else case.rpartition("-")[2]]  # in every model
             cells = [f"{count / 1e12:.3f}", " and ".join(PRODUCTS[part]), f"{speed / 1e12:.1f}"]
             report.row([part, *cells, f"{speed / ceiling:.0%}"])
 

@@ -169,7 +169,7 @@ def sweep(constant: Constant, capability: int, report: Report, end: float) -> An
     return best
 
 
-def time_layers(constant: Constant, report: Report) -> None:
+def time_without_triton(constant: Constant, report: Report) -> None:
     """The same part as it is computed without Triton."""
     compute = dataclasses.replace(policy.resolve("auto"), fused=())
 
@@ -208,7 +208,7 @@ def main() -> None:
             report.line("\nNo time was left for the others.")
             break
         report.table(["part and constant", "rows, warps, stages", "ms"])
-        time_layers(constant, report)
+        time_without_triton(constant, report)
         if not reason and (tile := sweep(constant, capability, report, end)) is not None:
             report.line(f"\nThe fastest:\n\n    {constant.table}[{constant.key!r}] = Tile{tuple(tile)}\n")
 

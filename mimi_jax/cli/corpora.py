@@ -151,8 +151,6 @@ def run_train(arguments: argparse.Namespace) -> None:
     from mimi_jax.train.run import train
 
     recipe = Recipe.from_toml(arguments.config)
-    if recipe.validation.include:
-        check_installed("evaluate", "pystoi")
     folder = train(recipe, arguments.data, arguments.out, resume=arguments.resume)
     print(f"wrote {folder}: the running mean of the weights after {recipe.steps} steps")
 

@@ -2,7 +2,7 @@
 
 Eigen takes [batch, time, in] and [taps, in, out]. JAX writes gradients in other orders of these axes. XLA:CPU
 rewrites them, but neither in loops such as `lax.scan`, nor in what it finds in a branch, such as those by
-platform. There it computes them one number at a time, ten times slower or more (in JAX 0.10 and 0.12).
+platform. There it computes them one number at a time, ten times slower or more (in JAX 0.10 and 0.11).
 """
 
 import functools

@@ -59,7 +59,7 @@ def test_the_fastest_tile_wins(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     assert len(rows) == sum(tile.stages < 3 for tile in fewer)
 
 
-def test_without_a_gpu_only_the_layers_have_times(
+def test_without_a_gpu_only_what_needs_no_triton_has_times(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
     monkeypatch.setattr(sys, "argv", ["sweep", "--small"])
