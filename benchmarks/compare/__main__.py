@@ -28,6 +28,7 @@ before is in the report and should be near 0.
 import argparse
 import multiprocessing
 import os
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -112,6 +113,16 @@ def load_systems(names: list[str], folder: Path, device: str) -> dict[str, Syste
     return systems
 
 
+def check_gpu() -> None:
+    """End this process if a fault has broken its GPU: no later case would give a result."""
+    import jax
+
+    try:
+        jax.block_until_ready(jax.numpy.zeros(1) + 1)
+    except jax.errors.JaxRuntimeError as error:
+        sys.exit(f"the GPU does not compute any more: {reason_of(error)}")
+
+
 def measure_all(folder: Path, options: argparse.Namespace) -> None:
     """Measure every case, and print each row as soon as it is measured."""
     names, budget = installed(options.systems), Budget(options.repeats, options.seconds)
@@ -137,6 +148,8 @@ def measure_all(folder: Path, options: argparse.Namespace) -> None:
             results[case] = cases.measure_clips(case, config, systems, options.device, budget)
         for row in table_rows(case, results[case]):
             report.row(row)
+        if options.device == "gpu":
+            check_gpu()
     report.save(options.markdown)
     if options.json:
         write_json(options.json, results)

@@ -201,7 +201,9 @@ def start_pipeline(start: Start) -> StartPipeline:
     return start_pipeline
 
 
-@pytest.mark.parametrize(("model", "pcm_format"), [("base", "s16le"), ("stereo", "f32le")])
+@pytest.mark.parametrize(
+    ("model", "pcm_format"), [("stereo", "f32le"), pytest.param("base", "s16le", marks=pytest.mark.slow)]
+)
 def test_a_pipeline_gives_what_files_give(
     run, start_pipeline: StartPipeline, tmp_path: Path, model: str, pcm_format: str
 ):
@@ -293,7 +295,7 @@ def test_an_interrupted_decoder_keeps_the_frames_that_came(start: Start, tmp_pat
     assert soundfile.info(tmp_path / "out.wav").frames == NUM_FRAMES * FRAME
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_other_signals_that_ask_to_stop(start: Start, tmp_path: Path, number: signal.Signals):
     process = start("encode", "-", "-o", "codes.safetensors")
     process.feed(make_clip().pcm)

@@ -68,7 +68,14 @@ def test_slots_are_written_in_their_rows():
 
 
 @pytest.mark.parametrize(
-    ("grouped", "sizes"), [(False, (1,)), (False, (2, 6)), (False, (24,)), (True, (6,))], ids=str
+    ("grouped", "sizes"),
+    [
+        (False, (2, 6)),
+        (True, (6,)),
+        pytest.param(False, (1,), marks=pytest.mark.slow),
+        pytest.param(False, (24,), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_streams_have_the_same_codes_and_audio(grouped: bool, sizes: tuple[int, ...]):
     """Of rows that end apart, one of which is idle for a while; the ring goes round several times."""

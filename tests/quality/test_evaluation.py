@@ -109,7 +109,7 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_bad_clip_costs_one_clip(bad: Path, result: Evaluation, workers: int):
     found = evaluation.evaluate(Mimi.from_pretrained("mini"), find_clips(bad), [1, 8], workers=workers)
     assert found._replace(left_out=[]) == result

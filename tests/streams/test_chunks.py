@@ -188,7 +188,9 @@ SMALL = 5  # programs for constants and casts
 
 
 # A stream has one program for all lengths in each direction, and one for its fresh state.
-@pytest.mark.parametrize(("name", "most"), [("base", 4), ("noncausal", 2 * BUCKETS + SMALL)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("base", 4), pytest.param("noncausal", 2 * BUCKETS + SMALL, marks=pytest.mark.slow)]
+)
 def test_40_lengths_do_not_compile_40_times(name: str, most: int):
     model = load_fixture(name).model
     frame_size = model.config.frame_size

@@ -186,7 +186,14 @@ def test_the_output_in_the_input_is_left_out(filesystem: Any):
         assert ids(read(shard)) == ["a.wav", "out2/c.wav"]
 
 
-@pytest.mark.parametrize("name", ["plain/000.wav", "a.tar", "b.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain/000.wav",
+        pytest.param("a.tar", marks=pytest.mark.slow),
+        pytest.param("b.parquet", marks=pytest.mark.slow),
+    ],
+)
 def test_what_was_lost_on_the_way_is_read_again_in_the_next_run(
     tmp_path: Path, tiny: Path, front: Proxy, filesystem: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ):

@@ -56,7 +56,13 @@ LENGTHS = [1, 15, 16, 17, 79, 80, 81, 160, 999, 1, 2000, 80, 80, 16, 999, 160, 9
 
 
 @pytest.mark.parametrize(
-    ("fixture", "num_devices"), [("base", 1), ("base", 8), ("stereo", 8), ("replicate", 1)]
+    ("fixture", "num_devices"),
+    [
+        ("base", 8),
+        ("replicate", 1),
+        pytest.param("base", 1, marks=pytest.mark.slow),
+        pytest.param("stereo", 8, marks=pytest.mark.slow),
+    ],
 )
 def test_each_clip_gets_the_codes_that_it_gets_alone(fixture: str, num_devices: int):
     model = load_fixture(fixture).model

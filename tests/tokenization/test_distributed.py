@@ -121,10 +121,8 @@ def test_an_index_that_is_too_large_is_refused(
         tokenize([tmp_path], tmp_path / "out", distributed=True)
 
 
-@pytest.mark.parametrize(
-    ("count", "lost"),
-    [(2, 1), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "lost"), [(2, 0), (2, 1), (4, 2)])
 def test_a_lost_process_is_started_again_alone(tmp_path: Path, tiny: Path, count: int, lost: int):
     """The others end as if nothing had happened. The codes are those of one process."""
     data, out = tmp_path / "data", tmp_path / "out"
