@@ -7,7 +7,7 @@
     coding     encode, decode
     roundtrip  roundtrip
     models     info, convert
-    corpora    tokenize, train, evaluate
+    corpora    tokenize, pack, train, evaluate
     serving    serve
     parser     the arguments of all commands
     run        `main`: runs one command and returns its exit status

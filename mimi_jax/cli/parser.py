@@ -121,7 +121,7 @@ def _add_decode(command: AddCommand) -> None:
 
 
 def _add_roundtrip(command: AddCommand) -> None:
-    text = "encode and decode a clip, print its quality and the speed, and draw a picture (needs matplotlib)"
+    text = "encode and decode a clip, print its quality and the speed, and draw a picture (needs mimi_jax[plot])"
     parser = command("roundtrip", run_roundtrip, text)
     parser.add_argument("input", metavar="IN", type=_path, help=AUDIO_HELP)
     text = "decoded audio; the picture is written beside it, with the suffix .png"
@@ -244,7 +244,7 @@ def _add_serve(command: AddCommand) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", type=os.path.expanduser, default="mini", help=MODEL_HELP
     )
-    text = "address to listen on, such as 0.0.0.0, which needs a token (default: %(default)s)"
+    text = "address to listen on, such as 0.0.0.0; then set a token too (default: %(default)s)"
     parser.add_argument("--host", default="127.0.0.1", help=text)
     parser.add_argument(
         "--port", type=_integer, default=8000, help="0 for any free one (default: %(default)s)"
