@@ -241,7 +241,10 @@ def check_state(state: Any, fresh: Any) -> None:
     """Refuse a state whose structure, shapes or dtypes differ from those of a fresh one."""
     forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), tree) for tree in (state, fresh)]
     if forms[0] != forms[1]:
-        raise ValueError("the state must be of this model, this half and as many streams as the input")
+        raise ValueError(
+            "the state must be of this model, this half and as many streams as the input; begin with"
+            " init_encoder_state or init_decoder_state, and pass on what each step returns"
+        )
 
 
 def check_batch_size(batch_size: object) -> int:
@@ -265,7 +268,10 @@ def check_rows(name: str, rows: ArrayLike | Sequence[bool], batch_size: int) -> 
     """Refuse anything but bool [batch], such as the numbers of rows. The rows may be a list."""
     rows = jnp.asarray(rows if isinstance(rows, jax.Array) else as_numpy(name, rows))
     if rows.dtype != bool or rows.shape != (batch_size,):
-        raise ValueError(f"{name} must be bool [batch={batch_size}], got {rows.dtype} {list(rows.shape)}")
+        raise ValueError(
+            f"{name} must be bool [batch={batch_size}], got {rows.dtype} {list(rows.shape)};"
+            " np.isin(np.arange(batch), numbers) turns numbers into a mask"
+        )
     return rows
 
 

@@ -224,7 +224,7 @@ def save(
     batch_size: int = 1,
     seconds: float = 10.0,
     num_quantizers: int | None = None,
-    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    platforms: Sequence[str] = PLATFORMS,
     compute: str | Mapping[str, str] = "portable",
 ) -> None:
     """Write the file that `load` reads, whole or not at all.
@@ -285,15 +285,15 @@ def load(path: str | os.PathLike[str]) -> ExportedMimi:
             was made by a version of JAX that this one cannot read.
         ImportError: `flatbuffers` is not installed.
     """
-    name = path = os.path.expanduser(path)
+    path = os.path.expanduser(path)
     try:
         with zipfile.ZipFile(path) as file:
             metadata = _read_metadata(file.read("metadata.json"))
             weights = _read_weights(file.read("weights.safetensors"))
             programs = {entry: file.read(entry) for entry in file.namelist() if entry.endswith(".bin")}
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{name}: not an exported model, or a damaged one ({error})") from None
-    _check_platform(name, metadata)
+        raise ValueError(f"{path}: not an exported model, or a damaged one ({error})") from None
+    _check_platform(path, metadata)
     try:
         functions = {
             entry.removesuffix(".bin"): jax_export.deserialize(bytearray(program))
@@ -301,7 +301,7 @@ def load(path: str | os.PathLike[str]) -> ExportedMimi:
         }
     except (ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"{name}: jax {jax.__version__} cannot read what jax {metadata.jax_version} wrote; export the"
+            f"{path}: jax {jax.__version__} cannot read what jax {metadata.jax_version} wrote; export the"
             f" model again ({error})"
         ) from None
     return ExportedMimi(metadata, jax.device_put(weights), functions)

@@ -152,7 +152,8 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     recipe = Recipe.from_toml(arguments.config)
     folder = train(recipe, arguments.data, arguments.out, resume=arguments.resume)
-    print(f"wrote {folder}: the running mean of the weights after {recipe.steps} steps")
+    which = f"after {recipe.steps} steps" if not recipe.validation.include else "of the step in best.json"
+    print(f"wrote {folder}: the running mean of the weights {which}")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:

@@ -121,7 +121,9 @@ def _add_decode(command: AddCommand) -> None:
 
 
 def _add_roundtrip(command: AddCommand) -> None:
-    text = "encode and decode a clip, print its quality and the speed, and draw a picture (needs mimi_jax[plot])"
+    text = (
+        "encode and decode a clip, print its quality and the speed, and draw a picture (needs mimi_jax[plot])"
+    )
     parser = command("roundtrip", run_roundtrip, text)
     parser.add_argument("input", metavar="IN", type=_path, help=AUDIO_HELP)
     text = "decoded audio; the picture is written beside it, with the suffix .png"

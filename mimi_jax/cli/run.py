@@ -7,6 +7,7 @@ pipe whose reader has gone away.
 """
 
 import gc
+import io
 import os
 import sys
 from pathlib import Path
@@ -31,12 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its help or an error
         return int(stop.code or 0)
     _set_environment()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         if unknown:
             options = f"see mimi-jax {arguments.command} --help"
             raise UsageError(f"unrecognized arguments: {' '.join(unknown)}; {options}")
         with handle_signals(interrupt), quiet_libraries():
             arguments.run(arguments)
+        sys.stdout.flush()  # a reader that has gone away shows only now
         return 0
     except BrokenPipeError:
         # Python flushes stdout when it exits, and would complain about the broken pipe.

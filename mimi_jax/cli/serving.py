@@ -1,6 +1,7 @@
 """mimi-jax serve."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.port < 2**16:
         raise UsageError(f"--port must be from 0 to 65535, got {arguments.port}")
     token = _secret(arguments.token_file) if arguments.token_file else os.environ.get(TOKEN, "").encode()
+    if not token.isascii():
+        raise UsageError("a token must be ASCII, as HTTP headers are; openssl rand -hex 16 makes one")
     key = _secret(arguments.key_file) if arguments.key_file else None
     if key is not None and len(key) < FEWEST_KEY_BYTES:
         raise UsageError(
@@ -44,6 +47,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     model = Mimi.from_pretrained(arguments.model)
     config = model.config
     shown = f"[{host}]" if ":" in host else host
+    logging.disable(logging.NOTSET)  # what goes wrong from here on is for the operator
     print(f"compiling the steps of 1{f' to {rows}' if rows > 1 else ''} streams", file=sys.stderr)
     uvloop.run(
         serve_until_signal(

@@ -64,6 +64,8 @@ class _RemoteFile(SeekableFile):
         # To look at a file, the Hub lists its folder. That is too much for each crop, so a cache may answer.
         self._details = details(url, cached=not blocks.ahead)
         self._size = self._details["size"]
+        if self._size is None:
+            raise ValueError(f"the server of {url} does not say how large the file is; download it first")
         self._fetch_range = self._opened_range() if blocks.ahead else self._cat_range
         self._kept: collections.OrderedDict[int, Future[bytes]] = collections.OrderedDict()
 

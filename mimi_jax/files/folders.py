@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,13 +30,13 @@ class LocalFolder:
             (self._folder / name).mkdir(parents=True, exist_ok=True)
 
     def names(self, subfolder: str = "") -> set[str]:
-        """The names in the folder or a subfolder; none if there is no such folder.
+        """The names in the folder or a subfolder, without hidden files; none if there is no such folder.
 
         Raises:
             NotADirectoryError: it is a file.
         """
         path = self._folder / subfolder
-        return set(os.listdir(path)) if path.exists() else set()
+        return _shown(os.listdir(path)) if path.exists() else set()
 
     def read(self, name: str) -> bytes:
         """Read a file.
@@ -72,7 +72,7 @@ class LocalFolder:
         return file_lock(self._folder / WORK / f"{name}.lock", wait)
 
     def clean(self) -> None:
-        """Delete what processes left behind that were killed. No other may be writing a Parquet file."""
+        """Delete the Parquet files that killed processes left behind. No other may be writing one."""
         for leftover in (self._folder / WORK).glob("*.parquet"):
             leftover.unlink(missing_ok=True)
 
@@ -96,13 +96,13 @@ class RemoteFolder:
         """Nothing: buckets have no folders, only files with names that have slashes."""
 
     def names(self, subfolder: str = "") -> set[str]:
-        """The names in the folder or a subfolder; none if there is no such folder.
+        """The names in the folder or a subfolder, without hidden files; none if there is no such folder.
 
         Raises:
             NotADirectoryError: it is a file.
             ConnectionError: it cannot be reached.
         """
-        return remote.names_in(self._file(subfolder))
+        return _shown(remote.names_in(self._file(subfolder)))
 
     def read(self, name: str) -> bytes:
         """Read a file.
@@ -141,6 +141,11 @@ class RemoteFolder:
 
     def _file(self, name: str) -> str:
         return f"{self._url}/{name}".rstrip("/")
+
+
+def _shown(names: Iterable[str]) -> set[str]:
+    """Without hidden files, which file managers, Git and network file systems put anywhere."""
+    return {name for name in names if not name.startswith(".")}
 
 
 def open_folder(folder: str | os.PathLike[str]) -> LocalFolder | RemoteFolder:

@@ -15,5 +15,5 @@
     parts            ways to compute parts of the network
     policy           which of these computes what
 
-Layers call `policy`. Device kernels for other operations or for whole parts of the network come here too.
+Layers call `policy`. Device kernels for other operations come here too. Those that need layers are in `nn`.
 """

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+CUDNN_HEAD_DIMS = range(8, 129, 8)  # on every GPU; cuDNN refuses others
+
 
 def cudnn_attention(query, key, value, *, window):
     """cuDNN's flash attention: NVIDIA GPUs from Ampere on, in bfloat16 or float16."""

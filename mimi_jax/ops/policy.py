@@ -1,7 +1,7 @@
 """Which implementation computes what: the one module that asks for platform, dtype, size and length.
 
-Layers call `convolution`, `product`, `elu`, `attention`, `search` and `step`. Each of these takes an
-implementation from a table in `OPERATIONS`, or from `PARTS` for whole parts of the network. To add one,
+Layers call its functions, such as `convolution`, `elu` and `step`. Each of these takes an implementation
+from a table in `OPERATIONS`, or from `PARTS` for whole parts of the network. To add one,
 write a function with the arguments of the others, put it in its table, and say here when it is chosen. No
 layer changes.
 
@@ -22,7 +22,7 @@ from jax import lax
 from mimi_jax.ops import few_rows, triton_stages
 from mimi_jax.ops.attention import banded_attention, reference_attention
 from mimi_jax.ops.convolution import CONVOLUTIONS, ELUS, JOINS, PRODUCTS
-from mimi_jax.ops.fused_attention import cudnn_attention, splash_attention
+from mimi_jax.ops.fused_attention import CUDNN_HEAD_DIMS, cudnn_attention, splash_attention
 from mimi_jax.ops.lanes import LANES, RINGS, SUBLANES
 from mimi_jax.ops.nearest import SEARCHES
 from mimi_jax.ops.parts import (
@@ -284,7 +284,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int
     # Fused device kernels compute in nothing else, and may not take an empty batch. In float32, memory is the
     # limit of both products on an NVIDIA GPU, about as much as float32 units are, so these compute them.
     if query.dtype in HALF_PRECISION and query.size:
-        if "cuda" in compute.fused:
+        if "cuda" in compute.fused and query.shape[-1] in CUDNN_HEAD_DIMS:
             choice["cuda"] = "cudnn"
         # Up to one window, there is nothing to leave out, and splash attention would pad it.
         if "tpu" in compute.fused and query.shape[1] > window and _stays_whole(query):

@@ -96,7 +96,7 @@ def evaluate(
     kbits = [code_spec(model, count).kbits for count in counts]
     measured, left_out = [], list(corpus.left_out)
     with contextlib.ExitStack() as stack:
-        scorers = [stack.enter_context(Scorer(visqol)) for _ in range(workers)]
+        scorers = [stack.enter_context(Scorer(visqol)) for _ in range(min(workers, len(corpus.clips)))]
         outcomes = _measure(model, corpus.clips, counts, scorers, VISQOL_SECONDS if visqol else STOI_SECONDS)
         for outcome in tqdm(outcomes, "evaluating", len(corpus.clips), unit="clip", disable=None):
             if isinstance(outcome, LeftOut):

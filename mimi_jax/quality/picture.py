@@ -48,7 +48,7 @@ def draw(
     clips = {"original": original.mean(axis=0), "decoded": decoded.mean(axis=0)}
     figure = Figure(figsize=(11, 9), layout="constrained")
     axes = figure.subplots(5, sharex=True, height_ratios=(2, 2, 3, 3, 3))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # names of files may have dollars
     peak = max(np.abs(clip).max() for clip in clips.values()) or 1
     for axis, (name, clip) in zip(axes[:2], clips.items(), strict=True):
         _draw_waveform(axis, clip, sampling_rate)
@@ -123,7 +123,7 @@ def draw_evaluation(evaluation: "Evaluation", title: str) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
-    figure.suptitle(f"{title}: {evaluation.num_clips} clips, {evaluation.seconds:.0f} s")
+    figure.suptitle(f"{title}: {evaluation.num_clips} clips, {evaluation.seconds:.0f} s", parse_math=False)
     axes = figure.subplots(2, 3).ravel()
     counts = [row.num_quantizers for row in evaluation.qualities]
     measures = {

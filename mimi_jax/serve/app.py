@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -102,7 +103,10 @@ class Server:
         except asyncio.CancelledError:
             return PlainTextResponse("the session ended before it could be detached", 409)
         assert self._key is not None
-        data = to_bytes(moved, self._pool.model, self._pool.num_quantizers, self._key)
+        # In a thread, because all codebooks are hashed, and other streams go on.
+        data = await asyncio.to_thread(
+            to_bytes, moved, self._pool.model, self._pool.num_quantizers, self._key
+        )
         return Response(data, media_type="application/octet-stream")
 
     async def _open(self, websocket: Any) -> None:
@@ -115,9 +119,9 @@ class Server:
         try:
             if problem:
                 raise EndError(REFUSED, problem, "refused")
-            if self._stops:
-                raise EndError(GOING_AWAY, "the server stops", "stopping")
+            self._check_goes_on()
             session = await self._make(kind, socket, query)
+            self._check_goes_on()  # it may have waited for a first message
             self._sessions[session.id] = session
             await session.run()
             self._metrics.count_end("done")
@@ -129,6 +133,10 @@ class Server:
             if session is not None:
                 self._sessions.pop(session.id, None)
 
+    def _check_goes_on(self) -> None:
+        if self._stops:
+            raise EndError(GOING_AWAY, "the server stops", "stopping")
+
     async def _make(self, kind: str, socket: Socket, query: dict[str, str]) -> Session:
         try:
             if kind in KINDS:
@@ -138,13 +146,17 @@ class Server:
             data = await socket.receive(self._limits.moved_bytes)
             if not isinstance(data, bytes):
                 raise ValueError("the first message must be what /detach gave")
-            moved = from_bytes(data, self._pool.model, self._pool.num_quantizers, self._key)
+            moved = await asyncio.to_thread(
+                from_bytes, data, self._pool.model, self._pool.num_quantizers, self._key
+            )
             return KINDS[moved.kind](socket, self._pool, moved.options, moved)
         except ValueError as error:
             raise EndError(BAD_DATA, str(error), "bad") from error
 
     async def _end(self, socket: Socket, error: EndError) -> None:
         self._metrics.count_end(error.kind)
+        if error.code == BROKEN:
+            logging.getLogger("mimi_jax").error("a session broke: %s", error)
         with contextlib.suppress(EndError):
             await socket.tell(error=str(error))
         await socket.close(error.code, str(error))
@@ -197,32 +209,33 @@ async def serving(
             return contextlib.nullcontext()
 
     metrics = Metrics(frame_seconds)
-    async with make_pool(on_step=metrics.count_step) as pool:
-        await pool.warmup()
-        server = Server(pool, metrics, limits, access, key)
-        # A message up to this size is read, so that its session ends with a reason.
-        longest = max(2 * limits.message_bytes, 0 if key is None else limits.moved_bytes)
-        config = uvicorn.Config(
-            server.app(),
-            ws_max_size=longest,
-            # The answer to a ping waits behind what TCP holds back. Who sends nothing is ended as idle.
-            ws_ping_interval=None,
-            ws_per_message_deflate=False,  # neither PCM nor codes become much smaller
-            log_level="warning",
-            lifespan="off",
-            timeout_graceful_shutdown=5,
-        )
-        web = Web(config)
-        listener = listen(host, port, limits)
-        running = asyncio.create_task(web.serve(sockets=[listener]))
-        while not web.started and not running.done():
-            await asyncio.sleep(0.01)
-        try:
-            yield server, listener.getsockname()[1]
-        finally:
-            await server.stop()
-            web.should_exit = True
-            await running
+    # The port first: if it is taken, nothing is compiled.
+    with contextlib.closing(listen(host, port, limits)) as listener:
+        async with make_pool(on_step=metrics.count_step) as pool:
+            await pool.warmup()
+            server = Server(pool, metrics, limits, access, key)
+            # A message up to this size is read, so that its session ends with a reason.
+            longest = max(2 * limits.message_bytes, 0 if key is None else limits.moved_bytes)
+            config = uvicorn.Config(
+                server.app(),
+                ws_max_size=longest,
+                # The answer to a ping waits behind what TCP holds back. Who sends nothing is ended as idle.
+                ws_ping_interval=None,
+                ws_per_message_deflate=False,  # neither PCM nor codes become much smaller
+                log_level="warning",
+                lifespan="off",
+                timeout_graceful_shutdown=5,
+            )
+            web = Web(config)
+            running = asyncio.create_task(web.serve(sockets=[listener]))
+            while not web.started and not running.done():
+                await asyncio.sleep(0.01)
+            try:
+                yield server, listener.getsockname()[1]
+            finally:
+                await server.stop()
+                web.should_exit = True
+                await running
 
 
 async def serve_until_signal(announce: Callable[[int], None], **options: Any) -> None:

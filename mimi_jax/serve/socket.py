@@ -152,9 +152,14 @@ def listen(host: str, port: int, limits: Limits) -> socket.socket:
     """A socket for connections from clients.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is taken, or the address is not of this machine.
     """
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        text = f"cannot listen on {host}, port {port}: {error.strerror}; choose with --host and --port"
+        raise OSError(text) from None
     if sys.platform == "linux":  # a client that does not read would keep a connection that is closed
         milliseconds = round(2000 * limits.send_seconds)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)

@@ -9,6 +9,7 @@ A model that cannot stream (`config.is_streamable`) gets the whole clip at once,
 lengths.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -42,7 +43,7 @@ def encode_chunks(
             codebooks.
     """
     if not model.config.is_streamable:
-        audio, mask = pad_batch([np.concatenate(list(pieces), axis=1)], model.config.frame_size)
+        audio, mask = pad_batch(list(_chunks(pieces, sys.maxsize)), model.config.frame_size)
         length = int(mask.sum())
         with transfers_allowed():
             codes = np.asarray(encode(model, audio, mask, num_quantizers).audio_codes)
@@ -78,7 +79,7 @@ def decode_chunks(model: Mimi, pieces: Iterable[np.ndarray]) -> Iterator[np.ndar
     """
     pieces = (codes_as_numpy(model, piece)[0] for piece in pieces)
     if not model.config.is_streamable:
-        codes = np.concatenate(list(pieces), axis=1)
+        [codes] = _chunks(pieces, sys.maxsize)
         length, frame_size = codes.shape[1], model.config.frame_size
         codes = np.pad(codes, [(0, 0), (0, bucket_length(length, 1) - length)])
         mask = np.arange(codes.shape[1] * frame_size)[None] < length * frame_size

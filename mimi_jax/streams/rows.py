@@ -31,8 +31,6 @@ def reset_rows(state: State, rows: ArrayLike | Sequence[bool]) -> State:
     Raises:
         ValueError: `rows` is not bool [batch].
     """
-    if not jax.tree.leaves(state):  # the state of a layer that remembers nothing
-        return state
     return _reset_rows(state, check_rows("rows", rows, batch_size(state)))
 
 
@@ -103,6 +101,8 @@ def _put_rows(state: State, rows: jax.Array, streams: State) -> State:
 def _check_numbers(rows: ArrayLike | Sequence[int], batch: int, distinct: bool = False) -> jax.Array:
     """Row numbers as int32 [count]. Inside `jit` their values are not known, so they are not checked."""
     numbers = rows if isinstance(rows, jax.Array) else as_numpy("rows", rows)
+    if isinstance(rows, Sequence) and not rows:
+        numbers = numbers.astype(np.int32)  # NumPy takes an empty list for floats
     if not jnp.issubdtype(numbers.dtype, jnp.integer) or numbers.ndim > 1:
         raise ValueError(
             f"rows must be the numbers of rows, int [count], got {numbers.dtype} {list(numbers.shape)};"

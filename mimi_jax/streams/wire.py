@@ -302,13 +302,10 @@ class CodeStreamReader:
         if not data:
             raise ValueError("the input is empty: the program before this one wrote no code stream")
         # Not a byte more than the header is read here, so that no frame is taken before the loop begins.
-        while True:
-            for _ in self._parser.feed(data):
-                raise AssertionError("not reached")
-            if self._parser.spec is not None:
-                break
+        while not self._parser.feed_header(data):
             if not (data := read(self._parser.missing)):
                 self._parser.close()
+        assert self._parser.spec is not None
         self.spec = self._parser.spec
         self._size = max_frames * (1 + packed_size(self.spec.bits, self.spec.num_codebooks))
 

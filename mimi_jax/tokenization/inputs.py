@@ -209,7 +209,8 @@ def _places(source: str) -> tuple[Iterable[_Place], bool]:
         found, is_pattern = remote.find(source)
         return (_Place(file.url, file.url, file.is_folder, file.size) for file in found), is_pattern
     is_pattern = not os.path.lexists(source)
-    paths = sorted(glob.glob(source, recursive=True)) if is_pattern else [source]
+    # With two `**`, glob finds the same file in several ways.
+    paths = sorted(set(glob.glob(source, recursive=True))) if is_pattern else [source]
     return (_Place(os.path.abspath(path), path, os.path.isdir(path)) for path in paths), is_pattern
 
 

@@ -38,7 +38,7 @@ PLAN = "plan.parquet"
 MANIFEST = "manifest.json"
 TOTALS = "totals.json"
 # All that the folder may contain. The last two are born with a dataset on the Hub.
-NAMES = {MANIFEST, PLAN, TOTALS, "codes", "errors", WORK, "README.md", ".gitattributes"}
+NAMES = {MANIFEST, PLAN, TOTALS, "codes", "errors", WORK, "README.md"}
 ROW_GROUP = 64  # clips that are read and decompressed together, even if only one is wanted
 LIBRARIES = ("mimi_jax", "jax", "flax", "numpy", "pyarrow", "soundfile", "soxr")  # recorded in the manifest
 

@@ -35,10 +35,20 @@ def process_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     """
     for index, count in LAUNCHERS:
         if index in environment and count in environment:
-            return int(environment[index]), int(environment[count])
+            return _number(environment, index), _number(environment, count)
     if "TPU_WORKER_ID" in environment and "TPU_WORKER_HOSTNAMES" in environment:  # set by GKE
-        return int(environment["TPU_WORKER_ID"]), len(environment["TPU_WORKER_HOSTNAMES"].split(","))
+        return _number(environment, "TPU_WORKER_ID"), len(environment["TPU_WORKER_HOSTNAMES"].split(","))
     return 0, 1
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise ValueError(
+            f"the variable {name} must be a whole number, got {environment[name]!r}; correct it, or name"
+            " process_index and process_count"
+        ) from None
 
 
 def process_from_jax() -> tuple[int, int]:

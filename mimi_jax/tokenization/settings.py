@@ -1,6 +1,7 @@
 """What decides the codes of a corpus, and which clips share an output file."""
 
 import dataclasses
+import math
 
 DTYPES = ("float32", "bfloat16")
 
@@ -38,8 +39,8 @@ class Settings:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not self.max_seconds > 0:
-            raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
+        if not 0 < self.max_seconds < math.inf:
+            raise ValueError(f"max_seconds must be positive and finite, got {self.max_seconds}")
 
 
 DEFAULTS = Settings()

@@ -59,11 +59,18 @@ def share(array: np.ndarray) -> Shared | np.ndarray:
     """Copy a float32 array to memory that another process can open; the array itself, if a pipe must do."""
     if array.nbytes < SMALLEST or len(_shared) >= MOST or not hasattr(os, "memfd_create"):
         return array
-    descriptor = os.memfd_create("audio")
-    _shared.add(descriptor)
+    try:
+        descriptor = os.memfd_create("audio")
+    except OSError:  # too many files are open
+        return array
     left = np.ascontiguousarray(array).data.cast("B")
-    while left:
-        left = left[os.write(descriptor, left) :]
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except OSError:  # too little memory
+        os.close(descriptor)
+        return array
+    _shared.add(descriptor)
     return Shared(os.getpid(), descriptor, array.shape)
 
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from mimi_jax.files.codes import check_range
+
 UNICODE_OFFSET = 0x4E00  # that of codec-bpe, from the acoustic BPE of Shen et al. (arXiv 2310.14580)
 SURROGATES = range(0xD800, 0xE000)  # numbers that stand for no character
 
@@ -24,10 +26,9 @@ def to_unicode(codes: np.ndarray, codebook_size: int, unicode_offset: int = UNIC
         ValueError: the codes have another shape, type or range, or some of the characters do not exist.
     """
     codes = np.asarray(codes)
-    if codes.ndim != 2 or codes.dtype.kind not in "iu":
+    if codes.ndim != 2:
         raise ValueError(f"codes must be integers [codebooks, frames], got {codes.dtype} {list(codes.shape)}")
-    if codes.size and not (codes.min() >= 0 and codes.max() < codebook_size):
-        raise ValueError(f"codes must lie in [0, {codebook_size}), got {codes.min()} to {codes.max()}")
+    check_range(codes, codebook_size)
     offsets = _offsets(len(codes), codebook_size, unicode_offset)
     return (codes + offsets).T.astype("<u4").tobytes().decode("utf-32-le")
 

@@ -37,7 +37,7 @@ def balance(
         weights: by loss; only their ratios matter.
 
     Returns:
-        The new state; the sum, whose norm is at most about 1 in each clip of the batch; and the share of
+        The new state; the sum, whose norm is at most about 1 on average over the clips; and the share of
         each loss: the norm of its part divided by the sum of these norms.
     """
     norms, counts, parts = dict(state.norms), dict(state.counts), {}

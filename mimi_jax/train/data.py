@@ -76,7 +76,10 @@ class Sampler:
                 " name those, or leave data.weights out"
             )
         if missing := [clip.path for clip in clips if with_features and clip.features is None]:
-            raise ValueError(f"distillation needs the features of every clip; {missing[0]} has none")
+            raise ValueError(
+                f"distillation needs the features of every clip; {missing[0]} has none;"
+                " name its .npy file in the manifest"
+            )
         self.speakers = {
             source: [Speaker.of(one) for one in by.values()] for source, by in sorted(speakers.items())
         }
@@ -93,12 +96,15 @@ class Sampler:
         """float32 `audio` [channels, samples] and, with features, float32 `features` [vectors, dim].
 
         Raises:
+            ConnectionError: a clip on the network cannot be reached.
             ValueError: MAX_DRAWS crops in a row cannot be read.
         """
         for _ in range(MAX_DRAWS):
             clip, seconds = self._draw(rng)
             try:
                 return self._read(clip, seconds, rng)
+            except ConnectionError:
+                raise  # the clip is fine, and the run can be resumed with the same crops
             except (OSError, ValueError) as error:
                 left_out = LeftOut(clip.name, reason_of(error))
                 self.leave_out(left_out)
@@ -156,7 +162,7 @@ def read_features(clip: Clip, start: float, seconds: float) -> np.ndarray:
     assert clip.features is not None
     try:
         if is_remote(clip.features):
-            features = np.load(io.BytesIO(read_whole(clip.features)))
+            features = np.lib.format.read_array(io.BytesIO(read_whole(clip.features)))
         else:
             features = np.lib.format.open_memmap(clip.features, mode="r")
     except ValueError as error:

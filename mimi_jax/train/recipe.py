@@ -19,6 +19,21 @@ CHOICES = {
     "optimizer.schedule": ("constant", "cosine"),
     "validation.measure": ("mel", "stoi", "newest"),
 }
+NOT_NEGATIVE = (
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.warmup_steps",
+    "optimizer.max_norm",
+    "losses.waveform",
+    "losses.mel",
+    "losses.adversarial",
+    "losses.features",
+    "losses.commitment",
+    "losses.distillation",
+    "losses.adversarial_start",
+    "discriminator.learning_rate",
+    "discriminator.head_start",
+)
 PUBLISHED_QUANTIZERS = 8  # in training; the released model has 32
 
 
@@ -151,6 +166,11 @@ class Recipe:
             ("init", bool(self.init) or self.mode == "full", "must name the model whose decoder to tune"),
             *self._data_rules(),
             *self._discriminator_rules(),
+            *(
+                (name, 0 <= _get(self, name) < math.inf, "must be finite and at least 0")
+                for name in NOT_NEGATIVE
+            ),
+            ("optimizer.ema_decay", 0 <= self.optimizer.ema_decay <= 1, "must lie in [0, 1]"),
             ("quantizer.rate", 0 <= self.quantizer.rate <= 1, "must lie in [0, 1]"),
             ("losses.mel_power", self.losses.mel_power in (1, 2), "must be 1 (magnitudes) or 2 (power)"),
             ("losses.mel_floor", self.losses.mel_floor > 0, "must be positive"),

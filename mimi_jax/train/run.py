@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import operator
 import os
 from collections.abc import Callable, Iterator
@@ -84,7 +83,9 @@ def train(
     left_out = LeftOutLog(out)
     sampler = Sampler(clips, recipe.data, model.config, features, left_out.add)
     batches = make_iterator(sampler, recipe.seed, recipe.data.batch_size, recipe.steps)
-    validation = Validation(recipe.validation, data, clips, out) if recipe.validation.include else None
+    validation = None
+    if recipe.validation.include:
+        validation = Validation(recipe.validation, model.config, data, clips, out)
     devices = devices or jax.devices()
     put = _placer(devices, recipe.data.batch_size)
     fields = recipe.to_dict() | {"clips": _describe(clips)}
@@ -138,7 +139,7 @@ class _Run(NamedTuple):
         return recipe.data.batch_size * recipe.num_samples // self.trainer.model.config.frame_size
 
     def _first_latents(self, state: TrainState) -> jax.Array:
-        """Latents [vectors, hidden_size] of the untrained encoder, from crops that no step will see."""
+        """Latents [vectors, hidden_size] of the untrained encoder, from crops of another seed."""
         recipe, config = self.trainer.recipe, self.trainer.model.config
         wanted = max(recipe.quantizer.kmeans_vectors, config.codebook_size)
         count = ceil_div(wanted, self._latents_per_batch())
@@ -276,7 +277,7 @@ def _placer(devices: list[Any], batch_size: int) -> Callable[..., Any]:
 
     The rows are on the first axis, or on the second one after an axis of steps.
     """
-    count = math.gcd(len(devices), batch_size)
+    count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
     mesh = Mesh(np.array(devices[:count]), ("data",))
 
     def put(tree: Any, by_rows: bool = False, steps: bool = False) -> Any:

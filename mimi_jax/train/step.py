@@ -186,8 +186,8 @@ class Trainer:
     def _train(self, state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Logs]:
         audio = batch["audio"]
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), state.step)
-        hear = self._ear(jax.random.fold_in(key, 1))
-        num_quantizers, is_quantized, key = self._draw(key, len(audio))
+        num_quantizers, is_quantized, key, ear_key = self._draw(key, len(audio))
+        hear = self._ear(ear_key)
         generate = functools.partial(
             self._generate, state, batch, num_quantizers=num_quantizers, is_quantized=is_quantized, key=key
         )
@@ -226,17 +226,20 @@ class Trainer:
         )
         return new, logs
 
-    def _draw(self, key: jax.Array, batch_size: int) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-        """How many codebooks this batch uses, which of its rows are quantized, and a key for the rest."""
+    def _draw(
+        self, key: jax.Array, batch_size: int
+    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, jax.Array]:
+        """How many codebooks this batch uses, which of its rows are quantized, and two keys: for the rest
+        of the codec, and for what the discriminator hears."""
         recipe, config = self.recipe.quantizer, self.model.config
-        count_key, rate_key, other_key, key = jax.random.split(key, 4)
+        count_key, rate_key, other_key, key, ear_key = jax.random.split(key, 5)
         most = config.num_quantizers
         least = config.num_semantic_quantizers + 1 if recipe.dropout else most
         num_quantizers = jax.random.randint(count_key, (), least, most + 1)
         keys = {"semantic": rate_key, "acoustic": rate_key if recipe.same else other_key}
         rate = recipe.rate if self.recipe.mode == "full" else 1.0
         is_quantized = {name: jax.random.uniform(k, (batch_size,)) < rate for name, k in keys.items()}
-        return num_quantizers, is_quantized, key
+        return num_quantizers, is_quantized, key, ear_key
 
     def _ear(self, key: jax.Array) -> Ear:
         """What cuts out of audio [batch, channels, samples] the part that the discriminator hears."""
@@ -269,7 +272,12 @@ class Trainer:
         if self.teacher_proj is not None:
             own = {name.removeprefix("teacher_proj."): w for name, w in weights.items()}
             student = with_weights(self.teacher_proj, own)(quantized.semantic)
-            stride = batch["features"].shape[1] // student.shape[1]
+            _, vectors, dim = batch["features"].shape
+            if dim != self.recipe.teacher_dim:
+                raise ValueError(
+                    f"teacher_dim must be the channels of the features, {dim}, got {self.recipe.teacher_dim}"
+                )
+            stride = vectors // student.shape[1]
             loss = losses.cosine_loss(student, losses.pool_teacher(batch["features"], stride))
             logs["loss/distillation"] = loss
             extra += weights_of_losses.distillation * loss

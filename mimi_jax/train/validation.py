@@ -8,6 +8,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+from mimi_jax.config import MimiConfig
 from mimi_jax.files.atomic import atomic_path
 from mimi_jax.files.corpus import Clip, find_clips
 from mimi_jax.model import Mimi
@@ -22,19 +23,29 @@ class Validation:
 
     Args:
         recipe: which clips, and how they are compared.
+        config: of the model.
         data: as for `train`.
         learned: the clips that the run learns from.
         out: the folder of the run.
 
     Raises:
         ImportError: pystoi is not installed.
-        ValueError: there are no such clips, or the run learns from one of them.
+        ValueError: there are no such clips, the run learns from one of them, or the model has fewer
+            codebooks.
     """
 
-    def __init__(self, recipe: ValidationRecipe, data: str | Path, learned: list[Clip], out: Path):
+    def __init__(
+        self, recipe: ValidationRecipe, config: MimiConfig, data: str | Path, learned: list[Clip], out: Path
+    ):
         if importlib.util.find_spec("pystoi") is None:  # the first look may come after hours
             raise ImportError(
                 "validation measures STOI with pystoi; install: pip install 'mimi_jax[evaluate]'"
+            )
+        least, most = config.num_semantic_quantizers, config.num_quantizers
+        if not least <= recipe.num_quantizers <= most:
+            raise ValueError(
+                f"validation.num_quantizers must lie from {least} to {most}, the codebooks of the model,"
+                f" got {recipe.num_quantizers}"
             )
         self._recipe, self._out = recipe, out
         self._clips = find_clips(data, recipe.include)

@@ -1,6 +1,7 @@
 """mimi-jax serve, as a person runs it."""
 
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -19,6 +20,7 @@ from mimi_jax.cli import main
         (["--key-file", "short"], 2, "a key must have at least 16 bytes, got 5"),
         (["--token-file", "empty"], 1, "empty: the file is empty"),
         (["--token-file", "none"], 1, "none"),
+        (["--token-file", "umlaut"], 2, "a token must be ASCII"),
         (["nowhere"], 1, "nowhere"),
     ],
 )
@@ -33,9 +35,21 @@ def test_what_cannot_be_served(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short").write_text("short\n")
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "umlaut").write_text("schlüssel")
     assert main(["serve", *arguments]) == status
     message = capsys.readouterr().err
     assert message.startswith("mimi-jax serve: error: ") and error in message and message.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_compiled(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr("mimi_jax.streams.pool.Pool.warmup", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(models / "tiny"), "--port", port, "--rows", "1"]) == 1
+    error = f"mimi-jax serve: error: cannot listen on 127.0.0.1, port {port}: Address already in use"
+    assert error in capsys.readouterr().err
 
 
 def test_it_serves_until_it_is_interrupted(models: Path):

@@ -164,6 +164,11 @@ def test_an_mp3_file_cut_between_frames_is_refused_if_it_has_a_note():
     assert "cut short" in refusal(FILES["mp3"][: len(FILES["mp3"]) - len(first) + one_frame])
 
 
+def test_an_mp3_file_cut_inside_its_first_frame_is_refused():
+    for size in range(10, 100):
+        assert "cut short" in refusal(FILES["mp3"][:size])
+
+
 def test_a_note_stands_at_the_same_place_in_a_frame_with_a_checksum():
     """LAME writes it so, over the side information."""
     data = FILES["mp3"]

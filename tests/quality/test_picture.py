@@ -17,12 +17,12 @@ def tone(hertz: float, num_samples: int, rate: int = RATE) -> np.ndarray:
     return np.sin(2 * np.pi * hertz * np.arange(num_samples) / rate).astype(np.float32)
 
 
-def picture(audio: np.ndarray, num_codebooks: int = 8) -> bytes:
+def picture(audio: np.ndarray, num_codebooks: int = 8, title: str = "a clip") -> bytes:
     """Draw audio [channels, samples], a decoded copy of half the amplitude, and random codes."""
     shape = (num_codebooks, ceil_div(audio.shape[1], 1920))
     codes = np.random.default_rng(0).integers(0, 2048, shape)
     rates = {"sampling_rate": RATE, "frame_size": 1920, "codebook_size": 2048}
-    return draw(audio, audio / 2, codes, **rates, title="a clip")
+    return draw(audio, audio / 2, codes, **rates, title=title)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,10 @@ def test_picture_is_a_png(num_samples: int, channels: int, num_codebooks: int):
 
 def test_silence_can_be_drawn():
     assert picture(np.zeros((1, RATE), np.float32)).startswith(b"\x89PNG")
+
+
+def test_a_title_with_dollars_is_no_formula():
+    assert picture(tone(440, RATE)[None], title="take$1_$2.wav").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("rate", [16_000, 24_000, 48_000])

@@ -162,7 +162,7 @@ def test_nonsense_and_half_open_connections_touch_no_other_stream(messages: int)
                 if not before and sent > messages // 4:
                     before = resident()
             stop.set()
-            assert await other > 3
+            assert await other > 1
             async with asyncio.timeout(20):
                 while found._sessions or any(found._pool.num_sessions().values()):
                     await asyncio.sleep(0.05)

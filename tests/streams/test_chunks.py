@@ -143,6 +143,17 @@ def test_a_model_that_cannot_stream_gets_the_whole_clip():
     assert audio.shape[1] == codes.shape[1] * model.config.frame_size
 
 
+@pytest.mark.parametrize("name", ["base", "noncausal"])
+def test_an_empty_clip_is_refused(name: str):
+    model = load_fixture(name).model
+    for pieces in ([], [noise(0)]):
+        with pytest.raises(ValueError, match="the clip is empty"):
+            list(encode_chunks(model, pieces))
+    for pieces in ([], [np.zeros((4, 0), int)]):
+        with pytest.raises(ValueError, match="the clip is empty"):
+            list(decode_chunks(model, pieces))
+
+
 @pytest.mark.parametrize(
     ("audio", "num_quantizers", "error"),
     [

@@ -115,6 +115,13 @@ def test_rows_to_move_must_be_numbers(rows: Any, error: str):
         put_rows(state, rows, state)
 
 
+def test_no_rows_may_be_moved():
+    state = random_state(4)
+    none = take_rows(state, [])
+    assert {len(leaf) for leaf in jax.tree.leaves(none)} == {0}
+    assert_equal(put_rows(state, [], none), state)
+
+
 def test_two_streams_cannot_take_one_row():
     with pytest.raises(ValueError, match=r"rows must be distinct, .* got \[1, 1\]"):
         put_rows(random_state(4), [1, 1], random_state(2))

@@ -135,6 +135,14 @@ def test_a_pattern_may_match_a_folder_and_what_is_deep_in_it(tmp_path: Path, mon
     assert ids(read(shard)) == ["84/121/84-1.wav"]
 
 
+def test_a_pattern_may_match_a_file_in_several_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "en" / "x" / "en").mkdir(parents=True)
+    (tmp_path / "data" / "en" / "x" / "en" / "a.wav").write_bytes(WAV)
+    (shard,) = find_shards(["data/**/en/**/*.wav"])
+    assert ids(read(shard)) == ["data/en/x/en/a.wav"]
+
+
 def test_many_equal_names_take_one_attempt_each(monkeypatch: pytest.MonkeyPatch):
     attempts, add = [], inputs._Hashes.add
     monkeypatch.setattr(inputs._Hashes, "add", lambda self, name: attempts.append(name) or add(self, name))

@@ -127,6 +127,14 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_hidden_files_are_no_files_of_a_job(tmp_path: Path):
+    output = open_output(tmp_path)
+    output.write(1, [row(1)], [], Counter())
+    (tmp_path / ".DS_Store").write_bytes(b"any")
+    (tmp_path / "codes" / "._00000-of-00003.parquet").write_bytes(b"any")
+    assert open_output(tmp_path).done() == {"00001-of-00003.parquet"}
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = open_output(tmp_path / "out")
 

@@ -23,7 +23,7 @@ def test_a_process_finds_its_index_and_the_number_of_processes(
 
 
 def test_a_variable_without_an_integer_is_refused():
-    with pytest.raises(ValueError, match="invalid literal"):
+    with pytest.raises(ValueError, match="SLURM_PROCID must be a whole number, got 'first'"):
         process_from_environment({"SLURM_PROCID": "first", "SLURM_STEP_NUM_TASKS": "4"})
 
 

@@ -11,8 +11,9 @@ from mimi_jax.tokenization import Settings
     ("options", "error"),
     [
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
-        ({"max_seconds": 0}, "max_seconds must be positive, got 0"),
-        ({"max_seconds": float("nan")}, "max_seconds must be positive, got nan"),
+        ({"max_seconds": 0}, "max_seconds must be positive and finite, got 0"),
+        ({"max_seconds": float("nan")}, "max_seconds must be positive and finite, got nan"),
+        ({"max_seconds": float("inf")}, "max_seconds must be positive and finite, got inf"),
         ({"clips_per_shard": 0}, "clips_per_shard must be a positive integer, got 0"),
         ({"num_quantizers": 0}, "num_quantizers must be a positive integer, got 0"),
         ({"num_quantizers": 2.0}, r"num_quantizers must be a positive integer, got 2\.0"),

@@ -60,3 +60,18 @@ def test_no_more_files_are_open_than_allowed():
     assert len(sharing._shared) == MOST
     release(shared)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@needs_linux
+@pytest.mark.parametrize("name", ["memfd_create", "write"])
+def test_where_there_is_no_memory_to_share_the_array_itself_is_given(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_):
+        raise OSError("no memory")
+
+    array, before = long_array(0), set(sharing._shared)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, fail)
+        assert share(array) is array
+    assert sharing._shared == before

@@ -192,6 +192,18 @@ def test_replaced_crops_are_the_same_from_any_example_on(data: Path, damaged: Pa
     np.testing.assert_array_equal([batch["audio"] for batch in resumed], batches[7:])
 
 
+def test_a_lost_network_does_not_change_what_is_drawn(data: Path, monkeypatch: pytest.MonkeyPatch):
+    def lost(*_):
+        raise ConnectionError("timed out")
+
+    monkeypatch.setattr("mimi_jax.train.data.read_crop", lost)
+    left_out = []
+    sampler = Sampler(find_clips(data).clips, RECIPE, CONFIG, leave_out=left_out.append)
+    with pytest.raises(ConnectionError, match="timed out"):
+        sampler(0, np.random.default_rng(0))
+    assert not left_out
+
+
 def test_nothing_but_unreadable_crops_is_an_error(data: Path):
     (data / "nan").mkdir()
     soundfile.write(data / "nan" / "0.wav", np.full(24_000, np.nan, np.float32), 24_000, subtype="FLOAT")
@@ -219,11 +231,17 @@ def test_the_rate_of_features_of_a_very_short_clip_is_not_clear(data: Path):
         (b"PK\3\4", r"0\.npy is not a \.npy file"),
     ],
 )
-def test_bad_features_are_refused(data: Path, features: np.ndarray | bytes, error: str):
+@pytest.mark.parametrize("is_local", [True, False])
+def test_bad_features_are_refused(
+    data: Path, features: np.ndarray | bytes, error: str, is_local: bool, monkeypatch: pytest.MonkeyPatch
+):
     if isinstance(features, bytes):
         (data / "0.npy").write_bytes(features)
     else:
         np.save(data / "0.npy", features)
     clips = find_clips(write_manifest(data, {"path": "high/0.flac", "features": "0.npy"})).clips
+    if not is_local:
+        monkeypatch.setattr("mimi_jax.train.data.is_remote", lambda _: True)
+        monkeypatch.setattr("mimi_jax.train.data.read_whole", lambda path: Path(path).read_bytes())
     with pytest.raises(ValueError, match=error):
         read_features(clips[0], 0.0, 0.4)

@@ -76,6 +76,15 @@ def test_fields_of_all_types(tmp_path: Path):
         ("[losses]\nwaveform=0\nmel=0\nadversarial=0\nfeatures=0", "losses must not all be 0"),
         ("checkpoint_every = 0", "checkpoint_every must be a positive multiple of log_every=100"),
         ("steps = 0", "steps must be positive, got 0"),
+        ("[optimizer]\nema_decay = 9.9", r"optimizer.ema_decay must lie in \[0, 1\], got 9.9"),
+        (
+            "[optimizer]\nlearning_rate = -1",
+            "optimizer.learning_rate must be finite and at least 0, got -1.0",
+        ),
+        (
+            "[discriminator]\nhead_start = -1",
+            "discriminator.head_start must be finite and at least 0, got -1",
+        ),
         ("[losses]\nwaveform=0\nmel=0\nadversarial_start=5", "losses.adversarial_start must be 0 if"),
         (
             "mode='decoder'\ninit='mini'\n[losses]\ndistillation=1",

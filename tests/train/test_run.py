@@ -157,10 +157,19 @@ def test_a_measure_decides_which_model_is_kept(
         found = SimpleNamespace(qualities=[SimpleNamespace(mel_distance=mel, stoi=stoi)])
         monkeypatch.setattr(validation, "evaluate", lambda *_, found=found, **__: found)
         recipe = dataclasses.replace(VALIDATED.validation, measure=measure)
-        look: Any = validation.Validation(recipe, data, [], tmp_path)
+        look: Any = validation.Validation(recipe, TINY, data, [], tmp_path)
         measured = look(SimpleNamespace(save_pretrained=lambda _: None), step)
         assert measured == {"valid/mel": mel, "valid/stoi": stoi}
     assert json.loads((tmp_path / "best.json").read_text())["step"] == kept
+
+
+def test_validation_refuses_codebooks_that_the_model_lacks_at_the_start(data: Path, tmp_path: Path):
+    recipe = dataclasses.replace(
+        VALIDATED, validation=dataclasses.replace(VALIDATED.validation, num_quantizers=5)
+    )
+    with pytest.raises(ValueError, match=r"validation\.num_quantizers must lie from 1 to 4, .* got 5"):
+        train(recipe, data, tmp_path / "run", devices=ONE)
+    assert not (tmp_path / "run").exists()
 
 
 def test_validation_asks_for_its_package_at_the_start(data: Path, tmp_path: Path, monkeypatch):
@@ -227,6 +236,8 @@ def test_rows_of_a_batch_are_shared_with_and_without_steps():
     steps = put({"audio": np.zeros((3, 8, 1, 6), np.float32)}, by_rows=True, steps=True)["audio"]
     assert batch.addressable_shards[0].data.shape == (8 // count, 1, 6)
     assert steps.addressable_shards[0].data.shape == (3, 8 // count, 1, 6)
+    rows = run_module._placer(jax.devices()[:8], 12)(np.zeros((12, 1)), by_rows=True)
+    assert len(rows.sharding.device_set) == 6
 
 
 @SLOW

@@ -291,6 +291,14 @@ def test_training_the_decoder_changes_no_code(tmp_path):
     assert moved == {"upsample", "decoder_transformer", "decoder"}
 
 
+def test_features_of_another_teacher_are_refused():
+    recipe = tiny_recipe(losses__distillation=1.0, teacher_dim=6)
+    trainer = Trainer(recipe, start_model(recipe))
+    batch = batch_of(recipe) | {"features": jnp.zeros((2, 4, 5))}
+    with pytest.raises(ValueError, match="teacher_dim must be the channels of the features, 5, got 6"):
+        trainer.step(trainer.init(), batch, phase="reconstruction")
+
+
 @SLOW
 def test_distillation_teaches_the_semantic_codebook():
     recipe = tiny_recipe(losses__distillation=1.0, teacher_dim=6)
@@ -311,7 +319,7 @@ def drawn(**changes) -> tuple[list[int], np.ndarray]:
     trainer = Trainer(recipe, start_model(recipe))
     counts, rows = [], []
     for seed in range(200):
-        count, is_quantized, _ = trainer._draw(jax.random.key(seed), 4)
+        count, is_quantized, *_ = trainer._draw(jax.random.key(seed), 4)
         counts.append(int(count))
         rows.append([np.asarray(is_quantized[name]) for name in ("semantic", "acoustic")])
     return counts, np.array(rows)

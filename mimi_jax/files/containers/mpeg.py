@@ -97,6 +97,8 @@ def open_mpeg(file: BinaryIO, start: int, end: int) -> Container:
     if header is None:
         raise ValueError("is not a WAV, AIFF, AU, CAF, W64, NIST, FLAC, OGG or MP3 file, or it is damaged")
     first = first[: header.size]
+    if len(first) < header.size:
+        raise ValueError(f"is cut short: it ends at {end} bytes, inside the first MPEG frame")
     if header.layer != LAYER_III:
         chain = _remembered(file, start, end, header)
         return Container(part_of(file, start, chain.end), num_samples=chain.count * header.samples)

@@ -6,17 +6,26 @@ export class Microphone {
     const media = await navigator.mediaDevices.getUserMedia({
       audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false },
     });
-    const context = new AudioContext();
-    await context.audioWorklet.addModule("capture.js");
-    const node = new AudioWorkletNode(context, "capture", { numberOfOutputs: 0, processorOptions: { rate } });
-    node.port.onmessage = ({ data }) => heard(data);
-    context.createMediaStreamSource(media).connect(node);
-    return new Microphone(media, context);
+    const microphone = new Microphone(media, new AudioContext());
+    try {
+      await microphone.#hear(rate, heard);
+    } catch (error) {
+      microphone.close();
+      throw error;
+    }
+    return microphone;
   }
 
   constructor(media, context) {
     this.media = media;
     this.context = context;
+  }
+
+  async #hear(rate, heard) {
+    await this.context.audioWorklet.addModule("capture.js");
+    const node = new AudioWorkletNode(this.context, "capture", { numberOfOutputs: 0, processorOptions: { rate } });
+    node.port.onmessage = ({ data }) => heard(data);
+    this.context.createMediaStreamSource(this.media).connect(node);
   }
 
   close() {

@@ -1,12 +1,11 @@
 // The page: buttons, a slider, pictures and numbers around one stream.
 
 import { Microphone, Player, Recording } from "./audio.js";
-import { Mel } from "./mel.js";
+import { BANDS, Mel } from "./mel.js";
 import { CodeMap, Spectrogram, Waveform } from "./pictures.js";
 import { Stream } from "./stream.js";
 
 const HOPS = 50; // columns of a spectrogram a second
-const BANDS = 64;
 const START = 8; // codebooks, if the server has so many
 const RATE = 24000; // Hz, of nearly all models
 
@@ -23,10 +22,11 @@ async function start(openSource) {
     // At once: browsers let a page play only what begins with a click.
     mine.player = new Player(about?.sampling_rate ?? RATE);
     await new Promise((resolve, reject) => {
-      mine.stream = new Stream(about ? $("codebooks").value : "", {
+      mine.stream = new Stream({
         opened: (fields) => {
           about = fields;
-          resolve();
+          if (fields.channels === 1) resolve();
+          else reject(new Error("This page is for models of one channel."));
         },
         frame: (...frame) => live === mine && show(mine, ...frame),
         ended: (reason, isProblem) => {
@@ -131,7 +131,7 @@ function setMutes() {
 }
 
 function openFile(file) {
-  if (file) start((rate, heard, ended) => Recording.open(file, rate, heard, ended));
+  if (file && window.isSecureContext) start((rate, heard, ended) => Recording.open(file, rate, heard, ended));
 }
 
 $("microphone").onclick = () => start((rate, heard) => Microphone.open(rate, heard));

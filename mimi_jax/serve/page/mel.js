@@ -1,7 +1,7 @@
 // Mel spectra of a stream, for pictures.
 
 const WINDOW = 1024; // samples
-const BANDS = 64;
+export const BANDS = 64;
 const FLOOR = 1e-4;
 
 export class Mel {

@@ -5,10 +5,10 @@ const decoder = new TextDecoder();
 
 export class Stream {
   // `handlers` has functions: opened(about), frame(codes, audio, delay), ended(reason, isProblem).
-  constructor(numQuantizers, handlers) {
+  constructor(handlers) {
     const address = new URL("loopback", location.href.replace(/^http/, "ws"));
     address.hash = "";
-    address.search = new URLSearchParams({ num_quantizers: numQuantizers, format: "s16le" });
+    address.search = new URLSearchParams({ format: "s16le" });
     const token = new URLSearchParams(location.search).get("token");
     if (token) address.searchParams.set("token", token);
     this.handlers = handlers;
@@ -23,7 +23,8 @@ export class Stream {
     this.socket.binaryType = "arraybuffer";
     this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.#told(JSON.parse(data)) : this.#take(data));
     this.socket.onclose = ({ code, reason }) => {
-      const problem = this.problem ?? (code === 1000 ? null : reason || "the connection was lost");
+      const wasStopped = code === 1000 || (this.isEnded && !this.about);
+      const problem = this.problem ?? (wasStopped ? null : reason || "the connection was lost");
       this.handlers.ended(problem ?? "The stream has ended.", problem !== null);
     };
   }
