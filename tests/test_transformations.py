@@ -137,7 +137,12 @@ def check_sharded(run: Callable, run_step: Callable, place: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis_type", "is_set"), [(AxisType.Auto, False), (AxisType.Explicit, False), (AxisType.Explicit, True)]
+    ("axis_type", "is_set"),
+    [
+        (AxisType.Auto, False),
+        (AxisType.Explicit, True),
+        pytest.param(AxisType.Explicit, False, marks=pytest.mark.slow),
+    ],
 )
 def test_batch_over_devices(axis_type: AxisType, is_set: bool):
     """The mesh is that of the arrays, or also set for the whole program."""

@@ -107,7 +107,13 @@ def on_a_device(model: Mimi) -> Mimi:
     return jax.device_put(model, jax.devices()[1])
 
 
-@pytest.mark.parametrize("place", [lambda model: model, on_a_device], ids=["default", "committed"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(lambda model: model, id="default", marks=pytest.mark.slow),
+        pytest.param(on_a_device, id="committed"),
+    ],
+)
 def test_after_a_warmup_nothing_compiles(place: Any):
     model = place(load_fixture("gqa").model)
     encoder, decoder = StreamingEncoder(model, num_quantizers=3), StreamingDecoder(model)
