@@ -52,10 +52,10 @@ def add_log(log: Path, joined: Path) -> None:
     lines, part = (read_log(path) for path in (joined, log))
     done = lines[-1]["step"]
     for line in part:
-        # More digits would double the size of the file, and nobody sees them in a curve.
-        rounded = {name: float(f"{value:.5g}") for name, value in line.items()}
+        # More digits would make the file much larger, and nobody sees them in a curve.
+        rounded = {name: float(f"{value:.4g}") for name, value in line.items()}
         lines.append(rounded | {"step": done + line["step"]})
-    joined.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    joined.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
