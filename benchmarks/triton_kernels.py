@@ -65,7 +65,7 @@ def kernels(config: MimiConfig, dtype: str, capability: int) -> dict[str, Kernel
             *model.decoder.stages,
             *model.decoder.groups(),
         ):
-            if part.operation in triton_stages.PARTS:
+            if part.operation in triton_stages.KERNELS:
                 jax.eval_shape(trace, part)
     return found
 
@@ -87,6 +87,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Resources:
     aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(function, signature, constants, aligned)
     options = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
+    options |= triton_stages.compiler_options(capability)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
@@ -99,9 +100,9 @@ def compile_kernel(kernel: Kernel, capability: int) -> Resources:
 
 def assemble(file: Path, capability: int) -> str:
     """What NVIDIA's assembler says about a program."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    assembler = Path(triton.__path__[0]) / "backends/nvidia/bin/ptxas"
+    assembler = get_ptxas(capability).path
     architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
     command = [assembler, "-v", f"-arch={architecture}", file, "-o", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr

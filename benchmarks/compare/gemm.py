@@ -15,9 +15,12 @@ def make_gemm(kind: str, device: str) -> Run:
     import jax
     import jax.numpy as jnp
 
+    from mimi_jax.ops import policy, tensor_cores
+
     dtype = jnp.bfloat16 if kind == "bfloat16" else jnp.float32
     x, y = (jnp.asarray(matrix, dtype) for matrix in matrices(device))
-    precision = "highest" if kind == "float32" else "default"
+    exact = tensor_cores.ALGORITHM if policy.resolve("auto").tensor_cores else "highest"
+    precision = exact if kind == "float32" else "default"
     product = jax.jit(lambda x, y: jnp.matmul(x, y, precision=precision, preferred_element_type="float32"))
     return lambda: product(x, y).block_until_ready()
 

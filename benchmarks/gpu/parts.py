@@ -53,7 +53,7 @@ features = 0.0
 """
 
 
-# Where all tests with the marker are. Others set Triton's interpreter, for all tests of their process.
+# Where all tests with the marker are: to look for them in all files takes longer.
 GPU_TESTS = ["tests/test_gpu.py", "tests/ops/test_attention.py", "tests/ops/test_tensor_cores.py"]
 
 

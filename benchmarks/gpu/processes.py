@@ -29,7 +29,7 @@ def run(command: list[str], seconds: float, log: Path, environment: dict[str, st
         environment: variables that it gets besides those of this process.
     """
     start, lines = time.perf_counter(), []
-    with subprocess.Popen(
+    process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -37,18 +37,19 @@ def run(command: list[str], seconds: float, log: Path, environment: dict[str, st
         errors="replace",
         env={**os.environ, **environment},
         start_new_session=True,  # a process group, so that its own processes end with it
-    ) as process:
-        reader = threading.Thread(target=_show, args=(process.stdout, lines, log), daemon=True)
-        reader.start()
-        try:
-            status = process.wait(seconds)
-            text = "ok" if status == 0 else f"failed, exit status {status}"
-        except subprocess.TimeoutExpired:
-            text = f"stopped at its limit of {seconds:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        reader.join(5)
+    )
+    reader = threading.Thread(target=_show, args=(process.stdout, lines, log), daemon=True)
+    reader.start()
+    try:
+        status = process.wait(seconds)
+        text = "ok" if status == 0 else f"failed, exit status {status}"
+    except subprocess.TimeoutExpired:
+        text = f"stopped at its limit of {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    reader.join(5)  # a process that left the group may keep the pipe open, and the thread waits for it
     return Outcome(text, time.perf_counter() - start, lines)
 
 

@@ -60,8 +60,8 @@ def tables() -> dict[str, dict[Any, Any]]:
 def parts(network: Any, length: int) -> Iterator[tuple[Any, int]]:
     """The parts that have device kernels, and how long their inputs are."""
     for group in network.groups():
-        for part in [group] if group.operation in triton_stages.PARTS else group.layers():
-            if getattr(part, "operation", "") in triton_stages.PARTS:
+        for part in [group] if group.operation in triton_stages.KERNELS else group.layers():
+            if getattr(part, "operation", "") in triton_stages.KERNELS:
                 yield part, length
             [length] = part.output_lengths(jnp.array([length], jnp.int32)).tolist()
 

@@ -13,13 +13,14 @@ from jax import lax
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
-# XLA gives so many rows to cuBLAS as they are. To fewer it appends rows, in a device kernel of its own.
+# XLA passes at least so many rows to cuBLAS as they are. It pads fewer rows first, in a device kernel of its
+# own.
 ENOUGH_ROWS = 8
 FEW_ROWS = range(1, ENOUGH_ROWS)
 
 
 def product_of_repeated_rows(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
-    """Repeat the rows until there are enough. The device kernel that computes `x` writes them by the way."""
+    """Repeat the rows until there are enough. The device kernel that computes `x` writes them too."""
     *axes, size = x.shape
     rows = x.reshape(-1, 1, size)
     repeated = jnp.broadcast_to(rows, (len(rows), -(-ENOUGH_ROWS // len(rows)), size))
@@ -82,7 +83,3 @@ def scan_unrolled(init: jax.Array, *, function: Step, xs: Any) -> tuple[Any, Any
 
 
 SCANS: dict[str, Callable[..., tuple[Any, Any]]] = {"loop": scan_in_a_loop, "unrolled": scan_unrolled}
-
-
-def step(transformer: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> tuple[Any, jax.Array]:
-    return transformer.step_few_rows(state, x, lengths)

@@ -1,8 +1,8 @@
-"""What XLA:GPU fuses with its neighbours, so that their activations make fewer ways through memory.
+"""What XLA:GPU fuses with its neighbours, so that fewer activations are written to memory and read back.
 
 It fuses operations on single elements, reductions and padding, but not what cuDNN and cuBLAS compute, and a
-concatenation only if it is the last operation. By the cost it decides whether to compute something again for
-each of its uses, or to write it once; so these are cheap.
+concatenation only if it is the last operation. It computes a cheap operation again for each use, and writes
+an expensive one once. So these are cheap.
 """
 
 import jax

@@ -40,7 +40,7 @@ def plain_search(vectors: jax.Array, embedding: jax.Array, half_square: jax.Arra
 def search_in_one_pass(vectors: jax.Array, embedding: jax.Array, half_square: jax.Array) -> jax.Array:
     """`plain_search` for TPUs: XLA computes the argmax with the product, and writes out no distances.
 
-    The code of a vector of NaN is another one, which means as little.
+    For NaN, it finds another code than `plain_search`. Neither has a meaning.
     """
     half_square = jnp.expand_dims(half_square, range(vectors.ndim - 1))
     return lax.argmax(vectors @ embedding.T - half_square, vectors.ndim - 1, jnp.int32)

@@ -1,4 +1,4 @@
-"""Ways to compute a part of the network: layers one after the other."""
+"""Ways to compute a part of the network. A part is a sequence of layers."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +44,10 @@ def in_large_pieces(network: Any, state: Any, x: jax.Array, lengths: jax.Array |
 
 def in_few_passes(ends: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
     return ends.step_in_few_passes(state, x, lengths)
+
+
+def in_few_rows(transformer: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:
+    return transformer.step_few_rows(state, x, lengths)
 
 
 def in_rows(part: Any, state: Any, x: jax.Array, lengths: jax.Array | None) -> StepResult:

@@ -30,6 +30,7 @@ from mimi_jax.ops.parts import (
     Part,
     StepResult,
     in_few_passes,
+    in_few_rows,
     in_large_pieces,
     in_pallas,
     in_rows,
@@ -47,12 +48,13 @@ NARROW = range(3, 33)
 # With so few outputs, most of Eigen's time goes into moving inputs, and one product for all taps moves fewer.
 FEW_OUTPUTS = range(1, 9)
 
-# With so few strides in half precision, XLA:CPU copies the kernel for each stride of it in more time than it
-# would copy the inputs of a single product.
+# In half precision, "strides" makes XLA:CPU copy the kernel once for each of its strides. With so few outputs
+# this takes longer than to copy inputs, as "windows" does.
 FEW_STRIDES = range(1, 2**7 + 1)
 
-# Steps have as few positions and frames, in all rows, and a step should be one CUDA graph. It can hold
-# neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips keep cuDNN.
+# A streaming step has so few positions and frames, in all rows together, and should be one CUDA graph. Such a
+# graph can hold neither cuDNN's convolutions nor loops. Products of windows move more bytes, so whole clips
+# keep cuDNN.
 STEP_POSITIONS, STEP_FRAMES = range(1, 2**12), range(1, 2**8)
 
 # A step of one frame stays in the VMEM of a TPU, in rows or not. If its last layers are in rows, XLA moves
@@ -100,19 +102,11 @@ PARTS: dict[str, Implementations] = {
     "encoder_stage": STAGES,
     "decoder_stage": STAGES,
     "decoder_back": ENDS,
-    "transformer": {"layers": layer_by_layer, "few_rows": few_rows.step},
+    "transformer": {"layers": layer_by_layer, "few_rows": in_few_rows},
 }
 
 # The implementation for each platform, and "default" for the others.
 Choice = dict[str, str]
-PART_CHOICES: dict[str, Choice] = {
-    "network": {"cpu": "small_pieces", "cuda": "large_pieces", "default": "layers"},
-    "encoder_front": {"cuda": "few_passes", "default": "layers"},
-    "encoder_stage": {"default": "layers"},
-    "decoder_stage": {"default": "layers"},
-    "decoder_back": {"cuda": "few_passes", "default": "layers"},
-    "transformer": {"cuda": "few_rows", "default": "layers"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +200,10 @@ def _exact_choice(x: jax.Array, size_in: int, size_out: int) -> Choice:
 
 
 def _on_gpus(name: str, choice: Choice) -> Choice:
-    """Also this on NVIDIA GPUs, if there is one: to trace a way that no device will take costs time."""
+    """Add `name` for NVIDIA GPUs, unless `choice` has something for them already.
+
+    Without such a GPU nothing is added, because to trace a way that no device will take costs time.
+    """
     return choice if _compute.get().capability is None else {"cuda": name} | choice
 
 
@@ -331,7 +328,7 @@ def step(part: Part, state: Any, x: jax.Array, lengths: jax.Array | None) -> Ste
     implementations = _implementations(part.operation, PARTS[part.operation], part_choice(part, x))
     if implementations == {"default": layer_by_layer}:
         return part.step_layers(state, x, lengths)
-    # JAX traces the rule of a gradient later, where neither holds any more.
+    # JAX traces the rule of a gradient later, outside of `computing`, so both are passed on.
     context = _compute.get(), _precision()
     return _step(implementations, context, part, state, x, lengths)
 
@@ -342,29 +339,26 @@ def _positions(x: jax.Array) -> int:
 
 
 def part_choice(part: Part, x: jax.Array) -> Choice:
-    """What a part of the network is computed by, for each platform."""
-    compute, choice = _compute.get(), PART_CHOICES[part.operation]
-    if "tpu" in compute.fused:
-        if part.operation == "network":
-            return choice | {"tpu": "large_pieces"}
-        if "rows" in PARTS[part.operation]:
-            return {"default": "layers"} | _tpu_choice(part, x)
+    """What computes a part of the network, on each platform."""
+    compute, table, choice = _compute.get(), PARTS[part.operation], {"default": "layers"}
+    is_tpu = "tpu" in compute.fused
     if part.operation == "network":
-        return choice
+        choice |= {"cpu": "small_pieces", "cuda": "large_pieces"}
+        return choice | {"tpu": "large_pieces"} if is_tpu else choice
+    if is_tpu and "rows" in table:
+        return choice | _tpu_choice(part, x)
     if compute.capability is None:
-        return {"default": "layers"}
-    if part.operation == "transformer":
         return choice
+    if part.operation == "transformer":
+        return choice | {"cuda": "few_rows"}
     if _positions(x) < STEP_POSITIONS.stop:
-        return {"default": "layers"}
-    if (
-        "cuda" in compute.fused
-        and _stays_whole(x)
-        and triton_stages.fits(part, x)
-        and triton_stages.is_available()
-    ):
-        return choice | {"cuda": "triton"}
-    return choice
+        return choice
+    can_fuse = "cuda" in compute.fused and triton_stages.fits(part, x)
+    if can_fuse and triton_stages.is_available(compute.capability):
+        if _stays_whole(x):
+            return choice | {"cuda": "triton"}
+        triton_stages.say_that_programs_are_divided()
+    return choice | {"cuda": "few_passes"} if "few_passes" in table else choice
 
 
 def _tpu_choice(part: Any, x: jax.Array) -> Choice:

@@ -9,6 +9,7 @@ JAX calls Triton through jax_triton, which needs Python 3.12. Both are imported 
 
 import functools
 import logging
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -32,11 +33,14 @@ class Tile(NamedTuple):
 # (`benchmarks/triton_kernels.py`). Which of them is fastest has not been measured.
 BLOCKS = {128: Tile(128, 8, 2), 256: Tile(128, 8, 2), 512: Tile(64, 8)}
 OTHER_BLOCKS = Tile(64, 8)
-# Next to the waveform: up to Ada, and from Hopper on.
+# Next to the waveform: with the registers of Hopper and of the B series, and of other GPUs.
 ENCODER_FRONT = {False: Tile(32, 8), True: Tile(64, 4)}
-DECODER_BACK = {False: Tile(64, 8), True: Tile(64, 4)}
-HOPPER = 90
+DECODER_BACK = {False: Tile(128, 8), True: Tile(64, 4)}
+LARGE = range(90, 120)  # compute capabilities, times ten
 MOST_CHANNELS_OF_ENDS = 64
+
+# Versions of PTX, times ten. The first is from CUDA 12.0, and knows all GPUs up to Hopper.
+PTX, PTX_OF_BLACKWELL, BLACKWELL = 80, 87, 100
 
 
 def import_jax_triton() -> Any:
@@ -53,11 +57,17 @@ def import_jax_triton() -> Any:
 
 
 @functools.cache
-def is_available() -> bool:
-    """Whether JAX can call Triton. If it cannot, a line of the log says so, once."""
+def is_available(capability: int) -> bool:
+    """Whether JAX can call Triton, and this machine's GPU gives what it should.
+
+    If not, a line of the log says so, once. Triton, jax_triton, XLA, its assembler and the driver must fit
+    together, and whether they do shows only when they run.
+    """
     try:
         import_jax_triton()
-    except Exception as error:  # it fails in many ways beside a Triton that it does not know
+        if jax.local_devices()[0].platform == "gpu":  # not if a GPU is only described to the compiler
+            run_one_block(capability)
+    except Exception as error:  # they fail in many ways
         logging.getLogger("mimi_jax").warning(
             "half precision would be faster on this GPU with jax_triton (%s); on Python 3.12 or newer:"
             " pip install 'mimi_jax[cuda]'",
@@ -67,8 +77,37 @@ def is_available() -> bool:
     return True
 
 
+@jax.transfer_guard("allow")  # of a few constants
+def run_one_block(capability: int | None) -> None:
+    """Run a small residual block. Its kernels are zero, so it gives its input.
+
+    Raises:
+        RuntimeError: it gave something else.
+    """
+
+    def layer(*shape: int) -> SimpleNamespace:
+        return SimpleNamespace(kernel=jnp.zeros(shape, jnp.float16), bias=jnp.zeros(shape[-1], jnp.float16))
+
+    def run(x: jax.Array) -> jax.Array:
+        block = SimpleNamespace(conv1=layer(3, 32, 16), conv2=layer(1, 16, 32))
+        return _block(capability, block, x[:, :2], None, x, _ends(x, None))[0]
+
+    with jax.ensure_compile_time_eval():  # something may be traced now
+        x = jnp.ones((1, 64, 32), jnp.float16)
+        if not jnp.array_equal(jax.jit(run)(x), x):
+            raise RuntimeError("a device kernel gave wrong numbers")
+
+
+@functools.cache
+def say_that_programs_are_divided() -> None:
+    logging.getLogger("mimi_jax").warning(
+        "half precision would be faster with one GPU for each process, or inside shard_map(...,"
+        " check_vma=False): the compiler cannot divide device kernels of Triton between GPUs"
+    )
+
+
 def fits(part: Any, x: jax.Array) -> bool:
-    """Whether the device kernels can compute one of `PARTS` on this input."""
+    """Whether the device kernels can compute a part of `KERNELS` on this input."""
     layers = part.layers()
     if part.operation == "encoder_front":
         waveform, stage = layers
@@ -140,7 +179,7 @@ def step(
             f" {FEWEST_CHANNELS} to {MOST_CHANNELS} channels, a power of two, with compress=2,"
             ' pad_mode="constant" and without use_conv_shortcut; "auto" uses it where it can'
         )
-    fused = jax.custom_batching.custom_vmap(functools.partial(PARTS[part.operation], capability))
+    fused = jax.custom_batching.custom_vmap(functools.partial(KERNELS[part.operation], capability))
     fused.def_vmap(_vmap_layers)
     new_state, y = fused(part, state or part.init_state(x.shape[0], x.dtype), x, lengths)
     return new_state if state else (None,) * len(part.layers()), y
@@ -150,6 +189,12 @@ def _vmap_layers(_: int, batched: Any, *arguments: Any) -> tuple[Any, Any]:
     axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
     results = jax.vmap(lambda part, *inputs: part.step_layers(*inputs), axes)(*arguments)
     return results, jax.tree.map(lambda _: True, results)
+
+
+def compiler_options(capability: int | None) -> dict[str, Any]:
+    """By default Triton writes the newest PTX that it knows. XLA may have the assembler of an older CUDA."""
+    newest = capability is not None and capability >= BLACKWELL
+    return {"ptx_version": PTX_OF_BLACKWELL if newest else PTX, "enable_fp_fusion": True}
 
 
 def call(
@@ -179,6 +224,7 @@ def call(
         grid=(programs, batch),
         name=kernel,
         compute_capability=capability,
+        backend_options=compiler_options(capability),
         num_warps=tile.warps,
         num_stages=tile.stages,
         ROWS=tile.rows,
@@ -268,7 +314,7 @@ def encoder_front(
     [block], down = stage.blocks, stage.downsample
     first, ((conv1, conv2), last) = state
     channels, strides = conv.kernel.shape[2], time // down.stride
-    tile = ENCODER_FRONT[(capability or 0) >= HOPPER]
+    tile = ENCODER_FRONT[capability in LARGE]
     y, past, next_past = call(
         "encoder_front",
         capability,
@@ -298,7 +344,7 @@ def decoder_back(
     stage, conv = part.layers()
     [block], up = stage.blocks, stage.upsample
     (first, (conv1, conv2)), last = state
-    tile = DECODER_BACK[(capability or 0) >= HOPPER]
+    tile = DECODER_BACK[capability in LARGE]
     y, past, next_past = call(
         "decoder_back",
         capability,
@@ -318,7 +364,7 @@ def decoder_back(
     return ((first, (conv1, conv2)), last), y
 
 
-PARTS = {
+KERNELS = {
     "encoder_front": encoder_front,
     "encoder_stage": encoder_stage,
     "decoder_stage": decoder_stage,

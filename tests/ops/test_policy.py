@@ -6,6 +6,7 @@ import functools
 import re
 import sys
 import types
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -114,19 +115,24 @@ def stage_choice(
     return found
 
 
-def test_stages_are_chosen_where_triton_can_compute_them(monkeypatch: pytest.MonkeyPatch):
+def test_stages_are_chosen_where_triton_can_compute_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     layers, triton = {"default": "layers"}, {"default": "layers", "cuda": "triton"}
     ampere = policy.Compute(fused=("cuda",), one_device=True, capability=80)
-    monkeypatch.setattr(triton_stages, "is_available", lambda: True)
+    monkeypatch.setattr(triton_stages, "is_available", lambda capability: True)
     assert stage_choice(ampere) == [triton] * 2
     assert stage_choice(ampere, dtype="float16") == [triton] * 2
     assert stage_choice(ampere, dtype="float32") == [layers] * 2
     assert stage_choice(ampere, time=0) == [layers] * 2
     assert stage_choice(ampere, time=2**15 + 2) == [layers, triton]  # the encoder refuses it
     assert stage_choice(ampere, time=2**12 - 4) == [layers] * 2  # a step
+    triton_stages.say_that_programs_are_divided.cache_clear()
     assert stage_choice(policy.Compute(fused=("cuda",), capability=80)) == [layers] * 2  # many devices
+    [record] = caplog.records
+    assert "one GPU for each process, or inside shard_map" in record.getMessage()
     assert stage_choice(policy.PORTABLE) == [layers] * 2
-    monkeypatch.setattr(triton_stages, "is_available", lambda: False)
+    monkeypatch.setattr(triton_stages, "is_available", lambda capability: False)
     assert stage_choice(ampere) == [layers] * 2
 
 
@@ -203,7 +209,7 @@ def test_steps_are_written_for_few_launches_and_clips_for_few_passes_on_gpus():
 def test_ends_next_to_the_waveform_are_chosen_where_they_fit(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], fused: list[str]
 ):
-    monkeypatch.setattr(triton_stages, "is_available", lambda: True)
+    monkeypatch.setattr(triton_stages, "is_available", lambda capability: True)
     config = dataclasses.replace(FITS, **fields)
     model = checkpoint.abstract_model(config)
     found = []
@@ -235,7 +241,7 @@ def test_ends_next_to_the_waveform_are_chosen_where_they_fit(
     ids=str,
 )
 def test_other_stages_are_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]):
-    monkeypatch.setattr(triton_stages, "is_available", lambda: True)
+    monkeypatch.setattr(triton_stages, "is_available", lambda capability: True)
     ampere = policy.Compute(fused=("cuda",), one_device=True, capability=80)
     config = dataclasses.replace(FITS, **fields)
     assert stage_choice(ampere, config) == [{"default": "layers"}] * 2
@@ -246,11 +252,33 @@ def test_one_line_of_the_log_says_that_triton_is_missing(
 ):
     triton_stages.is_available.cache_clear()
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    assert not triton_stages.is_available() and not triton_stages.is_available()
+    assert not triton_stages.is_available(90) and not triton_stages.is_available(90)
     triton_stages.is_available.cache_clear()
     [record] = caplog.records
     assert record.name == "mimi_jax"
     assert "pip install 'mimi_jax[cuda]'" in record.getMessage()
+
+
+def test_triton_is_left_out_where_its_device_kernels_do_not_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(capability: int) -> None:
+        raise RuntimeError("ptxas: unsupported .version 9.4")
+
+    triton_stages.is_available.cache_clear()
+    monkeypatch.setattr(triton_stages, "import_jax_triton", lambda: None)
+    monkeypatch.setattr(triton_stages, "run_one_block", fail)
+    assert triton_stages.is_available(90)  # no GPU is here, so nothing has to run
+    triton_stages.is_available.cache_clear()
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    assert not triton_stages.is_available(90)
+    triton_stages.is_available.cache_clear()
+    assert "ptxas: unsupported" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize(("capability", "version"), [(80, 80), (90, 80), (None, 80), (100, 87), (120, 87)])
+def test_ptx_is_old_enough_for_the_assemblers_of_older_systems(capability: int | None, version: int):
+    assert triton_stages.compiler_options(capability)["ptx_version"] == version
 
 
 def test_jax_triton_finds_the_nvidia_part_of_an_older_triton(monkeypatch: pytest.MonkeyPatch):

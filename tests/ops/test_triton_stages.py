@@ -24,6 +24,8 @@ from tests.models import check_step, noise, random_like, random_module
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
+if jax.default_backend() == "gpu":  # there, other tests of this process compile device kernels
+    pytest.skip("Triton's interpreter is for machines without a GPU", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; what compiles with it needs another process
 
 BATCH = 3  # one row ends early, and one is idle
@@ -147,6 +149,14 @@ def step_fused(part: Chain, state: Any, x: jax.Array, lengths: jax.Array | None 
 def compare(part: Chain, x: jax.Array, state: Any, lengths: jax.Array | None = None) -> None:
     """One step, and the state after it."""
     check_step(step_fused, part, state, x, lengths, TOLERANCE)
+
+
+def test_one_block_is_tried_before_triton_is_chosen(monkeypatch: pytest.MonkeyPatch):
+    triton_stages.run_one_block(None)
+    jax.eval_shape(lambda: triton_stages.run_one_block(None))  # also while something is traced
+    monkeypatch.setattr(triton_stages, "_block", lambda *arguments: [2 * arguments[4]])
+    with pytest.raises(RuntimeError, match="gave wrong numbers"):
+        triton_stages.run_one_block(None)
 
 
 @pytest.mark.parametrize("name", CASES)
