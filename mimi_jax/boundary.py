@@ -239,11 +239,17 @@ def check_codes(audio_codes: ArrayLike) -> jax.Array:
 
 def check_state(state: Any, fresh: Any) -> None:
     """Refuse a state whose structure, shapes or dtypes differ from those of a fresh one."""
-    forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), tree) for tree in (state, fresh)]
-    if forms[0] != forms[1]:
+    found, expected = (
+        jax.tree.map(lambda leaf: f"{leaf.dtype} {list(jnp.shape(leaf))}", tree) for tree in (state, fresh)
+    )
+    if found != expected:
+        leaves = jax.tree.leaves(found), jax.tree.leaves(expected)
+        counts = f"{len(leaves[0])} arrays in another structure", f"{len(leaves[1])} arrays"
+        one, other = next((pair for pair in zip(*leaves, strict=False) if pair[0] != pair[1]), counts)
         raise ValueError(
-            "the state must be of this model, this half and as many streams as the input; begin with"
-            " init_encoder_state or init_decoder_state, and pass on what each step returns"
+            f"the state must be of this model, this half and as many streams as the input; got {one},"
+            f" expected {other}; begin with init_encoder_state or init_decoder_state, and pass on what"
+            " each step returns"
         )
 
 

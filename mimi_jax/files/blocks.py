@@ -22,7 +22,7 @@ class Blocks(NamedTuple):
     kept: int  # blocks in memory
 
 
-ARCHIVE = Blocks(4 << 20, ahead=4, kept=12)  # from front to back, if Parquet in several places by turns
+ARCHIVE = Blocks(4 << 20, ahead=4, kept=12)  # from front to back; Parquet at several places in turn
 CLIP = Blocks(1 << 20, ahead=4, kept=6)  # from front to back, beside many others
 CROP = Blocks(1 << 18, ahead=0, kept=6)  # a few places
 

@@ -330,7 +330,7 @@ def reason_of(error: Exception) -> str:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether an error may not come again, since a network or a disk failed, and not the file itself."""
+    """Whether an error is transient: a network or a disk failed, and not the file itself."""
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
         return False
     # pyarrow raises OSError without a number for damaged files.

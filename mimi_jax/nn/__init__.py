@@ -12,5 +12,6 @@
     seanet            the convolutional encoder and decoder
     quantizer         the residual vector quantizer
 
-Reading order is import order.
+Reading order is import order. `transformer_step`, `few_passes`, `polyphase` and `pallas_stages` compute the
+same numbers in other ways: they can be skipped.
 """

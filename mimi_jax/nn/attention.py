@@ -62,6 +62,27 @@ class AttentionState(NamedTuple):
     position: Int[Array, " batch"]
 
 
+def end_of_step(position: jax.Array, time: int, slots: int, lengths: Lengths) -> jax.Array:
+    """The position of a ring after a step. It stays below two rounds, and that of an idle row stays."""
+    end = position + time
+    end = jnp.where(end < 2 * slots, end, slots + end % slots)
+    return end if lengths is None else jnp.where(lengths > 0, end, position)
+
+
+def steps_in_ring(position: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Which steps the slots of a ring hold. They count from the first slot of the round of the newest step.
+
+    Returns:
+        The newest step, int [batch, 1]; whether a slot holds a step of the round before, bool [batch, slots];
+        the step of each slot, int [batch, slots]; and the oldest step that was written, int [batch, 1].
+    """
+    newest = (position[:, None] - 1) % slots
+    slot = jnp.arange(slots, dtype=jnp.int32)[None]
+    before = slot > newest
+    steps, oldest = slot - jnp.where(before, slots, 0), newest + 1 - jnp.minimum(position, slots)[:, None]
+    return newest, before, steps, oldest
+
+
 class Attention(StreamingLayer):
     """Causal self-attention over a sliding window, with rotary positions and grouped keys and values."""
 
@@ -129,11 +150,9 @@ class Attention(StreamingLayer):
         time, slots = key.shape[1], self.slots
         positions = (state.position[:, None] + jnp.arange(time, dtype=jnp.int32)[None]) % slots
         key = self._rotate(key, positions)
-        end = state.position + time
-        end = jnp.where(end < 2 * slots, end, slots + end % slots)
+        end = end_of_step(state.position, time, slots, lengths)
         if lengths is not None:  # an idle row writes nothing
             positions = jnp.where(lengths[:, None] > 0, positions, slots)
-            end = jnp.where(lengths > 0, end, state.position)
         if state.key.shape[1] < self.num_key_value_heads:
             write = functools.partial(write_slots, positions=positions)
             return AttentionState(write(state.key, key), write(state.value, value), end)
@@ -162,11 +181,9 @@ class Attention(StreamingLayer):
         wide_heads, slots, wide_head_dim = ring.key.shape[1:]
         side_by_side, groups = self.num_key_value_heads // wide_heads, heads // self.num_key_value_heads
         wide = batch, time, wide_heads, wide_head_dim
-        newest = (ring.position[:, None] - 1) % slots
+        newest, before, key_positions, oldest = steps_in_ring(ring.position, slots)
         positions = newest + ahead[None]
-        # A slot after the newest one holds a step of the round before. A query is one round further from it.
-        slot = jnp.arange(slots, dtype=jnp.int32)[None]
-        before = slot > newest
+        # A query is one round further from the steps of the round before.
         queries = jnp.stack([self._rotate(query, positions), self._rotate(query, positions + slots)], axis=1)
         if side_by_side > 1:
             queries = widen(queries, side_by_side, groups)
@@ -179,14 +196,12 @@ class Attention(StreamingLayer):
         else:
             scores = jnp.moveaxis(products("bhsd,bhgrtd->bhsgrt", ring.key, queries), 2, -1)
             scores = jnp.where(before[:, None, None, None], scores[:, :, :, 1], scores[:, :, :, 0])
-        key_positions = slot - jnp.where(before, slots, 0)
         if key is not None:
             own_round = queries[:, :, :, 0]
             new = products("bhgtd,bshd->bhgts", own_round, self._rotate(key, positions).reshape(wide))
             scores = jnp.concatenate([scores, new], axis=-1)
             key_positions = jnp.concatenate([key_positions, positions], axis=-1)
-        first = newest + 1 - jnp.minimum(ring.position, slots)[:, None]
-        mask = visible(positions[:, :, None], key_positions[:, None], first[:, :, None], self.window)
+        mask = visible(positions[:, :, None], key_positions[:, None], oldest[:, :, None], self.window)
         # Not -inf: an idle row whose stream has not begun sees nothing at all.
         lowest = jnp.finfo(scores.dtype).min
         scores = jnp.where(mask[:, None, None], scores / math.sqrt(head_dim), lowest)

@@ -51,8 +51,8 @@ class Conv1d(StreamingLayer):
     """Strided, dilated 1-D convolution: [batch, time, in] -> [batch, time / stride, out].
 
     Each output sees the inputs up to the end of its own stride. Before the clip, inputs are zero, or its
-    first value with `pad_mode="replicate"`. If the clip ends inside a stride, the rest is filled likewise.
-    An `activation` is applied to the inputs first.
+    first value with `pad_mode="replicate"`. If the clip ends inside a stride, zeros or its last value fill
+    the rest of the stride. An `activation` is applied to the inputs first.
     """
 
     def __init__(

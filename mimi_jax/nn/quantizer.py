@@ -20,7 +20,7 @@ from mimi_jax.config import MimiConfig, as_integer
 from mimi_jax.nn.module import Module
 from mimi_jax.ops import policy
 
-EPSILON = 1e-5  # an embedding is divided by no smaller cluster usage, as in the references
+EPSILON = 1e-5  # sums of embeddings are divided by no smaller usage, as in the references
 
 
 class CodebookStatistic(nnx.Variable):

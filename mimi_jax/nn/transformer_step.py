@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mimi_jax.nn.attention import Attention, AttentionState, rotate, turns
+from mimi_jax.nn.attention import Attention, AttentionState, end_of_step, rotate, steps_in_ring, turns
 from mimi_jax.nn.streaming import Lengths
 from mimi_jax.ops.attention import visible
 from mimi_jax.ops.few_rows import product_as_sums
@@ -53,15 +53,12 @@ def _read_clock(attention: Attention, position: jax.Array, time: int, lengths: L
     """What one layer knows about the positions of a step. All layers of a Transformer know the same."""
     slots = attention.slots
     steps = jnp.arange(time, dtype=jnp.int32)[None]
-    written, end = (position[:, None] + steps) % slots, position + time
-    end = jnp.where(end < 2 * slots, end, slots + end % slots)
-    if lengths is not None:  # an idle row writes nothing
-        end = jnp.where(lengths > 0, end, position)
+    written, end = (position[:, None] + steps) % slots, end_of_step(position, time, slots, lengths)
     queries = (end[:, None] - 1) % slots + steps + (1 - time)
     table = jnp.asarray(turns(3 * slots, attention.head_dim, attention.rope_theta))
     # XLA cannot look up and attend in one device kernel.
     found = lax.optimization_barrier(table[jnp.concatenate([written, queries, queries + slots], axis=1)])
-    if lengths is not None:
+    if lengths is not None:  # an idle row writes nothing
         written = jnp.where(lengths[:, None] > 0, written, slots)
     return Clock(written, end, *jnp.split(found, 3, axis=1))
 
@@ -118,17 +115,13 @@ def _scores(attention: Attention, query: jax.Array, ring: AttentionState, clock:
         cos, sin = jnp.split(turns[:, None, None], 2, axis=-1)  # [batch, 1, 1, time, 1, head_dim / 2]
         return first * cos - second * sin, second * cos + first * sin
 
-    newest = (clock.end[:, None] - 1) % slots
-    slot = jnp.arange(slots, dtype=jnp.int32)[None]
-    before = slot > newest
+    newest, before, key_positions, oldest = steps_in_ring(clock.end, slots)
     products = jnp.zeros((), jnp.float32)
     for near, far, key in zip(*map(rotated, (clock.near_turns, clock.far_turns)), keys, strict=True):
         half = jnp.where(before[:, None, None, None, :, None], far, near)
         products += half.astype(query.dtype).astype(jnp.float32) * key
     scores = jnp.sum(products, axis=-1) / math.sqrt(head_dim)
     positions = newest + jnp.arange(1 - time, 1, dtype=jnp.int32)[None]
-    oldest = newest + 1 - jnp.minimum(clock.end, slots)[:, None]
-    key_positions = (slot - jnp.where(before, slots, 0))[:, None]
-    mask = visible(positions[:, :, None], key_positions, oldest[:, :, None], attention.window)
+    mask = visible(positions[:, :, None], key_positions[:, None], oldest[:, :, None], attention.window)
     # Not -inf: an idle row whose stream has not begun sees nothing at all.
     return jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)

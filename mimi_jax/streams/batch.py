@@ -46,18 +46,19 @@ class Batch:
         powers = {2**n for n in range(4, largest.bit_length())}
         self.sizes = sorted({min(size, rows) for size in SIZES} | powers)
         self.nothing = config.codebook_size  # as a code: this codebook adds nothing to the audio
-        is_encoder = half == "encoder"
         init_state = getattr(model, f"init_{half}_state")
         self._fresh = split_rings(fresh_state(init_state, 1))
         self._state = split_rings(fresh_state(init_state, rows))
         model = half_of(model, half)
-        if not is_encoder:
+        # `_blank` is fed to a row without a frame.
+        if half == "encoder":
+            self._advance = functools.partial(_encode, num_quantizers)
+            self._blank = np.full((config.audio_channels, config.frame_size), np.nan, np.float32)
+        else:
             _add_nothing(model)
+            self._advance = _decode
+            self._blank = np.full((num_quantizers, 1), -1, np.int32)
         self._parameters, self._structure = jax.tree.flatten(model)
-        self._advance = functools.partial(_encode, num_quantizers) if is_encoder else _decode
-        # What is fed to a row without a frame: samples that do not exist, or no code.
-        shape = (config.audio_channels, config.frame_size) if is_encoder else (num_quantizers, 1)
-        self._blank = np.full(shape, *((np.nan, np.float32) if is_encoder else (-1, np.int32)))
 
     def take(self, state: StreamState | None = None) -> int:
         """Take a row for a fresh stream, or for one whose state `copy` gave.

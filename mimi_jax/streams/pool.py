@@ -6,8 +6,7 @@
             codes = await session.flush()  # the last, partial frame
 
 Sessions come and go at any time, and share nothing but the program: each gets exactly what it would get
-alone. Each has one push in the pool at a time, so one that sends faster than the pool steps waits for itself
-alone.
+alone. Each has one push in progress at a time. One that sends faster than the pool steps delays only itself.
 """
 
 import asyncio

@@ -52,7 +52,7 @@ class _Stream(Generic[State]):
 
     @contextlib.contextmanager
     def _stepping(self) -> Iterator[None]:
-        """Stop the stream unless all steps inside succeed: the memory of the old state was given away.
+        """Stop the stream unless all steps inside succeed: each step donates the old state.
 
         What is pushed comes from the host, and what is returned goes there, so transfers are allowed.
         """
@@ -305,8 +305,8 @@ def half_of(model: Mimi, half: str) -> Mimi:
 def split_rings(state: State) -> tuple[State, State]:
     """The rings of keys and values, and the rest of a state, each with None where the other has arrays.
 
-    Each step writes the rings into the memory of those before. The rest is small. If a step were given its
-    memory too, XLA would copy what the step still reads after it has written.
+    The rings are donated, so a step writes into them in place. The rest is small and is not donated, or XLA
+    would copy what the step still reads after it has written.
     """
     rings = jax.tree.map(lambda leaf: leaf if leaf.ndim == 4 else None, state)
     return rings, jax.tree.map(lambda leaf: None if leaf.ndim == 4 else leaf, state)

@@ -182,7 +182,7 @@ class Half:
             return
         self._free_slots -= 1
         now, since = time.monotonic(), [stream.since for stream in streams]
-        # It is handed over at once: a row that is given back from here on is another stream's only after it.
+        # The step is queued at once. If a row is given back later, its next stream starts after this step.
         frames = {stream.row: stream.take(now) for stream in streams}
         deliver = functools.partial(self._deliver, streams, since, now)
         self.threads.step(functools.partial(self.batch.step, frames), deliver)
@@ -200,7 +200,7 @@ class Half:
         self, streams: list[Stream], since: list[float], started: float, result: np.ndarray | Exception
     ) -> None:
         self._free_slots += 1
-        if isinstance(result, Exception):  # the memory of the states was given away, so no stream can go on
+        if isinstance(result, Exception):  # the states were donated, so no stream can go on
             return self.fail(result)
         for stream, value in zip(streams, result, strict=False):
             stream.give(value)

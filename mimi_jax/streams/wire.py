@@ -41,9 +41,7 @@ MAX_HEADER_BYTES = 1 << 16
 FRAMES_AT_ONCE = 32  # that a parser gives at once, however many there are, so that others get their turn
 PCM_FORMATS = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}  # ffmpeg's names
 
-NO_CODE_STREAM = (
-    "the input is not a code stream, as `mimi-jax encode -` writes it; give the path of a code file"
-)
+NO_CODE_STREAM = "the input is not a code stream from `mimi-jax encode -`; give the path of a code file"
 
 Write = Callable[[bytes], object]
 # Returns bytes as soon as there are any, at most as many as it is asked for, and b"" at the end.

@@ -39,7 +39,7 @@ class Result(NamedTuple):
     num_samples: int
     codes: np.ndarray | None  # uint16 [codebooks, frames]
     problem: str = ""
-    is_transient: bool = False  # of the problem: it may not come again
+    is_transient: bool = False  # of the problem: a second try may succeed
 
 
 class Coder:
@@ -212,9 +212,8 @@ class Coder:
         self._coded(sum(part.length for part in parts))
         for part in parts:
             clip, frames = part.clip, ceil_div(part.length, self.config.frame_size)
-            clip.codes.append(
-                codes[part.row, :, :frames].copy()
-            )  # a view would keep all of `codes` in memory
+            # A view would keep all of `codes` in memory.
+            clip.codes.append(codes[part.row, :, :frames].copy())
             if part.is_last:
                 yield Result(clip.reader, clip.num_samples, np.concatenate(clip.codes, axis=1))
 
@@ -263,9 +262,8 @@ class _Clip:
             length += some.shape[1]
             if self.num_here:
                 break
-            self._audio = (
-                self._audio.copy()
-            )  # it is empty, but as a view it would keep the whole piece in memory
+            # It is empty, but as a view it would keep the whole piece in memory.
+            self._audio = self._audio.copy()
             if self.is_here:
                 break
             self._audio, self.is_here = self.reader.next()

@@ -78,7 +78,7 @@ def check_sources(sources: Iterable[str | os.PathLike[str]]) -> None:
 
 def find_shards(
     sources: Sequence[str | os.PathLike[str]],
-    clips_per_shard: int = 1000,
+    clips_per_shard: int = DEFAULTS.clips_per_shard,
     without: str | os.PathLike[str] | None = None,
     audio_column: str = DEFAULTS.audio_column,
 ) -> Iterator[Shard]:

@@ -21,9 +21,8 @@ from mimi_jax.tokenization.records import Totals
 from mimi_jax.tokenization.settings import DEFAULTS, Settings
 from mimi_jax.tokenization.tokenizer import make_tokenizer
 
-COMPILED = (
-    "/jax/core/compile/backend_compile_duration"  # the event that JAX records for each compiled program
-)
+# The event that JAX records for each compiled program.
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Summary(NamedTuple):
@@ -141,7 +140,7 @@ def tokenize(
     """Turn audio into Parquet files of codes, on all devices of this process.
 
     Shards that are already done are kept, so a job that was killed is resumed by the same call. Shards with
-    errors that may not come again, such as a lost connection, are done again. In float32 the codes of each
+    transient errors, such as a lost connection, are done again. In float32 the codes of each
     clip are those of `encode` on that clip alone.
 
     Args:

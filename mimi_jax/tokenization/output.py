@@ -195,7 +195,7 @@ class Output:
         return totals
 
     def start(self, shards: Iterable[int], retry_errors: bool) -> set[str]:
-        """Begin a run. Shards with errors that may not come again are undone, so that they are done again.
+        """Begin a run. Shards with transient errors are undone, so that they are done again.
 
         Args:
             shards: the numbers of those that the run is to do.

@@ -22,7 +22,7 @@ class Totals(NamedTuple):
     samples: int = 0
     frames: int = 0
     left_out: Counter[str] = Counter()  # noqa: RUF012 - never changed; files that are no clips, by suffix
-    transient: int = 0  # those of the errors that may not come again, such as a lost connection
+    transient: int = 0  # those of the errors after which a second try may succeed
 
     def __add__(self, other: "Totals") -> "Totals":  # type: ignore[override]
         return Totals(
@@ -72,7 +72,7 @@ class Failure(NamedTuple):
     id: str
     source: str
     reason: str
-    is_transient: bool = False  # it may not come again, so that the next run tries once more
+    is_transient: bool = False  # the next run tries once more
 
 
 MOST_CODES = 2**31 - 1  # of a column in one piece: days of audio with all codebooks

@@ -62,7 +62,7 @@ class Item(NamedTuple):
     start: float = 0.0  # seconds
     end: float | None = None  # seconds; None for the end of the audio file
     problem: str = ""
-    is_transient: bool = False  # of the problem: it may not come again
+    is_transient: bool = False  # of the problem: a second try may succeed
 
     @property
     def num_bytes(self) -> int:

@@ -60,7 +60,7 @@ class _SharedPiece(NamedTuple):
 
 
 class ClipError(ValueError):
-    """A clip cannot be used. `is_transient` says that the reason may not come again."""
+    """A clip cannot be used. `is_transient` says that a second try may succeed."""
 
     def __init__(self, reason: str, is_transient: bool):
         super().__init__(reason)
@@ -158,7 +158,9 @@ class ClipReader:
         """Count the clip as finished, so that its worker gets the next one."""
         if not self._is_closed:
             self._is_closed = True
-            self.item = self.item._replace(data=None, size=self.item.num_bytes)  # it may wait for others
+            self.item = self.item._replace(
+                data=None, size=self.item.num_bytes
+            )  # the item may outlive its audio
             self._worker.num_open -= 1
 
 

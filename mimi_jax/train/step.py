@@ -27,11 +27,10 @@ from mimi_jax.train.recipe import Recipe
 from mimi_jax.train.weight_norm import normalize
 from mimi_jax.train.weights import Weights, is_normalized, weights_of, with_weights
 
-Batch = dict[
-    str, jax.Array
-]  # "audio" [batch, channels, samples]; "features" [batch, vectors, dim] to distill
+# "audio" [batch, channels, samples]; "features" [batch, vectors, dim] to distill.
+Batch = dict[str, jax.Array]
 Logs = dict[str, jax.Array]  # scalars by name
-Ear = Callable[[jax.Array], jax.Array]
+Crop = Callable[[jax.Array], jax.Array]
 # Of a run: the model learns alone, the discriminator learns alone, or both learn.
 Phase = Literal["reconstruction", "head start", "adversarial"]
 
@@ -186,24 +185,24 @@ class Trainer:
     def _train(self, state: TrainState, batch: Batch, phase: Phase) -> tuple[TrainState, Logs]:
         audio = batch["audio"]
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), state.step)
-        num_quantizers, is_quantized, key, ear_key = self._draw(key, len(audio))
-        hear = self._ear(ear_key)
+        num_quantizers, is_quantized, key, crop_key = self._draw(key, len(audio))
+        crop = self._draw_crop(crop_key)
         generate = functools.partial(
             self._generate, state, batch, num_quantizers=num_quantizers, is_quantized=is_quantized, key=key
         )
         if phase == "head start":
             (fake_audio, _), _ = generate(state.weights)
-            state, logs = self._train_discriminator(state, hear(audio), hear(fake_audio))
+            state, logs = self._train_discriminator(state, crop(audio), crop(fake_audio))
             return state._replace(step=state.step + 1), logs
         fake, pull_back, (quantized, logs) = jax.vjp(generate, state.weights, has_aux=True)
         fake_audio, extra = fake
 
         is_judged = phase == "adversarial"
         if is_judged:
-            state, judge_logs = self._train_discriminator(state, hear(audio), hear(fake_audio))
+            state, judge_logs = self._train_discriminator(state, crop(audio), crop(fake_audio))
             logs |= judge_logs
         judge = state.discriminator
-        gradients, values = self._judge(judge, audio, fake_audio, hear if is_judged else None)
+        gradients, values = self._judge(judge, audio, fake_audio, crop if is_judged else None)
         balancer, gradient, shares = balance(state.balancer, gradients, self.balanced(is_judged))
         weight_gradients = pull_back((gradient, jnp.ones_like(extra)))[0]
         weights, optimizer, norm = update(self.optimizer, weight_gradients, state.optimizer, state.weights)
@@ -232,17 +231,17 @@ class Trainer:
         """How many codebooks this batch uses, which of its rows are quantized, and two keys: for the rest
         of the codec, and for what the discriminator hears."""
         recipe, config = self.recipe.quantizer, self.model.config
-        count_key, rate_key, other_key, key, ear_key = jax.random.split(key, 5)
+        count_key, rate_key, other_key, key, crop_key = jax.random.split(key, 5)
         most = config.num_quantizers
         least = config.num_semantic_quantizers + 1 if recipe.dropout else most
         num_quantizers = jax.random.randint(count_key, (), least, most + 1)
         keys = {"semantic": rate_key, "acoustic": rate_key if recipe.same else other_key}
         rate = recipe.rate if self.recipe.mode == "full" else 1.0
         is_quantized = {name: jax.random.uniform(k, (batch_size,)) < rate for name, k in keys.items()}
-        return num_quantizers, is_quantized, key, ear_key
+        return num_quantizers, is_quantized, key, crop_key
 
-    def _ear(self, key: jax.Array) -> Ear:
-        """What cuts out of audio [batch, channels, samples] the part that the discriminator hears."""
+    def _draw_crop(self, key: jax.Array) -> Crop:
+        """What crops audio [batch, channels, samples] to the part that the discriminator hears."""
         length, longest = self.recipe.num_heard, self.recipe.num_samples
         if length == longest:
             return lambda audio: audio
@@ -298,27 +297,27 @@ class Trainer:
         return state, {"loss/discriminator": value, "discriminator_gradient_norm": norm}
 
     def _judge(
-        self, judge_weights: Weights, real: jax.Array, fake: jax.Array, hear: Ear | None
+        self, judge_weights: Weights, real: jax.Array, fake: jax.Array, crop: Crop | None
     ) -> tuple[dict[str, jax.Array], Logs]:
         """The gradient of each loss of the audio with respect to `fake`, and the values of these losses.
 
         Args:
-            hear: from `_ear`, or None in steps without a discriminator.
+            crop: from `_draw_crop`, or None in steps without a discriminator.
         """
         rate, options = self.model.config.sampling_rate, self.recipe.losses
         functions = {
             "waveform": lambda fake: losses.waveform_loss(real, fake),
             "mel": lambda fake: losses.mel_loss(real, fake, rate, options.mel_power, options.mel_floor),
         }
-        wanted = self.balanced(adversarial=hear is not None)
+        wanted = self.balanced(adversarial=crop is not None)
         results = {
             name: jax.value_and_grad(function)(fake) for name, function in functions.items() if name in wanted
         }
-        if hear is not None:
+        if crop is not None:
             judge = with_weights(self.discriminator, judge_weights)
-            real_features = judge(hear(real)).features
+            real_features = judge(crop(real)).features
             # One forward pass of the discriminator serves both losses, with a backward pass for each.
-            judgement, pull_back = jax.vjp(lambda fake: judge(hear(fake)), fake)
+            judgement, pull_back = jax.vjp(lambda fake: judge(crop(fake)), fake)
             for name, function in (
                 ("adversarial", lambda judgement: losses.adversarial_loss(judgement.logits)),
                 ("features", lambda judgement: losses.feature_loss(real_features, judgement.features)),

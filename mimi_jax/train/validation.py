@@ -37,7 +37,7 @@ class Validation:
     def __init__(
         self, recipe: ValidationRecipe, config: MimiConfig, data: str | Path, learned: list[Clip], out: Path
     ):
-        if importlib.util.find_spec("pystoi") is None:  # the first look may come after hours
+        if importlib.util.find_spec("pystoi") is None:  # the first validation may come after hours
             raise ImportError(
                 "validation measures STOI with pystoi; install: pip install 'mimi_jax[evaluate]'"
             )
@@ -62,7 +62,7 @@ class Validation:
         quality = result.qualities[0]
         measured = {"valid/mel": quality.mel_distance, "valid/stoi": quality.stoi}
         best = self._best()
-        # A run that was killed in a look repeats it, and may have kept this model already.
+        # A run that was killed in a validation repeats it, and may have kept this model already.
         if best is None or step == best["step"] or self._is_better(measured, best):
             model.save_pretrained(self._out / "model")
             with atomic_path(self._out / BEST) as file:

@@ -12,6 +12,8 @@ from mimi_jax.train.recipe import (
     QuantizerRecipe,
     Recipe,
 )
+from mimi_jax.train.step import Trainer
+from mimi_jax.train.weights import start_model
 
 TINY = MimiConfig(
     sampling_rate=2400,
@@ -48,3 +50,14 @@ def tiny_recipe(**changes: Any) -> Recipe:
         part, _, field = name.partition("__")
         fields[part] = dataclasses.replace(fields[part], **{field: value}) if field else value
     return Recipe(**fields)
+
+
+_TRAINERS: dict[str, Trainer] = {}
+
+
+def trainer_of(recipe: Recipe) -> Trainer:
+    """The trainer of a recipe. All tests of a process share its compiled steps."""
+    key = repr(recipe)
+    if key not in _TRAINERS:
+        _TRAINERS[key] = Trainer(recipe, start_model(recipe))
+    return _TRAINERS[key]

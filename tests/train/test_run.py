@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +23,22 @@ from mimi_jax import Mimi, cli, save_audio
 from mimi_jax.files.atomic import file_lock
 from mimi_jax.files.corpus import find_clips
 from mimi_jax.quality.evaluation import evaluate
-from mimi_jax.train import NotFiniteError, Trainer, start_model, train, validation
+from mimi_jax.train import NotFiniteError, train, validation
 from mimi_jax.train.log import Log
 from mimi_jax.train.recipe import DiscriminatorRecipe, ValidationRecipe
 from mimi_jax.train.states import read_discriminator
-from tests.train.recipes import TINY, tiny_recipe
+from tests.train.recipes import TINY, tiny_recipe, trainer_of
 from tests.train.test_step import speechlike
 
 ONE = jax.devices()[:1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_trainers() -> Iterator[None]:
+    """Compile the steps of each recipe once, and not once for each of its runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "Trainer", lambda recipe, model: trainer_of(recipe))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +327,7 @@ def test_a_discriminator_can_be_that_of_another_run(data: Path, tmp_path: Path, 
     recipe = dataclasses.replace(
         recipe, discriminator=dataclasses.replace(judge, init=str(tmp_path / "first"), head_start=0)
     )
-    random_judge = Trainer(recipe, start_model(recipe)).init().discriminator
+    random_judge = trainer_of(recipe).init().discriminator
     found = read_discriminator(tmp_path / "first", random_judge)
     changed = jax.tree.map(lambda x, y: bool((x != y).any()), found, random_judge)
     assert all(jax.tree.leaves(changed))

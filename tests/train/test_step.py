@@ -16,8 +16,8 @@ from mimi_jax.quality.spectrum import mel_distance
 from mimi_jax.train.recipe import DiscriminatorRecipe, Recipe
 from mimi_jax.train.step import Trainer, TrainState
 from mimi_jax.train.weight_norm import NormalizedKernel
-from mimi_jax.train.weights import start_model, weights_of
-from tests.train.recipes import TINY, tiny_recipe
+from mimi_jax.train.weights import weights_of
+from tests.train.recipes import TINY, tiny_recipe, trainer_of
 
 
 def speechlike(batch: int, samples: int, seed: int = 0) -> np.ndarray:
@@ -44,7 +44,7 @@ def fitted(trainer: Trainer, audio: jax.Array) -> TrainState:
 
 
 def run(recipe: Recipe, steps: int, batch=None) -> tuple[Trainer, TrainState, list[dict[str, float]]]:
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     batch = batch or batch_of(recipe)
     state, logs = fitted(trainer, batch["audio"]), []
     for step in range(steps):
@@ -95,17 +95,17 @@ def test_phases_and_what_the_discriminator_hears():
         losses__adversarial_start=2,
         discriminator=DiscriminatorRecipe(filters=2, windows=(256, 64), seconds=0.24, head_start=3),
     )
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     phases = [trainer.phase(step) for step in range(6)]
     assert phases == ["reconstruction"] * 2 + ["head start"] * 3 + ["adversarial"]
     state, audio = trainer.init(), batch_of(recipe)["audio"]
-    hear = trainer._ear(jax.random.key(0))
-    assert hear(audio).shape == (2, 1, 576)
-    judge = jax.jit(functools.partial(trainer._judge, hear=hear))
+    crop = trainer._draw_crop(jax.random.key(0))
+    assert crop(audio).shape == (2, 1, 576)
+    judge = jax.jit(functools.partial(trainer._judge, crop=crop))
     gradients, _ = judge(state.discriminator, audio, 0.9 * audio)
     heard = np.flatnonzero(np.abs(gradients["adversarial"]).max(axis=(0, 1)))
     assert heard.max() - heard.min() < 576
-    start = int(np.flatnonzero(np.asarray(audio)[0, 0] == np.asarray(hear(audio))[0, 0, 0])[0])
+    start = int(np.flatnonzero(np.asarray(audio)[0, 0] == np.asarray(crop(audio))[0, 0, 0])[0])
     assert start <= heard.min() and heard.max() < start + 576
     before = jax.tree.map(np.asarray, state)
     after, logs = trainer.step(state, {"audio": audio}, phase="head start")
@@ -121,7 +121,7 @@ def test_phases_and_what_the_discriminator_hears():
 @SLOW
 def test_steps_at_once_are_those_one_after_the_other():
     recipe = tiny_recipe()
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     batches = [batch_of(recipe, seed=seed) for seed in range(2)]
     state, losses = fitted(trainer, batches[0]["audio"]), []
     for batch in batches:
@@ -137,7 +137,7 @@ def test_a_codec_in_bfloat16_has_about_the_same_gradients():
     seen = []
     for precision in ("highest", "bfloat16"):
         recipe = tiny_recipe(precision=precision, quantizer__rate=0.0, losses__mel_floor=1e-2)
-        trainer = Trainer(recipe, start_model(recipe))
+        trainer = trainer_of(recipe)
         state, logs = trainer.step(trainer.init(), batch_of(recipe), phase="reconstruction")
         assert {leaf.dtype for leaf in jax.tree.leaves(state.weights)} == {jnp.dtype("float32")}
         seen.append(np.array([logs["loss/mel"], logs["loss/waveform"], logs["gradient_norm"]]))
@@ -160,7 +160,7 @@ def test_the_discriminator_learns_too():
     for name, weight in trainer.balanced(True).items():
         assert weight / 10.1 / 2 < shares[name] < weight / 10.1 * 2
     # All weights of the discriminator change.
-    before = Trainer(recipe, start_model(recipe)).init().discriminator
+    before = trainer_of(recipe).init().discriminator
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.discriminator)
     assert all(jax.tree.leaves(moved))
 
@@ -192,7 +192,7 @@ def test_everything_is_trained_and_nothing_shares_memory():
 def test_a_step_is_compiled_once():
     """Its outputs have the types of its inputs. Weak types would make JAX compile it again."""
     recipe = tiny_recipe(losses__adversarial=4.0, losses__features=4.0)
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     state, batch = trainer.init(), batch_of(recipe)
     new, _ = jax.eval_shape(functools.partial(trainer.step, phase="adversarial"), state, batch)
     assert _types(new) == _types(state)
@@ -211,7 +211,7 @@ def _equal(a, b) -> bool:
 
 def test_only_transformers_decay():
     recipe = tiny_recipe()
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     state = trainer.init()
     still = jax.tree.map(jnp.zeros_like, state.weights)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
@@ -231,7 +231,7 @@ def test_devices_share_a_batch(adversarial: float):
     recipe = tiny_recipe(data__batch_size=8, optimizer__learning_rate=1e-4, **weights)
     # With the lowest floor, logarithms of near silence would show the rounding of sums.
     recipe = dataclasses.replace(recipe, losses=dataclasses.replace(recipe.losses, mel_floor=1e-2))
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     batch = batch_of(recipe)
     traces = []
     for count in (1, 8):
@@ -253,7 +253,7 @@ def test_devices_share_a_batch(adversarial: float):
 
 def test_the_average_is_not_biased_by_its_start():
     recipe = tiny_recipe()
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     batch = batch_of(recipe)
     state, seen = fitted(trainer, batch["audio"]), []
     for _ in range(3):
@@ -270,7 +270,7 @@ def test_training_the_decoder_changes_no_code(tmp_path):
     trainer.export(state).save_pretrained(tmp_path / "model")
     before = Mimi.from_pretrained(tmp_path / "model")
     recipe = tiny_recipe(mode="decoder", init=str(tmp_path / "model"))
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     batch = batch_of(recipe)
     state, first = trainer.init(), None
     for _ in range(60):
@@ -293,7 +293,7 @@ def test_training_the_decoder_changes_no_code(tmp_path):
 
 def test_features_of_another_teacher_are_refused():
     recipe = tiny_recipe(losses__distillation=1.0, teacher_dim=6)
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     batch = batch_of(recipe) | {"features": jnp.zeros((2, 4, 5))}
     with pytest.raises(ValueError, match="teacher_dim must be the channels of the features, 5, got 6"):
         trainer.step(trainer.init(), batch, phase="reconstruction")
@@ -316,7 +316,7 @@ def test_distillation_teaches_the_semantic_codebook():
 @functools.cache
 def drawn(**changes) -> tuple[list[int], np.ndarray]:
     recipe = tiny_recipe(**changes)
-    trainer = Trainer(recipe, start_model(recipe))
+    trainer = trainer_of(recipe)
     counts, rows = [], []
     for seed in range(200):
         count, is_quantized, *_ = trainer._draw(jax.random.key(seed), 4)
