@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from mimi_jax.config import MimiConfig, as_integer
+from mimi_jax.config import MimiConfig, as_integer, ceil_div
 from mimi_jax.ops import policy
 
 COUNT = "num_quantizers"  # the parameter that is static
@@ -227,6 +227,43 @@ def check_mask(padding_mask: ArrayLike, batch_size: int) -> tuple[jax.Array, jax
     return mask, jnp.max(jnp.where(mask, ends, 0), axis=1)
 
 
+def check_mask_of_codes(
+    config: MimiConfig, padding_mask: ArrayLike, codes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`check_mask` of the audio that became these codes."""
+    mask, lengths = check_mask(padding_mask, len(codes))
+    frames = codes.shape[2]
+    if ceil_div(mask.shape[1], config.frame_size) != frames:
+        raise ValueError(
+            f"padding_mask must be that of the audio, with {config.frame_size} samples for each of {frames}"
+            f" frames (the last one may have fewer), got {mask.shape[1]} samples; it is not the"
+            " audio_codes_mask that encode gives"
+        )
+    return mask, lengths
+
+
+def check_latents(config: MimiConfig, latents: ArrayLike) -> jax.Array:
+    """Refuse latents that are not float [batch, frames, hidden_size]."""
+    array = jnp.asarray(as_array("latents", latents))
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    if array.ndim != 3 or array.shape[2] != config.hidden_size or not is_float:
+        raise ValueError(
+            f"latents must be float [batch, frames, hidden_size={config.hidden_size}], got {array.dtype}"
+            f" {list(array.shape)}"
+        )
+    return array
+
+
+def check_dtype(dtype: DTypeLike) -> DTypeLike:
+    """Refuse integers as the dtype of a model."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"dtype must be floating point, such as jnp.bfloat16, got {jnp.dtype(dtype).name};"
+            ' weights="int8" is for int8 weights'
+        )
+    return dtype
+
+
 def check_codes(audio_codes: ArrayLike) -> jax.Array:
     """Refuse codes that are not integers [batch, codebooks, frames]."""
     codes = jnp.asarray(as_array("codes", audio_codes))
@@ -283,7 +320,7 @@ def check_rows(name: str, rows: ArrayLike | Sequence[bool], batch_size: int) -> 
 
 def check_active(active: ArrayLike, batch_size: int) -> jax.Array:
     """The rows of a batch that step, as bool [batch]."""
-    return check_rows("active", jnp.asarray(as_array("active", active)).astype(bool), batch_size)
+    return check_rows("active", jnp.asarray(as_array("active", active)), batch_size)
 
 
 def lengths_of_active(

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 MAX_SHOWN = 5  # problems of one kind in an error message
 PAD_MODES = ("constant", "replicate")  # the others would look ahead
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
@@ -33,8 +35,12 @@ _IGNORED_FIELDS = {
 _LEFTOVER_FIELDS = {"normalize": False, "chunk_length_s": None, "chunk_in_sec": None}
 
 
-def ceil_div(numerator, denominator: int):
+def ceil_div(numerator: Any, denominator: int) -> Any:
     """Integer division rounded up, exact for Python integers of any size and for integer arrays."""
+    if isinstance(numerator, np.ndarray | np.generic):
+        numerator = numerator.astype(np.int64)
+    elif hasattr(numerator, "dtype") and (numerator.dtype.itemsize < 4 or numerator.dtype.kind == "u"):
+        numerator = numerator.astype(np.int32)  # the negative of an unsigned number would be wrong
     return -(-numerator // denominator)
 
 
@@ -85,6 +91,9 @@ class MimiConfig:
 
     The fields of the last group change no number here. They are kept so that a configuration can be read
     and written again without loss.
+
+    To change a configuration, make a new one: `dataclasses.replace` would keep the `frame_rate` and the
+    `head_dim` that were derived from the old fields.
 
     Raises:
         ValueError: naming every field with a value that is not supported.

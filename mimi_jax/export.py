@@ -280,7 +280,7 @@ def load(path: str | os.PathLike[str]) -> ExportedMimi:
     """Read what `save` wrote. The weights go to the default device.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
         ValueError: the file is something else or damaged, or was not made for JAX's default platform here, or
             was made by a version of JAX that this one cannot read.
         ImportError: `flatbuffers` is not installed.

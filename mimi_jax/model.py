@@ -25,7 +25,9 @@ from mimi_jax.boundary import (
     as_array,
     check_audio,
     check_codes,
-    check_mask,
+    check_dtype,
+    check_latents,
+    check_mask_of_codes,
     check_state,
     check_streamable,
     check_whole_frames,
@@ -85,14 +87,13 @@ class Mimi(nnx.Module):
         self.config, self.precision, self.compute = config, precision, policy.resolve(compute)
         size, stride, causal = config.hidden_size, config.latent_stride, config.use_causal_conv
         transformer = functools.partial(Transformer, config, rngs=rngs)
-        resampling = {"stride": stride, "causal": causal, "use_bias": False, "rngs": rngs}
+        shared = {"stride": stride, "causal": causal, "use_bias": False, "rngs": rngs}
         self.encoder = Encoder(config, rngs=rngs) if encoder else None
         self.encoder_transformer = transformer() if encoder else None
-        downsample = functools.partial(Conv1d, size, size, 2 * stride, pad_mode="replicate", **resampling)
-        self.downsample = downsample() if encoder else None
+        self.downsample = Conv1d(size, size, 2 * stride, pad_mode="replicate", **shared) if encoder else None
         self.quantizer = SplitResidualQuantizer(config, rngs=rngs)
         trim = {"trim_right_ratio": config.trim_right_ratio, "groups": config.upsample_groups}
-        self.upsample = ConvTranspose1d(size, size, **trim, **resampling) if decoder else None
+        self.upsample = ConvTranspose1d(size, size, **trim, **shared) if decoder else None
         self.decoder_transformer = transformer() if decoder else None
         self.decoder = Decoder(config, rngs=rngs) if decoder else None
 
@@ -116,8 +117,7 @@ class Mimi(nnx.Module):
             name: a bundled model ("mini"), a folder with `config.json` and weights, a `.safetensors` file in
                 the layout of `transformers` or of Kyutai, or a Hugging Face repository ("kyutai/mimi").
             dtype: of weights and activations; the quantizer is always float32. None keeps what is stored.
-            precision, compute: as for `Mimi`.
-            encoder, decoder: False leaves out that half.
+            precision, compute, encoder, decoder: as for `Mimi`.
             num_quantizers: keeps the first codebooks alone, such as the 8 of Moshi; None keeps all.
             weights: "int8" makes the kernels of both halves int8, as `mimi_jax.checkpoint.int8` does;
                 "int8-encoder" and "int8-decoder" those of one half. None keeps what is stored.
@@ -133,7 +133,7 @@ class Mimi(nnx.Module):
 
         return checkpoint.load(
             name,
-            dtype=dtype,
+            dtype=None if dtype is None else check_dtype(dtype),
             precision=precision,
             compute=compute,
             encoder=encoder,
@@ -174,7 +174,7 @@ class Mimi(nnx.Module):
         """The same model in another dtype, such as bfloat16. The quantizer stays float32."""
 
         def cast(x: jax.Array) -> jax.Array:
-            return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            return x.astype(check_dtype(dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
         graph, quantizer, rest = nnx.split(self, nnx.PathContains("quantizer"), ...)
         return nnx.merge(graph, quantizer, jax.tree.map(cast, rest))
@@ -226,7 +226,7 @@ class Mimi(nnx.Module):
 
     @with_model_settings
     def _quantize(self, latents: ArrayLike, *, num_quantizers: int | None) -> jax.Array:
-        return self.quantizer.encode(jnp.asarray(latents), num_quantizers)
+        return self.quantizer.encode(check_latents(self.config, latents), num_quantizers)
 
     @Compiled
     @with_model_settings
@@ -238,7 +238,7 @@ class Mimi(nnx.Module):
     def _decode_latents(
         self, latents: ArrayLike, lengths: jax.Array | None = None, state: Any = None
     ) -> tuple[Any, jax.Array]:
-        x = jnp.asarray(latents).astype(self.dtype)
+        x = check_latents(self.config, latents).astype(self.dtype)
         if state is not None:
             check_state(state, jax.eval_shape(lambda: self.init_decoder_state(len(x))))
         state, x = step_all(self._layers("decoder"), state, x, lengths)
@@ -335,7 +335,7 @@ def decode(model: Mimi, audio_codes: ArrayLike, padding_mask: ArrayLike | None =
     codes = check_codes(audio_codes)
     if padding_mask is None:
         return DecoderOutput(model.decode_latents(model.dequantize(codes)))
-    mask, lengths = check_mask(padding_mask, len(codes))
+    mask, lengths = check_mask_of_codes(model.config, padding_mask, codes)
     frames = ceil_div(lengths, model.config.frame_size)
     codes = jnp.where(is_real(frames, codes.shape[2])[:, None, :], codes, 0)
     audio = model._decode_latents(model.dequantize(codes), frames)[1][:, :, : mask.shape[1]]

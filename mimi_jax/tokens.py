@@ -35,6 +35,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 
+@jax.transfer_guard("allow")  # of a few constants
 def delay(codes: ArrayLike, delays: Sequence[int], pad: int | Sequence[int]) -> jax.Array:
     """Let each codebook begin some frames late. No code is lost: the result is longer by the longest delay.
 
@@ -53,11 +54,17 @@ def delay(codes: ArrayLike, delays: Sequence[int], pad: int | Sequence[int]) -> 
 
     Raises:
         TypeError: the codes are not integers.
-        ValueError: the codes have another shape, or there is not one delay, zero or more, for each codebook.
+        ValueError: the codes have another shape, there is not one delay, zero or more, for each codebook, or
+            a pad is no int32.
     """
     codes = _integers(codes, "codes", "[batch, codebooks, frames]")
     longest = _longest(delays, codes.shape[1])
-    pads = np.broadcast_to(np.asarray(pad, np.int32), codes.shape[1])
+    pads = np.broadcast_to(np.asarray(pad), codes.shape[1])
+    if pads.dtype.kind not in "iu" or (pads != pads.astype(np.int32)).any():
+        raise ValueError(
+            f"pad must be a token, an integer below 2**31, or one for each codebook, got {pad!r}"
+        )
+    pads = pads.astype(np.int32)
     rows = [
         jnp.pad(codes[:, book], ((0, 0), (late, longest - late)), constant_values=pads[book])
         for book, late in enumerate(delays)
@@ -65,6 +72,7 @@ def delay(codes: ArrayLike, delays: Sequence[int], pad: int | Sequence[int]) -> 
     return jnp.stack(rows, axis=1)
 
 
+@jax.transfer_guard("allow")
 def undelay(tokens: ArrayLike, delays: Sequence[int]) -> jax.Array:
     """Take back what `delay` did: `undelay(delay(codes, delays, pad), delays)` equals `codes`.
 
@@ -92,6 +100,7 @@ def undelay(tokens: ArrayLike, delays: Sequence[int]) -> jax.Array:
     return jnp.stack([tokens[:, book, late : late + frames] for book, late in enumerate(delays)], axis=1)
 
 
+@jax.transfer_guard("allow")
 def flatten(codes: ArrayLike, codebook_size: int, offset: int = 0) -> jax.Array:
     """Interleave the codebooks: code c of codebook k becomes the token offset + k * codebook_size + c.
 
@@ -114,6 +123,7 @@ def flatten(codes: ArrayLike, codebook_size: int, offset: int = 0) -> jax.Array:
     return tokens.reshape(batch, frames * books)
 
 
+@jax.transfer_guard("allow")
 def unflatten(tokens: ArrayLike, num_codebooks: int, codebook_size: int, offset: int = 0) -> jax.Array:
     """Take back what `flatten` did.
 

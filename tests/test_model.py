@@ -91,6 +91,15 @@ def test_encoded_length_of_arrays():
     np.testing.assert_array_equal(MODEL.encoded_length(lengths), [0, 1, 1, 2, 2**20 + 1])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_encoded_length_of_other_integers(xp: Any, dtype: str):
+    with jax.enable_x64(dtype == "uint64"):
+        lengths = xp.asarray([0, 1, 16, 17, 100], dtype)
+        np.testing.assert_array_equal(MODEL.encoded_length(lengths), [0, 1, 1, 2, 7])
+        np.testing.assert_array_equal(Mimi.from_pretrained("mini").encoded_length(lengths), [0, 1, 1, 1, 1])
+
+
 @pytest.mark.parametrize(("length", "padded"), [(1, 16), (15, 16), (16, 16), (17, 32)])
 def test_pad_to_frame(length: int, padded: int):
     audio = AUDIO[:, :, :length]
@@ -202,6 +211,33 @@ def test_every_semantic_codebook_is_needed():
     model, clips = load_fixture("semantic2")
     with pytest.raises(ValueError, match=r"num_quantizers must be an integer from 2 to 4, .*, got 1"):
         mimi_jax.encode(model, clips[0].audio, num_quantizers=1)
+
+
+@pytest.mark.parametrize(
+    ("latents", "found"),
+    [
+        (np.zeros((16, 8), np.float32), r"float32 \[16, 8\]"),
+        (np.zeros((2, 8, 16), np.float32), r"float32 \[2, 8, 16\]"),
+        (np.zeros((2, 16, 8), np.int32), r"int32 \[2, 16, 8\]"),
+    ],
+)
+def test_bad_latents_are_refused(latents: np.ndarray, found: str):
+    for function in (MODEL.quantize, MODEL.decode_latents):
+        with pytest.raises(ValueError, match=rf"latents must be float .*hidden_size=8\], got {found}"):
+            function(latents)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, bool])
+def test_a_model_is_of_floats(dtype: Any):
+    for function in (MODEL.astype, lambda dtype: Mimi.from_pretrained("mini", dtype=dtype)):
+        with pytest.raises(ValueError, match=r'dtype must be floating point, .*weights="int8"'):
+            function(dtype)
+
+
+@pytest.mark.parametrize("samples", [16, 240, 257, 1000])
+def test_the_mask_of_codes_is_that_of_their_audio(samples: int):
+    with pytest.raises(ValueError, match=f"16 samples for each of 16 frames .*, got {samples} samples"):
+        mimi_jax.decode(MODEL, CODES, np.ones((2, samples), bool))
 
 
 BAD_CODES = [

@@ -111,6 +111,8 @@ CODES, TOKENS = np.zeros((1, 2, 3), np.int32), np.zeros((1, 6), np.int32)
         (lambda: delay(CODES + 0.5, (0, 1), 9), TypeError, "codes must be integers, got float"),
         (lambda: delay(CODES, (0, 1, 1), 9), ValueError, r"one for each of 2 codebooks, got \[0, 1, 1\]"),
         (lambda: delay(CODES, (0, -1), 9), ValueError, r"zero or more, .*, got \[0, -1\]"),
+        (lambda: delay(CODES, (0, 1), 2.7), ValueError, r"pad must be a token, an integer .* got 2\.7"),  # pyright: ignore[reportArgumentType]
+        (lambda: delay(CODES, (0, 1), 2**40), ValueError, "pad must be a token, an integer below"),
         (lambda: undelay(CODES, (0, 4)), ValueError, "as many frames as the longest delay, 4, got 3"),
         (lambda: undelay(TOKENS, (0,)), ValueError, r"tokens must be \[batch, codebooks, frames, ...\], got"),
         (lambda: flatten(TOKENS, 9), ValueError, r"codes must be \[batch, codebooks, frames\]"),
@@ -124,3 +126,11 @@ CODES, TOKENS = np.zeros((1, 2, 3), np.int32), np.zeros((1, 6), np.int32)
 def test_what_cannot_be_used_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_arrays_on_a_device_under_a_transfer_guard():
+    codes, tokens = jax.device_put((CODES, TOKENS))
+    with jax.transfer_guard("disallow"):
+        undelay(delay(codes, (0, 1), 9), (0, 1))
+        flatten(codes, 9)
+        unflatten(tokens, 2, 9)

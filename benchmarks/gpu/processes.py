@@ -55,7 +55,7 @@ def run(command: list[str], seconds: float, log: Path, environment: dict[str, st
 
 def _show(output: IO[str], lines: list[str], log: Path) -> None:
     written = 0
-    with log.open("w") as file:
+    with output, log.open("w") as file:
         for line in output:
             print(line, end="", flush=True)
             lines.append(line.rstrip("\n"))

@@ -8,6 +8,7 @@ BUNDLED = Path(__file__).parents[1] / "models"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # which file holds which tensor, if there are several
 ORBAX_FOLDER = "params"
+MODEL_FILES = (WEIGHTS_FILE, INDEX_FILE, ORBAX_FOLDER)  # a model folder has one of them
 PYTORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -25,11 +26,15 @@ def find(name: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no model of that name, or the Hub cannot be reached.
-        ValueError: it is a PyTorch file.
+        ValueError: it is a PyTorch file, or both a bundled model and a folder with a model.
     """
-    if str(name) in bundled_models():
-        return BUNDLED / name
     path = Path(os.path.expanduser(name))
+    if name in bundled_models():
+        if any((path / file).exists() for file in MODEL_FILES):
+            raise ValueError(
+                f"{name!r} is a bundled model, and a model folder here: ./{name}; say which by Path"
+            )
+        return BUNDLED / name
     if path.exists():
         _check_is_model(path)
         return path
@@ -43,15 +48,14 @@ def find(name: str | Path) -> Path:
 
 def _check_is_model(path: Path) -> None:
     """Refuse PyTorch files, which are pickles, and folders without weights that can be read."""
-    names = (WEIGHTS_FILE, INDEX_FILE, ORBAX_FOLDER)
-    if path.is_dir() and any((path / name).exists() for name in names):
+    if path.is_dir() and any((path / name).exists() for name in MODEL_FILES):
         return
     pickles = sorted(path.iterdir()) if path.is_dir() else [path]
     pickles = [file for file in pickles if file.suffix in PYTORCH_SUFFIXES]
     if pickles:
         raise ValueError(f"{pickles[0]} is a PyTorch file; convert it with convert/convert_checkpoint.py")
     if path.is_dir():
-        raise FileNotFoundError(f"{path}: a model folder holds one of {', '.join(names)}, found none")
+        raise FileNotFoundError(f"{path}: a model folder holds one of {', '.join(MODEL_FILES)}, found none")
 
 
 def _download(repository: str) -> Path:

@@ -14,6 +14,7 @@ from mimi_jax.checkpoint.find import ORBAX_FOLDER, find
 from mimi_jax.checkpoint.int8 import check_weights, halves_of, to_int8, weights_of
 from mimi_jax.checkpoint.layouts import LAYOUTS, recognize
 from mimi_jax.checkpoint.layouts.files import ModelFiles
+from mimi_jax.checkpoint.layouts.flax import check_is_ours
 from mimi_jax.checkpoint.layouts.int8 import config_fields, stored_weights
 from mimi_jax.checkpoint.parameters import abstract_model, check_kept, keep_codebooks
 from mimi_jax.config import MimiConfig
@@ -95,7 +96,8 @@ def save(model: Mimi, folder: str | Path, layout: str | None = None) -> None:
             int8 weights, otherwise for "transformers".
 
     Raises:
-        ValueError: there is no such layout, or it cannot hold the model.
+        ValueError: there is no such layout, it cannot hold the model, or the folder has a folder `params` of
+            something else.
     """
     weights = weights_of(model)
     if layout is None:
@@ -108,6 +110,7 @@ def save(model: Mimi, folder: str | Path, layout: str | None = None) -> None:
             " mimi_jax.checkpoint.int8.to_float(model) instead"
         )
     folder = Path(os.path.expanduser(folder))
+    check_is_ours(folder, replaces=layout == "flax")
     LAYOUTS[layout].write(model, folder)
     if layout != "flax" and (folder / ORBAX_FOLDER / ORBAX_MARK).exists():
         shutil.rmtree(folder / ORBAX_FOLDER)  # of a model that was here before; `load` would prefer it

@@ -1,5 +1,6 @@
 """Put clips of different lengths into one array, in one of a few lengths. NumPy only."""
 
+import operator
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,7 +19,7 @@ def bucket_length(length: int, unit: int) -> int:
         length: in samples, or in whatever `unit` is given in; at least 1.
         unit: `config.frame_size` for audio, 1 for frames of codes.
     """
-    units = ceil_div(length, unit)
+    units = ceil_div(operator.index(length), unit)
     step = max(1 << ((units - 1).bit_length() - 3), 1) if units > 4 else 1
     return ceil_div(units, step) * step * unit
 

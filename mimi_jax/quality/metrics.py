@@ -19,8 +19,8 @@ def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
         reference, estimate: float arrays of the same shape. All channels count as one signal.
 
     Returns:
-        The ratio in dB. Higher is better. It is infinite for a scaled copy, and NaN if the reference or the
-        estimate is silent.
+        The ratio in dB. Higher is better. It is infinite for a scaled copy, or above 100 dB by
+        rounding. It is NaN if the reference or the estimate is silent.
 
     Raises:
         ValueError: the shapes differ.

@@ -126,8 +126,14 @@ class Session(abc.ABC):
         """Whether the session is to go on elsewhere, and has not come to its end."""
         return self._leaving is not None and not self._socket.has_ended
 
-    def _state(self, half: str) -> Any:
-        return None if self._moved is None else self._moved.states[half]
+    def _new_encoder(self, num_quantizers: int) -> EncoderSession:
+        """A fresh stream of audio, or the one that goes on."""
+        if self._moved is None:
+            return self._pool.encoder(num_quantizers)
+        return self._pool.encoder(num_quantizers, self._moved.states["encoder"], self._moved.pending)
+
+    def _new_decoder(self) -> DecoderSession:
+        return self._pool.decoder(None if self._moved is None else self._moved.states["decoder"])
 
     async def _audio(self) -> AsyncIterator[np.ndarray]:
         """Audio [channels, samples] as it comes, in pieces of a few frames. Objects go to `_change`."""
@@ -157,14 +163,13 @@ class Encode(Session):
     kind = "encode"
 
     async def _serve(self) -> None:
-        async with self._pool.encoder(self._count, self._state("encoder")) as encoder:
+        async with self._new_encoder(self._count) as encoder:
             await self._run(encoder)
 
     async def _run(self, encoder: EncoderSession) -> None:
         config, out = self._pool.model.config, bytearray()
         writer = CodeStreamWriter(out.extend, await self._spec(self._count))
         if self._moved is not None:
-            encoder.pending = self._moved.pending
             out.clear()  # the header went out before
         async for audio in self._audio():
             await self._send(out)
@@ -202,8 +207,8 @@ class Loopback(Encode):
 
     async def _serve(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            self._decoder = await stack.enter_async_context(self._pool.decoder(self._state("decoder")))
-            encoder = self._pool.encoder(self._pool.num_quantizers, self._state("encoder"))
+            self._decoder = await stack.enter_async_context(self._new_decoder())
+            encoder = self._new_encoder(self._pool.num_quantizers)
             self._heard, self._count = self._count, self._pool.num_quantizers
             await self._run(await stack.enter_async_context(encoder))
 
@@ -236,7 +241,7 @@ class Decode(Session):
         if self._moved is not None:
             spec = self._options.get("spec")
             parser = CodeStreamParser(CodeSpec(**json.loads(spec)) if spec else None, self._moved.codes)
-        async with self._pool.decoder(self._state("decoder")) as decoder:
+        async with self._new_decoder() as decoder:
             while not parser.has_ended and (message := await self._socket.receive()) is not None:
                 if isinstance(message, dict):
                     self._change(message)

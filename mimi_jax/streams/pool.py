@@ -70,7 +70,10 @@ class Pool:
             await half.threads.start(half.batch.warmup)
 
     def encoder(
-        self, num_quantizers: int | None = None, state: StreamState | None = None
+        self,
+        num_quantizers: int | None = None,
+        state: StreamState | None = None,
+        pending: np.ndarray | None = None,
     ) -> "EncoderSession":
         """A session that encodes, to be used with `async with`.
 
@@ -78,8 +81,9 @@ class Pool:
             num_quantizers: codebooks, the first ones; None for all of the pool's.
             state: of a stream that continues, from `detach` or `take_rows`; None for a fresh one. If it
                 does not fit, `async with` raises ValueError.
+            pending: `session.pending` of the session that was detached: its samples after the last frame.
         """
-        return EncoderSession(self, self._half("encoder"), num_quantizers, state)
+        return EncoderSession(self, self._half("encoder"), num_quantizers, state, pending)
 
     def decoder(self, state: StreamState | None = None) -> "DecoderSession":
         """A session that decodes, as `encoder`."""
@@ -104,6 +108,9 @@ class Pool:
         return self._halves[half]
 
 
+NOT_OPEN = "the session is not open; use `async with`"
+
+
 class _Session:
     """What both halves share: a stream in a row, and its end."""
 
@@ -111,10 +118,13 @@ class _Session:
 
     def __init__(self, pool: Pool, half: Half, state: StreamState | None):
         self._pool, self._half, self._first_state = pool, half, state
-        self._end = "the session is not open; use `async with`"
+        self._end = NOT_OPEN
 
     async def __aenter__(self):
         self._half.check()
+        if self._end != NOT_OPEN:
+            raise RuntimeError("a session is used once; ask the pool for a new one")
+        self._end = "the session is not open yet"
         taking = self._half.threads.start(functools.partial(self._half.batch.take, self._first_state))
         try:
             self._stream = Stream(await asyncio.shield(taking))
@@ -137,6 +147,9 @@ class _Session:
 
     async def detach(self) -> StreamState:
         """End the session. Returns the state of its stream, of one row, for a session of another pool.
+
+        An encoder's state ends with the last whole frame. The samples after it stay in `pending`: give both
+        to `Pool.encoder`.
 
         Raises:
             RuntimeError: the session has ended, or a push of it is not done.
@@ -174,7 +187,14 @@ class EncoderSession(_Session):
         pending: float32 [channels, samples], what does not make a frame yet.
     """
 
-    def __init__(self, pool: Pool, half: Half, num_quantizers: int | None, state: StreamState | None):
+    def __init__(
+        self,
+        pool: Pool,
+        half: Half,
+        num_quantizers: int | None,
+        state: StreamState | None,
+        pending: np.ndarray | None,
+    ):
         super().__init__(pool, half, state)
         count = (
             pool.num_quantizers
@@ -186,7 +206,8 @@ class EncoderSession(_Session):
                 f"num_quantizers must be at most {pool.num_quantizers} in this pool, got {count}"
             )
         self.num_quantizers = count
-        self.pending = np.zeros((pool.model.config.audio_channels, 0), np.float32)
+        nothing = np.zeros((pool.model.config.audio_channels, 0), np.float32)
+        self.pending = nothing if pending is None else pending
 
     async def push(self, audio: ArrayLike) -> np.ndarray:
         """Continue the stream by any number of samples.

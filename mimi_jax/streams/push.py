@@ -141,7 +141,7 @@ class StreamingEncoder(_Stream[EncoderState]):
             missing = [(0, 0), (0, 0), (0, self.config.frame_size - length)]
             audio = np.pad(self._pending, missing, constant_values=np.nan)
             with self._stepping():
-                codes = np.asarray(self._step(self._state, audio)[1])
+                codes = _fetch([self._step(self._state, audio)[1]])
         self._stopped = "the stream has ended with flush()"
         return codes
 
@@ -286,11 +286,11 @@ def _steps(num_frames: int) -> Iterator[int]:
 
 
 def _fetch(results: list[jax.Array]) -> np.ndarray | None:
-    """The results of steps, one after the other in time. Here a push waits for the device."""
-    if not results:
-        return None
-    fetched = [np.asarray(result) for result in results]
-    return fetched[0] if len(fetched) == 1 else np.concatenate(fetched, axis=2)
+    """The results of steps, one after the other in time, as an array that its user may change.
+
+    Here a push waits for the device.
+    """
+    return np.concatenate([np.asarray(result) for result in results], axis=2) if results else None
 
 
 def half_of(model: Mimi, half: str) -> Mimi:

@@ -20,6 +20,18 @@ def test_bundled_models_load():
     assert (config.sampling_rate, config.frame_rate, config.frame_size) == (24_000, 12.5, 1920)
 
 
+def test_a_bundled_name_that_is_a_folder_too(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mini").mkdir()
+    assert Mimi.from_pretrained("mini").config.sampling_rate == 24_000  # the folder is of something else
+    model = Mimi.from_pretrained(base)
+    model.save_pretrained("mini")
+    with pytest.raises(ValueError, match="'mini' is a bundled model, and a model folder"):
+        Mimi.from_pretrained("mini")
+    for name in ("./mini", Path("mini")):
+        assert_same_model(Mimi.from_pretrained(name), model)
+
+
 def test_unknown_names(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"unknown model 'maxi': give a bundled model \(mini\)"):
         Mimi.from_pretrained("maxi")

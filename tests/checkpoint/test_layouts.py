@@ -16,6 +16,7 @@ from mimi_jax.checkpoint.int8 import to_int8
 from mimi_jax.checkpoint.layouts import LAYOUTS
 from mimi_jax.checkpoint.layouts.files import ModelFiles
 from mimi_jax.checkpoint.layouts.names import weight_table
+from mimi_jax.files.arrays import orbax_shapes, write_orbax
 from tests.checkpoint.folders import (
     FLOAT_LAYOUTS,
     Tensors,
@@ -63,6 +64,27 @@ def test_the_model_that_was_saved_last_is_loaded(before: str, layout: str, base:
     checkpoint.save(older, tmp_path, before)
     checkpoint.save(model, tmp_path, layout)
     assert_same_model(Mimi.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("layout", ["flax", "transformers"])
+def test_a_checkpoint_of_something_else_is_kept(layout: str, base: Path, tmp_path: Path):
+    model = Mimi.from_pretrained(base)
+    write_orbax(tmp_path / "params", {"another_model": np.zeros(3)})
+    with pytest.raises(ValueError, match="params is not of a Mimi, and would be lost; name another folder"):
+        checkpoint.save(model, tmp_path, layout)
+    assert orbax_shapes(tmp_path / "params").keys() == {"another_model"}
+    assert [path.name for path in tmp_path.iterdir()] == ["params"]
+
+
+def test_other_files_in_a_folder_of_that_name_are_kept(base: Path, tmp_path: Path):
+    model, file = Mimi.from_pretrained(base), tmp_path / "params" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="params is not of a Mimi"):
+        checkpoint.save(model, tmp_path, "flax")
+    checkpoint.save(model, tmp_path, "transformers")
+    assert_same_model(Mimi.from_pretrained(tmp_path), model)
+    assert file.read_text() == "mine"
 
 
 def test_one_parameter_twice_is_refused(tmp_path: Path):

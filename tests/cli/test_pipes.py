@@ -438,7 +438,7 @@ def test_nan_ends_a_stream(run):
 
 @pytest.mark.parametrize("stdin", [b"RIFF\x24\0\0\0WAVEfmt ", bytes(1000)])
 def test_input_that_is_not_a_code_stream(run, stdin: bytes):
-    error = "mimi-jax decode: error: the input is not a code stream, as `mimi-jax encode -` writes it"
+    error = "mimi-jax decode: error: the input is not a code stream from `mimi-jax encode -`"
     assert run("decode", "-", stdin=stdin) == (1, b"", f"{error}; give the path of a code file\n")
 
 

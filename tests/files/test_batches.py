@@ -42,6 +42,10 @@ def test_a_batch_needs_a_clip():
         pad_batch([])
 
 
+def test_bucket_lengths_of_integers_of_numpy():
+    assert bucket_length(np.int64(30_000), 1920) == bucket_length(30_000, 1920)  # pyright: ignore[reportArgumentType]
+
+
 def test_bucket_lengths_are_few_and_not_much_longer_than_the_clips():
     assert [bucket_length(n, 1) for n in (1, 2, 3, 4, 5, 8, 9, 10, 11, 16, 17, 100)] == [
         *(1, 2, 3, 4, 5, 8, 10, 10, 12, 16, 20, 112)

@@ -167,12 +167,30 @@ def test_a_session_goes_on_in_another_pool():
             state, pending = await session.detach(), session.pending
             with pytest.raises(RuntimeError, match="was detached"):
                 await session.push(audio)
-        async with Pool(MODEL, rows=8) as pool, pool.encoder(), pool.encoder(state=state) as session:
-            session.pending = pending
+        async with (
+            Pool(MODEL, rows=8) as pool,
+            pool.encoder(),
+            pool.encoder(state=state, pending=pending) as session,
+        ):
             rest = await session.push(audio[4 * FRAME + 5 :])
             return np.concatenate([first, rest, await session.flush()], axis=1)
 
     check_codes(run(test()), audio)
+
+
+def test_a_session_is_used_once():
+    async def test() -> None:
+        async with Pool(MODEL, rows=2) as pool:
+            session = pool.encoder()
+            async with session:
+                with pytest.raises(RuntimeError, match="a session is used once; ask the pool for a new one"):
+                    await session.__aenter__()
+            with pytest.raises(RuntimeError, match="a session is used once"):
+                await session.__aenter__()
+            async with pool.encoder(), pool.encoder():  # both rows are free again
+                pass
+
+    run(test())
 
 
 def test_two_steps_in_flight_give_their_results_in_order(monkeypatch: pytest.MonkeyPatch):

@@ -60,6 +60,19 @@ def test_a_frame_is_returned_with_its_last_sample():
     assert encoder.flush() is None
 
 
+def test_what_a_push_gives_may_be_changed():
+    encoder, decoder = StreamingEncoder(MODEL), StreamingDecoder(MODEL)
+    results = [
+        encoder.push(np.zeros(FRAME, np.float32)),
+        encoder.push(np.zeros(FRAME + 1, np.float32)),
+        encoder.flush(),
+        decoder.push(np.zeros((CODEBOOKS, 1), np.int32)),
+    ]
+    for result in results:
+        assert result is not None
+        result[:] = 1
+
+
 def test_pushed_audio_may_be_changed_afterwards():
     encoder, audio = StreamingEncoder(MODEL), noise(FRAME)
     piece = audio[:10].copy()

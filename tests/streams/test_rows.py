@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mimi_jax.model import decode_step, encode_step
 from mimi_jax.streams.rows import put_rows, reset_rows, take_rows
@@ -56,6 +57,20 @@ def test_put_rows_replace_those_and_no_others(rows: Any):
     others = np.setdiff1d(np.arange(4), rows)
     assert_equal(at(after, others), at(state, others))
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_of_a_sharded_state(kind: AxisType):
+    state, streams = random_state(4), random_state(2, seed=1)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+    sharded = jax.device_put(state, NamedSharding(mesh, PartitionSpec("data")))
+    taken = take_rows(sharded, [3, 0])
+    assert_equal(taken, take_rows(state, [3, 0]))
+    for new in (streams, taken):
+        assert_equal(put_rows(sharded, [1, 2], new), put_rows(state, [1, 2], new))
+    assert_equal(
+        reset_rows(sharded, [True, False, False, True]), reset_rows(state, [True, False, False, True])
+    )
 
 
 def test_moving_a_row_and_back_changes_nothing():
@@ -183,10 +198,11 @@ def test_a_step_refuses_a_state_of_another_form(state: Any):
 
 def test_a_step_refuses_an_active_mask_of_another_batch():
     audio, codes = np.zeros((3, 1, MODEL.config.frame_size), np.float32), np.zeros((3, 4, 1), np.int32)
-    for active in (np.array([True]), np.array([True, False]), np.array(True)):
-        with pytest.raises(ValueError, match=r"active must be bool \[batch=3\], got bool"):
+    # Row numbers would count as a mask.
+    for active in (np.array([True]), np.array([True, False]), np.array(True), np.array([0, 1, 2])):
+        with pytest.raises(ValueError, match=r"active must be bool \[batch=3\], got (bool|int32)"):
             encode_step(MODEL, MODEL.init_encoder_state(3), audio, active=active)
-        with pytest.raises(ValueError, match=r"active must be bool \[batch=3\], got bool"):
+        with pytest.raises(ValueError, match=r"active must be bool \[batch=3\], got (bool|int32)"):
             decode_step(MODEL, MODEL.init_decoder_state(3), codes, active=active)
 
 

@@ -324,7 +324,7 @@ def with_header(header: bytes) -> bytes:
 
 def refused(data: bytes) -> str:
     """The reason why these bytes are not a code stream."""
-    with pytest.raises(ValueError, match=r"^the input is not a code stream, .* a code file$") as info:
+    with pytest.raises(ValueError, match=r"^the input is not a code stream from .* a code file$") as info:
         CodeStreamReader(pipe(data, 100), 1)
     return str(info.value.__cause__)
 

@@ -4,6 +4,7 @@ An array is stored under the name of its parameter, such as "encoder.first.kerne
 the model.
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -11,12 +12,34 @@ from jax.typing import DTypeLike
 
 from mimi_jax.checkpoint.layouts.files import ORBAX_FOLDER, ModelFiles, check_fits
 from mimi_jax.checkpoint.parameters import abstract_model, fill, parameters
-from mimi_jax.files.arrays import differences, orbax_shapes, restore_orbax, write_orbax
+from mimi_jax.files.arrays import ORBAX_MARK, differences, orbax_shapes, restore_orbax, write_orbax
 from mimi_jax.model import Mimi
 
 
 def recognizes(files: ModelFiles) -> bool:
-    return files.orbax_folder.is_dir()
+    folder = files.orbax_folder
+    return (folder / ORBAX_MARK).exists() or (folder.is_dir() and not files.weights_path.is_file())
+
+
+def check_is_ours(folder: Path, replaces: bool) -> None:
+    """Refuse a model folder whose `params` hold something else.
+
+    Args:
+        replaces: whether `params` would be replaced. If not, only a checkpoint there is in the way, since
+            `recognizes` would take it for the weights.
+
+    Raises:
+        ValueError: naming it.
+    """
+    params = folder / ORBAX_FOLDER
+    is_checkpoint, names = (params / ORBAX_MARK).exists(), {}
+    if is_checkpoint:
+        with contextlib.suppress(ValueError):
+            names = orbax_shapes(params)
+    is_ours = any(name.startswith("quantizer.") for name in names)
+    is_full = params.is_dir() and any(params.iterdir())
+    if (is_full if replaces else is_checkpoint) and not is_ours:
+        raise ValueError(f"{params} is not of a Mimi, and would be lost; name another folder for the model")
 
 
 def read(
