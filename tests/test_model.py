@@ -216,14 +216,14 @@ def test_every_semantic_codebook_is_needed():
 @pytest.mark.parametrize(
     ("latents", "found"),
     [
-        (np.zeros((16, 8), np.float32), r"float32 \[16, 8\]"),
-        (np.zeros((2, 8, 16), np.float32), r"float32 \[2, 8, 16\]"),
-        (np.zeros((2, 16, 8), np.int32), r"int32 \[2, 16, 8\]"),
+        (np.zeros((5, 16), np.float32), r"float32 \[5, 16\]"),
+        (np.zeros((2, 16, 5), np.float32), r"float32 \[2, 16, 5\]"),
+        (np.zeros((2, 5, 16), np.int32), r"int32 \[2, 5, 16\]"),
     ],
 )
 def test_bad_latents_are_refused(latents: np.ndarray, found: str):
     for function in (MODEL.quantize, MODEL.decode_latents):
-        with pytest.raises(ValueError, match=rf"latents must be float .*hidden_size=8\], got {found}"):
+        with pytest.raises(ValueError, match=rf"latents must be float .*hidden_size=16\], got {found}"):
             function(latents)
 
 

@@ -68,12 +68,13 @@ def test_the_model_that_was_saved_last_is_loaded(before: str, layout: str, base:
 
 @pytest.mark.parametrize("layout", ["flax", "transformers"])
 def test_a_checkpoint_of_something_else_is_kept(layout: str, base: Path, tmp_path: Path):
-    model = Mimi.from_pretrained(base)
-    write_orbax(tmp_path / "params", {"another_model": np.zeros(3)})
+    model, folder = Mimi.from_pretrained(base), tmp_path / "run"
+    folder.mkdir()
+    write_orbax(folder / "params", {"another_model": np.zeros(3)})
     with pytest.raises(ValueError, match="params is not of a Mimi, and would be lost; name another folder"):
-        checkpoint.save(model, tmp_path, layout)
-    assert orbax_shapes(tmp_path / "params").keys() == {"another_model"}
-    assert [path.name for path in tmp_path.iterdir()] == ["params"]
+        checkpoint.save(model, folder, layout)
+    assert orbax_shapes(folder / "params").keys() == {"another_model"}
+    assert [path.name for path in folder.iterdir()] == ["params"]
 
 
 def test_other_files_in_a_folder_of_that_name_are_kept(base: Path, tmp_path: Path):
