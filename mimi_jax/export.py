@@ -36,6 +36,7 @@ from mimi_jax.boundary import (
     check_batch_size,
     check_codes,
     check_mask,
+    check_mask_of_codes,
     transfers_allowed,
 )
 from mimi_jax.checkpoint import model_id
@@ -115,9 +116,10 @@ class ExportedMimi:
         batch, _, frames = codes.shape
         if frames > self.metadata.frames:
             raise ValueError(f"this file takes up to {self.metadata.frames} frames of codes, got {frames}")
-        given = jnp.ones((batch, max(frames, 1) * size), bool) if padding_mask is None else padding_mask
-        mask, lengths = check_mask(given, batch)
-        mask = (jnp.arange(mask.shape[1])[None] < lengths[:, None])[:, : frames * size]
+        mask = jnp.ones((batch, frames * size), bool)
+        if padding_mask is not None:
+            mask, lengths = check_mask_of_codes(self.config, padding_mask, codes)
+            mask = jnp.arange(mask.shape[1])[None] < lengths[:, None]
         num_samples, missing = mask.shape[1], self.metadata.frames - frames
         codes = jnp.pad(codes, ((0, 0), (0, 0), (0, missing)))
         mask = jnp.pad(mask, ((0, 0), (0, self.metadata.frames * size - num_samples)))
@@ -187,11 +189,7 @@ class ExportedMimi:
     def _check_audio(
         self, audio: ArrayLike, padding_mask: ArrayLike | None, frames: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Check audio of at most so many frames.
-
-        Returns:
-            float32 [batch, channels, samples], and its mask, bool [batch, samples].
-        """
+        """Audio of at most so many frames as float32, and its mask as bool [batch, samples]."""
         audio, _ = check_audio(self.config, audio, padding_mask)
         batch, _, num_samples = audio.shape
         self._check_batch(batch)

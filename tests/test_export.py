@@ -96,6 +96,8 @@ def test_corners_of_decode(codec: ExportedMimi):
         f(codes[:, :, :4], mask).audio_values for f in (codec.decode, functools.partial(decode, MODEL))
     )
     assert decoded.shape == wanted.shape and relative_error(decoded, wanted) < 1e-5
+    with pytest.raises(ValueError, match=r"padding_mask must be that of the audio, .*, got 4 samples"):
+        codec.decode(codes[:, :, :4], np.ones((len(codes), 4), bool))
 
 
 def test_steps(codec: ExportedMimi):

@@ -98,6 +98,7 @@ class Network(Chain):
         self.operation = "network" if config.is_streamable else ""
 
     def groups(self) -> Sequence[Group]:
+        """The layers in groups. They are made in each call, since stored ones would hold each layer twice."""
         raise NotImplementedError
 
     def layers(self) -> Sequence[StreamingLayer]:
@@ -106,7 +107,7 @@ class Network(Chain):
     def step(
         self, state: tuple | None, x: Float[Array, "batch time in"], lengths: Lengths = None
     ) -> StepResult:
-        if state is None and self.operation:
+        if state is None and self.config.is_streamable:
             state = self.init_state(x.shape[0], x.dtype)
         return super().step(state, x, lengths)
 
