@@ -57,7 +57,7 @@ async def send_randomly(address: str, seed: int) -> bytes | None:
         return await receiving
 
 
-@pytest.mark.parametrize("clients", [16, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clients", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_each_of_many_clients_gets_the_codes_of_its_clip(clients: int):
     async def test() -> list[bytes | None]:
         async with server(rows=256) as (found, address):
@@ -133,7 +133,7 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("messages", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("messages", [64, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_nonsense_and_half_open_connections_touch_no_other_stream(messages: int):
     async def steady(address: str, stop: asyncio.Event) -> int:
         """Encode clip after clip."""

@@ -1,5 +1,6 @@
 """A recipe so small that a test can run hundreds of its steps."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -11,6 +12,7 @@ from mimi_jax.train.recipe import (
     OptimizerRecipe,
     QuantizerRecipe,
     Recipe,
+    ValidationRecipe,
 )
 from mimi_jax.train.step import Trainer
 from mimi_jax.train.weights import start_model
@@ -59,5 +61,21 @@ def trainer_of(recipe: Recipe) -> Trainer:
     """The trainer of a recipe. All tests of a process share its compiled steps."""
     key = repr(recipe)
     if key not in _TRAINERS:
-        _TRAINERS[key] = Trainer(recipe, start_model(recipe))
+        twin = repr(_as_steps_see(recipe))
+        if twin not in _TRAINERS:
+            _TRAINERS[twin] = Trainer(_as_steps_see(recipe), start_model(recipe))
+        _TRAINERS[key] = copy.copy(_TRAINERS[twin])
+        _TRAINERS[key].recipe = recipe
     return _TRAINERS[key]
+
+
+def _as_steps_see(recipe: Recipe) -> Recipe:
+    """The recipe without what its compiled steps do not read."""
+    assert recipe.optimizer.schedule == "constant"  # another one reads the number of steps
+    return dataclasses.replace(
+        recipe,
+        data=DataRecipe(seconds=recipe.data.seconds),
+        discriminator=dataclasses.replace(recipe.discriminator, init="", head_start=0),
+        validation=ValidationRecipe(),
+        **dict.fromkeys(("steps", "log_every", "checkpoint_every", "steps_at_once"), 1),
+    )
