@@ -32,7 +32,8 @@ def find(name: str | Path) -> Path:
     if name in bundled_models():
         if any((path / file).exists() for file in MODEL_FILES):
             raise ValueError(
-                f"{name!r} is a bundled model, and a model folder here: ./{name}; say which by Path"
+                f"{name!r} is a bundled model, and a model folder here; name ./{name} for the folder, or move"
+                " it away for the bundled model"
             )
         return BUNDLED / name
     if path.exists():

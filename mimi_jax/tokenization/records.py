@@ -72,7 +72,7 @@ class Failure(NamedTuple):
     id: str
     source: str
     reason: str
-    is_transient: bool = False  # the next run tries once more
+    is_transient: bool = False  # a second try may succeed, so the next run makes one
 
 
 MOST_CODES = 2**31 - 1  # of a column in one piece: days of audio with all codebooks

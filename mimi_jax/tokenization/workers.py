@@ -158,9 +158,8 @@ class ClipReader:
         """Count the clip as finished, so that its worker gets the next one."""
         if not self._is_closed:
             self._is_closed = True
-            self.item = self.item._replace(
-                data=None, size=self.item.num_bytes
-            )  # the item may outlive its audio
+            # The item may outlive its audio.
+            self.item = self.item._replace(data=None, size=self.item.num_bytes)
             self._worker.num_open -= 1
 
 
