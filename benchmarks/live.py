@@ -8,13 +8,15 @@ encoded, and its codes are decoded. It is late by the time from when it was due 
 "overhead" compares a step of a pool whose rows all have a frame with a bare step. "pool" and "processes" look
 for the largest number of streams whose lateness stays below 80 ms in 99 of 100 frames: as sessions of one
 pool, and as processes with a stream each. With `--minutes`, a pool runs for long with `--sessions` streams
-instead. Then its lateness and its memory are drawn, and the time that the host of a virtual machine stole.
-The event loop is that of `mimi-jax serve`, uvloop.
+instead. Then its lateness and its memory are drawn, and what the machine has to do with them: when its cores
+stood still, and how slowly they worked. A process on each core sees when it stands still, if root starts it:
+with its priority, it never waits for other processes. The event loop is that of `mimi-jax serve`, uvloop.
 """
 
 import argparse
 import array
 import asyncio
+import collections
 import contextlib
 import gc
 import multiprocessing
@@ -23,7 +25,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from benchmarks.report import Report, add_markdown_option
 from mimi_jax import Mimi, StreamingDecoder, StreamingEncoder, load_audio
 from mimi_jax.streams.batch import Batch
 from mimi_jax.streams.pool import EncoderSession, Pool
+from mimi_jax.streams.stepping import Step
 
 CODEBOOKS = 8
 SPEECH = Path(__file__).parents[1] / "mimi_jax" / "samples" / "speech.flac"
@@ -43,12 +46,16 @@ LATE = 0.08  # seconds
 
 
 class Second(NamedTuple):
-    """A second of a long run."""
+    """A second of a long run, or a little more."""
 
     latest: float  # seconds by which the latest frame was late
     late: int  # frames
-    stolen: float  # seconds that the host has taken from all cores, since it started
+    cpu: float  # seconds that the cores worked for this process
+    others: float  # seconds that they worked for other processes
+    stolen: float  # seconds that the host says it gave them to others
+    pause: float  # seconds of the longest time that a core stood still
     memory: float  # MB
+    steps: collections.Counter[int]  # steps by their rows
 
 
 def frames_of(model: Mimi) -> np.ndarray:
@@ -99,12 +106,16 @@ async def live_session(pool: Pool, frames: np.ndarray, begin: float, end: float,
 
 
 async def pool_lateness(
-    model: Mimi, sessions: int, seconds: float, every: Callable[[list[float]], None]
+    model: Mimi,
+    sessions: int,
+    seconds: float,
+    every: Callable[[list[float]], None] = lambda new: None,
+    on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[float]:
     """How late the frames of a pool's sessions are. `every` is called each second with the new ones."""
     frames, found, new = frames_of(model), array.array("d"), []  # a list would look like a leak
     rows = 1 << (sessions - 1).bit_length()
-    async with Pool(model, rows, CODEBOOKS) as pool:
+    async with Pool(model, rows, CODEBOOKS, on_step) as pool:
         await pool.warmup()
         gc.collect()
         gc.freeze()
@@ -181,50 +192,128 @@ def largest(measure: Callable[[int], list[float]], first: int) -> list[tuple[int
     return sorted(tried)
 
 
-def run_long(model: Mimi, sessions: int, minutes: float, plot: Path | None) -> list[list[str]]:
-    """Run a pool for long. Returns rows of a table."""
+SLOW = 1.1  # times the usual CPU time; in a calm hour it varies by 5 %
+PAUSE = 0.01  # seconds
+
+
+def run_long(model: Mimi, sessions: int, minutes: float, plot: Path | None) -> dict[str, str]:
+    """Run a pool for long. Returns a row of a table, by its heads."""
     seconds: list[Second] = []
+    steps: collections.Counter[int] = collections.Counter()
+    before = times_of_cores()
 
     def note(new: list[float]) -> None:
+        nonlocal before
+        now = times_of_cores()
         with open("/proc/self/statm") as file:
             memory = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-        late = sum(x > LATE for x in new)
-        seconds.append(Second(max(new, default=0.0), late, stolen_time(), memory))
+        late, pause = sum(x > LATE for x in new), 0.0
+        while not pauses.empty():
+            pause = max(pause, pauses.get())
+        cpu, others, stolen = now - before
+        seconds.append(Second(max(new, default=0.0), late, cpu, others, stolen, pause, memory, steps.copy()))
+        steps.clear()
+        before = now
 
-    lateness = uvloop.run(pool_lateness(model, sessions, 60 * minutes, note))
+    def count(step: Step) -> None:
+        steps[step.rows] += 1
+
+    with watched_cores() as pauses:
+        lateness = uvloop.run(pool_lateness(model, sessions, 60 * minutes, note, count))
+    seconds = seconds[1:]  # the first one began with the process
     if plot is not None:
         draw_seconds(seconds, f"{sessions} live loopbacks on {os.cpu_count()} cores", plot)
     early, last = (statistics.median(each.memory for each in part) for part in (seconds[:60], seconds[-60:]))
-    # A queue is late for a while after the cores are back.
-    explained = sum(
-        each.late for number, each in enumerate(seconds) if each.stolen > seconds[max(0, number - 3)].stolen
-    )
-    return [[str(sessions), f"{len(lateness)}", f"{sum(each.late for each in seconds)}", f"{explained}",
-             f"{1000 * p99(lateness):.0f}", f"{early:.0f}", f"{last:.0f}"]]  # fmt: skip
+    counts = {"streams": f"{sessions}", "frames": f"{len(lateness)}"}
+    memory = {"MB in the first minute": f"{early:.0f}", "in the last": f"{last:.0f}"}
+    return counts | {"p99, ms": f"{1000 * p99(lateness):.0f}"} | causes_of_late(seconds) | memory
 
 
-def stolen_time() -> float:
-    """Seconds in which the host of a virtual machine gave its cores to others, since it started."""
+def causes_of_late(seconds: list[Second]) -> dict[str, str]:
+    """Numbers of late frames, and how many of them each cause explains that those before it do not."""
+    causes = {
+        "after a core stood still": np.array([each.pause > 0 for each in seconds]),
+        "after the host took a core": np.array([each.stolen > 0 for each in seconds]),
+        "after others used a core for 50 ms": np.array([each.others > 0.05 for each in seconds]),
+        f"after steps took {SLOW} times their CPU time": slowness(seconds) > SLOW,
+    }
+    late, unexplained = np.array([each.late for each in seconds]), np.full(len(seconds), True)
+    row = {"late frames": f"{late.sum()}"}
+    for cause, found in causes.items():
+        # A queue is late for a while after the cores are back.
+        found = np.convolve(found, np.ones(4))[: len(found)] > 0
+        row[cause] = f"{late[unexplained & found].sum()} ({found.mean():.0%} of the time)"
+        unexplained &= ~found
+    return row | {"others": f"{late[unexplained].sum()}"}
+
+
+@contextlib.contextmanager
+def watched_cores() -> Iterator[Any]:
+    """Yields a queue of the pauses of all cores, in seconds."""
+    context = multiprocessing.get_context("spawn")
+    pauses = context.SimpleQueue()
+    watchers = [context.Process(target=_watch, args=(core, pauses)) for core in os.sched_getaffinity(0)]
+    for watcher in watchers:
+        watcher.start()
+    try:
+        yield pauses
+    finally:
+        for watcher in watchers:
+            watcher.terminate()
+
+
+def _watch(core: int, pauses: Any) -> None:
+    """Sleep again and again, and tell when it took longer by a pause."""
+    os.sched_setaffinity(0, {core})
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    while True:
+        start = time.monotonic()
+        time.sleep(0.005)
+        if (pause := time.monotonic() - start - 0.005) > PAUSE:
+            pauses.put(pause)
+
+
+def times_of_cores() -> np.ndarray:
+    """Seconds that all cores worked for this process and for others, and that the host of a virtual machine
+    gave them to others, since different moments.
+    """
     with open("/proc/stat") as file:
-        return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+        user, nice, system, _, _, irq, softirq, stolen = map(int, file.readline().split()[1:9])
+    busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return np.array([time.process_time(), busy - time.process_time(), stolen / os.sysconf("SC_CLK_TCK")])
+
+
+def slowness(seconds: list[Second]) -> np.ndarray:
+    """How much more CPU time the steps of each second took than such steps take in the whole run.
+
+    If neighbours fill a cache that they share with this machine, or the clock slows down, nothing else in a
+    virtual machine shows it.
+    """
+    sizes = sorted({rows for each in seconds for rows in each.steps})
+    steps = np.array([[each.steps[rows] for rows in sizes] for each in seconds])
+    cpu = np.array([each.cpu for each in seconds])
+    costs = np.linalg.lstsq(steps, cpu, rcond=None)[0]
+    return cpu / np.maximum(steps @ costs, 1e-9)
 
 
 def draw_seconds(seconds: list[Second], title: str, file: Path) -> None:
     import matplotlib.pyplot as plt
 
-    stolen = [each.stolen for each in seconds]
     panels = {"latest frame, ms": [1000 * each.latest for each in seconds],
-              "stolen, ms/s": 1000 * np.diff(stolen, prepend=stolen[0]),
+              "longest pause\nof a core, ms": [1000 * each.pause for each in seconds],
+              "CPU time\nof steps, relative": slowness(seconds),
               "memory, MB": [each.memory for each in seconds]}  # fmt: skip
     figure, axes = plt.subplots(
-        3, sharex=True, figsize=(8, 5.5), layout="constrained", height_ratios=(3, 1, 2)
+        len(panels), sharex=True, figsize=(8, 7), layout="constrained", height_ratios=(3, 1, 1.5, 1.5)
     )
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
         axis.plot(np.arange(len(seconds)) / 60, values, linewidth=0.7)
         axis.set(ylabel=name, ylim=(0, 1.1 * max(*values, 1)))
     axes[0].axhline(1000 * LATE, color="C3", linestyle=":")
+    axes[2].axhline(SLOW, color="C3", linestyle=":")
     axes[0].set_title(title)
-    axes[2].set_xlabel("minutes")
+    axes[-1].set_xlabel("minutes")
     figure.savefig(file, dpi=110)
 
 
@@ -245,17 +334,16 @@ def main() -> None:
     model = Mimi.from_pretrained(options.model)
     report = Report(jax.devices()[0].device_kind, [f"{options.model}, {CODEBOOKS} codebooks"])
     if options.minutes:
-        counts = ["streams", "frames", "late frames", "of them after the host stole time"]
-        report.table([*counts, "p99, ms", "MB in the first minute", "in the last"])
-        for row in run_long(model, options.sessions, options.minutes, options.plot):
-            report.row(row)
+        row = run_long(model, options.sessions, options.minutes, options.plot)
+        report.table(list(row))
+        report.row(list(row.values()))
         return report.save(options.markdown)
     if "overhead" in options.only:
         report.table(["rows", "bare encoder step, ms", "in a pool, ms", "overhead, ms"])
         for rows in (8, 64):
             report.row([str(rows), *(f"{1000 * x:.1f}" for x in uvloop.run(step_times(model, rows)))])
     searches = {
-        "pool": lambda count: uvloop.run(pool_lateness(model, count, options.seconds, lambda new: None)),
+        "pool": lambda count: uvloop.run(pool_lateness(model, count, options.seconds)),
         "processes": lambda count: process_lateness(options.model, count, options.seconds),
     }
     if options.only != ["overhead"]:

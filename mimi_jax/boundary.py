@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from mimi_jax.config import MimiConfig, as_integer, ceil_div
@@ -156,23 +156,36 @@ class Compiled:
 def with_model_settings(method):
     """Run a method of the model with the model's precision and implementations, and let XLA shard its values.
 
-    By default, float32 means TF32 on NVIDIA GPUs and bfloat16 on TPUs, and codes would change. On a mesh with
-    explicit axes, JAX would ask for the sharding of every lookup in a codebook. The first argument of the
-    method and all its results have the batch on axis 0, and are sharded alike.
+    By default, float32 means TF32 on NVIDIA GPUs and bfloat16 on TPUs, and codes would change. The first
+    argument of the method and all its results have the batch on axis 0, and are sharded alike.
     """
 
     @functools.wraps(method)
     def wrapped(self: Any, x: ArrayLike, *args, **kwargs):
         sharding = jax.typeof(x).sharding
         with policy.computing(self.compute, self.precision):
-            if not (axes := sharding.mesh.explicit_axes):
-                return method(self, x, *args, **kwargs)
             batch = PartitionSpec(*sharding.spec[:1])
-            with jax.sharding.use_abstract_mesh(sharding.mesh):
-                compute: Callable = jax.sharding.auto_axes(method, axes=axes, out_sharding=batch)
-                return compute(self, x, *args, **kwargs)
+            return let_xla_shard(method, sharding.mesh, batch, self, x, *args, **kwargs)
 
     return wrapped
+
+
+def let_xla_shard(
+    function: Callable, mesh: AbstractMesh, results: PartitionSpec, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a function with arrays of a mesh, and let XLA shard what it computes from them.
+
+    On a mesh with explicit axes, JAX would ask for the sharding of every lookup.
+
+    Args:
+        function: takes `args` and `kwargs`.
+        mesh: that their arrays are on.
+        results: how all results are sharded.
+    """
+    if not (axes := mesh.explicit_axes):
+        return function(*args, **kwargs)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, axes=axes, out_sharding=results)(*args, **kwargs)
 
 
 def check_audio(

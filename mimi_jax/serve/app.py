@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -242,6 +243,9 @@ async def serve_until_signal(announce: Callable[[int], None], **options: Any) ->
     """Serve until Ctrl-C or SIGTERM. `announce` is called with the port; the rest is as for `serving`."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     async with serving(**options) as (_, port):  # until it serves, both end the program at once
+        # A full collection looks at all objects of JAX, for 0.3 s. All streams would wait for it.
+        gc.collect()
+        gc.freeze()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         try:

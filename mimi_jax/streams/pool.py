@@ -66,8 +66,11 @@ class Pool:
 
     async def warmup(self) -> None:
         """Compile all programs, before the first session."""
-        for half in self._halves.values():
+        halves = self._halves.values()
+        for half in halves:
             await half.threads.start(half.batch.warmup)
+        # Together they need more memory. It is asked for here, and not in the middle of a stream.
+        await asyncio.gather(*(half.threads.start(half.batch.warmup) for half in halves))
 
     def encoder(
         self,

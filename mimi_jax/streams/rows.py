@@ -6,8 +6,7 @@ of `encode_step` and `decode_step`.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from mimi_jax.boundary import as_numpy, check_rows, transfers_allowed
+from mimi_jax.boundary import as_numpy, check_rows, let_xla_shard, transfers_allowed
 from mimi_jax.nn.streaming import State, batch_size, select_rows
 
 
@@ -59,24 +58,13 @@ def take_rows(state: State, rows: ArrayLike | Sequence[int]) -> State:
     return _take_rows(state, _check_numbers(rows, batch_size(state)))
 
 
-def _let_xla_shard(function: Callable[..., Any]) -> Callable[..., Any]:
-    """On a mesh with explicit axes, JAX would ask for the sharding of rows that are looked up."""
-
-    @jax.jit
-    def wrapped(state: Any, *others: Any) -> Any:
-        sharding = jax.typeof(jax.tree.leaves(state)[0]).sharding
-        if not (axes := sharding.mesh.explicit_axes):
-            return function(state, *others)
-        batch = PartitionSpec(*sharding.spec[:1]) if len(others) == 2 else PartitionSpec()
-        with jax.sharding.use_abstract_mesh(sharding.mesh):
-            return jax.sharding.auto_axes(function, axes=axes, out_sharding=batch)(state, *others)
-
-    return wrapped
-
-
-@_let_xla_shard
+@jax.jit
 def _take_rows(state: State, rows: jax.Array) -> State:
-    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="fill"), state)
+    def take(state: State, rows: jax.Array) -> State:
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="fill"), state)
+
+    sharding = jax.typeof(jax.tree.leaves(state)[0]).sharding
+    return let_xla_shard(take, sharding.mesh, PartitionSpec(), state, rows)
 
 
 @transfers_allowed()
@@ -110,9 +98,13 @@ def put_rows(state: State, rows: ArrayLike | Sequence[int], streams: State) -> S
     return _put_rows(state, rows, streams)
 
 
-@_let_xla_shard
+@jax.jit
 def _put_rows(state: State, rows: jax.Array, streams: State) -> State:
-    return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state, streams)
+    def put(state: State, rows: jax.Array, streams: State) -> State:
+        return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state, streams)
+
+    sharding = jax.typeof(jax.tree.leaves(state)[0]).sharding
+    return let_xla_shard(put, sharding.mesh, PartitionSpec(*sharding.spec[:1]), state, rows, streams)
 
 
 def _check_numbers(rows: ArrayLike | Sequence[int], batch: int, distinct: bool = False) -> jax.Array:
