@@ -23,8 +23,8 @@ CURVES = {
     "loss/features": "feature loss",
     "loss/discriminator": "loss of the discriminator",
     "gradient_norm": "norm of the gradient",
-    "perplexity/semantic": "perplexity of the semantic codebook",
-    "perplexity/acoustic": "mean perplexity of the acoustic codebooks",
+    "perplexity/semantic": "perplexity, semantic codebook",
+    "perplexity/acoustic": "mean perplexity, acoustic codebooks",
 }
 WIDTH = 50  # lines of the log in a running mean
 
