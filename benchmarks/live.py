@@ -43,6 +43,8 @@ from mimi_jax.streams.stepping import Step
 CODEBOOKS = 8
 SPEECH = Path(__file__).parents[1] / "mimi_jax" / "samples" / "speech.flac"
 LATE = 0.08  # seconds
+PAUSE = 0.01  # seconds by which a core wakes up late, if it stood still
+SLOW = 1.1  # times the usual CPU time of steps; in an hour it varied by 5 %
 
 
 class Second(NamedTuple):
@@ -192,10 +194,6 @@ def largest(measure: Callable[[int], list[float]], first: int) -> list[tuple[int
     return sorted(tried)
 
 
-SLOW = 1.1  # times the usual CPU time; in a calm hour it varies by 5 %
-PAUSE = 0.01  # seconds
-
-
 def run_long(model: Mimi, sessions: int, minutes: float, plot: Path | None) -> dict[str, str]:
     """Run a pool for long. Returns a row of a table, by its heads."""
     seconds: list[Second] = []
@@ -220,7 +218,7 @@ def run_long(model: Mimi, sessions: int, minutes: float, plot: Path | None) -> d
 
     with watched_cores() as pauses:
         lateness = uvloop.run(pool_lateness(model, sessions, 60 * minutes, note, count))
-    seconds = seconds[1:]  # the first one began with the process
+    seconds = seconds[1:]  # the first one began before the pool
     if plot is not None:
         draw_seconds(seconds, f"{sessions} live loopbacks on {os.cpu_count()} cores", plot)
     early, last = (statistics.median(each.memory for each in part) for part in (seconds[:60], seconds[-60:]))
@@ -244,7 +242,7 @@ def causes_of_late(seconds: list[Second]) -> dict[str, str]:
         found = np.convolve(found, np.ones(4))[: len(found)] > 0
         row[cause] = f"{late[unexplained & found].sum()} ({found.mean():.0%} of the time)"
         unexplained &= ~found
-    return row | {"others": f"{late[unexplained].sum()}"}
+    return row | {"for no known cause": f"{late[unexplained].sum()}"}
 
 
 @contextlib.contextmanager
@@ -265,7 +263,7 @@ def watched_cores() -> Iterator[Any]:
 def _watch(core: int, pauses: Any) -> None:
     """Sleep again and again, and tell when it took longer by a pause."""
     os.sched_setaffinity(0, {core})
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(PermissionError):  # of those who are not root; then others delay it, too
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     while True:
         start = time.monotonic()
